@@ -1,0 +1,58 @@
+# `make bench` and `make test` do all the set-up. VENV= (empty) takes PYTHON as it is and installs nothing.
+PYTHON  ?= python3
+VENV    ?= .venv
+RESULTS ?= benchmarks/results
+
+ifneq ($(VENV),)
+BIN   := $(VENV)/bin/
+PY    := $(BIN)python
+READY := $(VENV)/.ready
+# The build looks for ninja on the path.
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
+else
+PY := $(PYTHON)
+endif
+BUILT := build/$(subst /,-,$(PY)).built
+
+.PHONY: help build test bench lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=$(PYTHON)  VENV=$(VENV) (empty: use PYTHON as it is)  RESULTS=$(RESULTS)"
+
+build: $(BUILT)  ## compile the kernels, where they have changed
+
+test: build  ## run the tests
+	$(PY) -m pytest tests
+
+bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
+	$(PY) -m benchmarks.report --results $(RESULTS)
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+lint: $(READY)  ## check the style of all code
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)  ## put all code in that style
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+	$(BIN)clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built (not VENV)
+	rm -rf build *.egg-info pixnorm/*.so
+
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "pixnorm needs Python 3.10 or newer, and $(PYTHON) is not: name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv module: install it, or name a Python that has torch with VENV= PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements.txt
+	PIXNORM_BUILD=0 $(PY) -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BUILT): $(READY) setup.py $(CXX_FILES)
+	PIXNORM_BUILD=1 $(PY) setup.py build_ext --inplace
+	@touch $@

@@ -1,0 +1,75 @@
+// Compiles one file of vector code once per instruction set, so that one build runs anywhere and fast:
+//
+//   #define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
+//   #include "cpu/foreach_isa.h"
+//
+// gives pixnorm::baseline::f, pixnorm::avx2::f and pixnorm::avx512::f for each function f of that file; PIXNORM_BY_ISA(f)
+// is the one for this machine. That
+// file may include other vector code, but no header: what one defines would be compiled for the wrong machine.
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "dispatch.h"
+
+#define PIXNORM_ISA_BASELINE 0
+#define PIXNORM_ISA_AVX2 1
+#define PIXNORM_ISA_AVX512 2
+
+#define PIXNORM_ISA PIXNORM_ISA_BASELINE
+#define PIXNORM_VECTOR_BYTES 16
+namespace pixnorm::baseline {
+#include "cpu/vec.h"
+#include PIXNORM_VECTOR_CODE
+}  // namespace pixnorm::baseline
+#undef PIXNORM_ISA
+#undef PIXNORM_VECTOR_BYTES
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PIXNORM_ISA PIXNORM_ISA_AVX2
+#define PIXNORM_VECTOR_BYTES 32
+namespace pixnorm::avx2 {
+#include "cpu/vec.h"
+#include PIXNORM_VECTOR_CODE
+}  // namespace pixnorm::avx2
+#undef PIXNORM_ISA
+#undef PIXNORM_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+#define PIXNORM_ISA PIXNORM_ISA_AVX512
+#define PIXNORM_VECTOR_BYTES 64
+namespace pixnorm::avx512 {
+#include "cpu/vec.h"
+#include PIXNORM_VECTOR_CODE
+}  // namespace pixnorm::avx512
+#undef PIXNORM_ISA
+#undef PIXNORM_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#define PIXNORM_BY_ISA(...)                      \
+  (cpu_isa() == Isa::kAvx512 ? avx512::__VA_ARGS__ \
+   : cpu_isa() == Isa::kAvx2 ? avx2::__VA_ARGS__   \
+                             : baseline::__VA_ARGS__)
+#else
+#define PIXNORM_BY_ISA(...) baseline::__VA_ARGS__
+#endif

@@ -1,0 +1,48 @@
+// The library's matrix products (MKL, oneDNN through PyTorch) on plain memory.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "cpu/memory.h"
+
+namespace pixnorm {
+
+// A view of memory as a batch of matrices; a batch stride of 0 repeats one matrix.
+template <class A>
+struct Matrices {
+  A* data;
+  int64_t batch, rows, columns;
+  int64_t batch_stride, row_stride, column_stride;
+
+  Matrices transposed() const { return {data, batch, columns, rows, batch_stride, column_stride, row_stride}; }
+  Matrices at(int64_t i) const { return {data + i * batch_stride, 1, rows, columns, 0, row_stride, column_stride}; }
+
+  // 2-D for a batch of one, else 3-D.
+  Tensor tensor() const {
+    const std::array<int64_t, 3> sizes{batch, rows, columns}, strides{batch_stride, row_stride, column_stride};
+    const size_t first = batch == 1, dims = 3 - first;
+    return torch::stable::from_blob(const_cast<std::remove_const_t<A>*>(data), {sizes.data() + first, dims},
+                                    {strides.data() + first, dims},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype_of<std::remove_const_t<A>>);
+  }
+};
+
+// out = beta * out + a b, for each of the batch.
+template <class A>
+void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, double beta) {
+  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
+  if (out.batch == 1) {
+    TORCH_ERROR_CODE_CHECK(beta == 0 ? aoti_torch_cpu_mm_out(to.get(), left.get(), right.get())
+                                     : aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(
+        beta == 0 ? aoti_torch_cpu_bmm_out(to.get(), left.get(), right.get())
+                  : aoti_torch_cpu_baddbmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
+  }
+}
+
+}  // namespace pixnorm

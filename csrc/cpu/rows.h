@@ -1,0 +1,178 @@
+// Rows of a block of channels as [pixel][channel], whatever the layout and the storage type. Vector code: included by
+// the kernels' files, once per instruction set.
+
+using pixnorm::kBlock;
+
+// A block of channels of one image, wherever its pixels lie and whatever they are stored as; worked on as A.
+template <class A>
+struct Plane {
+  void* data;
+  int64_t pixel_stride, channel_stride;
+  int channels;   // <= kBlock
+  bool in_place;  // it already is [pixel][channel] of A, pixel_stride apart
+  void (*read)(const Plane&, int64_t first, int64_t count, A* to);
+  void (*write)(const Plane&, int64_t first, int64_t count, const A* from);
+};
+
+// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels read as zero.
+template <class T>
+void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc_t<T>* to) {
+  using A = acc_t<T>;
+  constexpr int n = kLanes<A>;
+  const T* from = static_cast<const T*>(plane.data) + first * plane.pixel_stride;
+  for (int c = 0; c < kBlock; c += n) {
+    const int live = plane.channels - c < 0 ? 0 : plane.channels - c < n ? plane.channels - c : n;
+    const T* source = from + c * plane.channel_stride;
+    int64_t i = 0;
+    if (plane.channel_stride == 1 && live == n) {
+      for (; i < count; ++i) store(to + i * kBlock + c, load_as<T>(source + i * plane.pixel_stride));
+    } else if (plane.pixel_stride == 1) {
+      for (; i + n <= count; i += n) {
+        Vec<A> rows[n];
+        for (int l = 0; l < n; ++l) rows[l] = l < live ? load_as<T>(source + l * plane.channel_stride + i) : Vec<A>{};
+        transpose<A>(rows);
+        for (int l = 0; l < n; ++l) store(to + (i + l) * kBlock + c, rows[l]);
+      }
+    }
+    for (; i < count; ++i) {
+      for (int l = 0; l < n; ++l) {
+        to[i * kBlock + c + l] =
+            l < live ? static_cast<A>(source[i * plane.pixel_stride + l * plane.channel_stride]) : A(0);
+      }
+    }
+  }
+}
+
+template <class T>
+void write_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, const acc_t<T>* from) {
+  using A = acc_t<T>;
+  constexpr int n = kLanes<A>;
+  T* to = static_cast<T*>(plane.data) + first * plane.pixel_stride;
+  for (int c = 0; c < plane.channels; c += n) {
+    const int live = plane.channels - c < n ? plane.channels - c : n;
+    T* target = to + c * plane.channel_stride;
+    int64_t i = 0;
+    if (plane.channel_stride == 1 && live == n) {
+      for (; i < count; ++i) store_as<T>(target + i * plane.pixel_stride, load(from + i * kBlock + c));
+    } else if (plane.pixel_stride == 1) {
+      for (; i + n <= count; i += n) {
+        Vec<A> rows[n];
+        for (int l = 0; l < n; ++l) rows[l] = load(from + (i + l) * kBlock + c);
+        transpose<A>(rows);
+        for (int l = 0; l < n; ++l) {
+          if (l < live) store_as<T>(target + l * plane.channel_stride + i, rows[l]);
+        }
+      }
+    }
+    for (; i < count; ++i) {
+      for (int l = 0; l < live; ++l) {
+        target[i * plane.pixel_stride + l * plane.channel_stride] = static_cast<T>(from[i * kBlock + c + l]);
+      }
+    }
+  }
+}
+
+// Of a tensor of `total` channels and `pixels` pixels per image: block `block` of image n. `tensor` is only written through
+// a RowWriter.
+template <class T>
+PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int64_t total, int64_t pixels, int64_t n,
+                                        int64_t block) {
+  const int64_t c0 = block * kBlock;
+  const int channels = static_cast<int>(total - c0 < kBlock ? total - c0 : kBlock);
+  T* image = const_cast<T*>(tensor) + n * total * pixels;
+  const bool in_place = channels_last && channels == kBlock && std::is_same_v<T, acc_t<T>>;
+  if (channels_last) return {image + c0, total, 1, channels, in_place, read_pixels<T>, write_pixels<T>};
+  return {image + c0 * pixels, 1, pixels, channels, in_place, read_pixels<T>, write_pixels<T>};
+}
+
+constexpr int64_t kBandPixels = 64;  // what a band holds at least: long enough runs of a channel to stream
+
+constexpr int64_t band_rows(int64_t width) { return width >= kBandPixels ? 1 : (kBandPixels + width - 1) / width; }
+
+// Scratch memory, handed out piece by piece.
+template <class A>
+struct Arena {
+  A* next;
+  A* pixels(int64_t count) {
+    A* piece = next;
+    next += count * kBlock;
+    return piece;
+  }
+};
+
+// Rows [.., end) of a plane, asked for from the top down.
+template <class A>
+class RowReader {
+ public:
+  RowReader(const Plane<A>& plane, int64_t width, int64_t end, A* band)
+      : stride(plane.in_place ? plane.pixel_stride : kBlock), plane_(plane), width_(width), end_(end), band_(band) {}
+  PIXNORM_INLINE const A* row(int64_t h) {
+    if (plane_.in_place) return static_cast<const A*>(plane_.data) + h * width_ * stride;
+    if (h < begin_ || h >= stop_) {
+      begin_ = h;
+      stop_ = h + band_rows(width_) < end_ ? h + band_rows(width_) : end_;
+      plane_.read(plane_, begin_ * width_, (stop_ - begin_) * width_, band_);
+    }
+    return band_ + (h - begin_) * width_ * kBlock;
+  }
+  const int64_t stride;  // from pixel to pixel, in A
+
+ private:
+  const Plane<A> plane_;
+  const int64_t width_, end_;
+  int64_t begin_ = 0, stop_ = 0;  // the rows in the band
+  A* band_;
+};
+
+// Rows [begin, end) of a plane, written from the top down: row(h), then done(h).
+template <class A>
+class RowWriter {
+ public:
+  RowWriter(const Plane<A>& plane, int64_t width, int64_t begin, int64_t end, A* band)
+      : stride(plane.in_place ? plane.pixel_stride : kBlock),
+        plane_(plane),
+        width_(width),
+        end_(end),
+        begin_(begin),
+        band_(band) {}
+  PIXNORM_INLINE A* row(int64_t h) {
+    if (plane_.in_place) return static_cast<A*>(plane_.data) + h * width_ * stride;
+    return band_ + (h - begin_) * width_ * kBlock;
+  }
+  PIXNORM_INLINE void done(int64_t h) {
+    if (plane_.in_place) return;
+    if (h + 1 - begin_ == band_rows(width_) || h + 1 == end_) {
+      plane_.write(plane_, begin_ * width_, (h + 1 - begin_) * width_, band_);
+      begin_ = h + 1;
+    }
+  }
+  const int64_t stride;
+
+ private:
+  const Plane<A> plane_;
+  const int64_t width_, end_;
+  int64_t begin_;  // the first row in the band
+  A* band_;
+};
+
+// Three consecutive rows of an image, `rows_each` x `width` pixels each with a zero pixel at either end; zero outside.
+template <class A>
+class Ring {
+ public:
+  Ring(Arena<A>& arena, int64_t height, int64_t width, int rows_each = 1)
+      : height_(height), pitch_(width + 2), rows_each_(rows_each) {
+    slots_ = arena.pixels(size(width, rows_each));
+    __builtin_memset(slots_, 0, size(width, rows_each) * kBlock * sizeof(A));
+  }
+  static constexpr int64_t size(int64_t width, int rows_each) { return (3 * rows_each + 1) * (width + 2); }
+  // Pixel 0 of sub-row `sub` of row h, h >= -2.
+  PIXNORM_INLINE A* row(int64_t h, int sub = 0) const {
+    const int64_t slot = h < 0 || h >= height_ ? 3 * rows_each_ : (h % 3) * rows_each_ + sub;
+    return slots_ + (slot * pitch_ + 1) * kBlock;
+  }
+
+ private:
+  A* slots_;
+  int64_t height_, pitch_;
+  int rows_each_;
+};

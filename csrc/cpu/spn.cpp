@@ -1,0 +1,501 @@
+// SPN on the CPU: tensors, GEMMs, threads and the sums over tiles. The arithmetic per pixel is in spn_kernels.h.
+//
+// Work is cut by shape alone (never by the number of threads), and partial sums are added in a fixed order, so results do
+// not depend on how many threads there are.
+
+#include "cpu/spn.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/gemm.h"
+#include "cpu/memory.h"
+#include "cpu/moments.h"
+#include "dispatch.h"
+
+#define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
+#include "cpu/foreach_isa.h"
+
+namespace pixnorm::spn {
+namespace {
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- cutting the work ----
+
+// Images whose activations are taken through a GEMM and the passes beside it while they are in the last-level cache.
+int64_t images_per_chunk(const Shape& s, size_t element) {
+  constexpr int64_t kChunkBytes = 4 << 20;
+  return std::clamp<int64_t>(kChunkBytes / static_cast<int64_t>(s.image() * element), 1, s.n);
+}
+
+// Several small images, one image, or a part of a large one.
+std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
+  constexpr int64_t kTilePixels = 2048;
+  std::vector<Tile> result;
+  const int64_t images = std::max<int64_t>(1, kTilePixels / s.pixels());
+  const int64_t parts = std::clamp<int64_t>(s.pixels() / (2 * kTilePixels), 1, s.h);
+  for (int64_t n = n0; n < n1; n += images) {
+    for (int64_t part = 0; part < parts; ++part) {
+      result.push_back({n, std::min(n + images, n1), s.h * part / parts, s.h * (part + 1) / parts});
+    }
+  }
+  return result;
+}
+
+// Channel blocks that walk down the rows of a tile together. In channels_last this makes the runs of memory longer, as far
+// as the scratch stays in L2. In NCHW a channel's rows lie apart anyway.
+int64_t blocks_per_group(const Shape& s, int64_t scratch_per_block, int64_t tile_count) {
+  constexpr int64_t kScratchBytes = 256 << 10;
+  if (!s.channels_last) return 1;
+  const int64_t wanted = ceil_div(tile_count * s.blocks(), 2 * get_num_threads());
+  return std::clamp<int64_t>(std::min(wanted, kScratchBytes / scratch_per_block), 1,
+                             std::min<int64_t>(s.blocks(), kMaxGroup));
+}
+
+// f(tile index, first block, last block, scratch) for every tile and group of channel blocks.
+template <class F>
+void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_per_block, const F& f) {
+  const int64_t per_group = blocks_per_group(s, scratch_per_block, tiles.size());
+  const int64_t groups = ceil_div(s.blocks(), per_group);
+  parallel_for(0, tiles.size() * groups, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<char> scratch(per_group * scratch_per_block);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i % groups * per_group;
+      f(i / groups, block, std::min(block + per_group, s.blocks()), scratch.data());
+    }
+  });
+}
+
+template <class F>
+void for_elements(int64_t count, const F& f) {
+  constexpr int64_t kGrain = 1 << 15;
+  parallel_for(0, ceil_div(count, kGrain), 1, [&](int64_t begin, int64_t end) {
+    f(begin * kGrain, std::min(end * kGrain, count));
+  });
+}
+
+// ---- the projection's GEMMs, on images [n, n + count) that start at a pointer ----
+
+// The activations as matrices: NCHW, a batch of (C, HW); channels_last, one (pixels, C).
+template <class A>
+Matrices<A> as_matrices(A* data, const Shape& s, int64_t count) {
+  if (s.channels_last) return {data, 1, count * s.pixels(), s.c, 0, s.c, 1};
+  return {data, count, s.c, s.pixels(), s.image(), s.pixels(), 1};
+}
+
+template <class A>
+Matrices<const A> weight_matrices(const A* weight, const Shape& s, int64_t batch) {
+  return {weight, batch, s.c, s.c, 0, s.c, 1};
+}
+
+template <class A>
+void project(const Shape& s, int64_t count, const A* weight, const A* x, A* p) {
+  const auto in = as_matrices(x, s, count);
+  const auto w = weight_matrices(weight, s, in.batch);
+  const auto out = as_matrices(p, s, count);
+  s.channels_last ? gemm(out, in, w.transposed(), 0) : gemm(out, w, in, 0);
+}
+
+// dx += W^T dp
+template <class A>
+void add_grad_input(const Shape& s, int64_t count, const A* weight, const A* dp, A* dx) {
+  const auto in = as_matrices(dp, s, count);
+  const auto w = weight_matrices(weight, s, in.batch);
+  const auto out = as_matrices(dx, s, count);
+  s.channels_last ? gemm(out, in, w, 1) : gemm(out, w.transposed(), in, 1);
+}
+
+// dW = beta dW + dp x^T
+template <class A>
+void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* dw, double beta) {
+  const Matrices<A> out{dw, 1, s.c, s.c, 0, s.c, 1};
+  const auto left = as_matrices(dp, s, count), right = as_matrices(x, s, count);
+  if (s.channels_last) return gemm(out, left.transposed(), right, beta);
+  for (int64_t n = 0; n < count; ++n) gemm(out, left.at(n), right.at(n).transposed(), n == 0 ? beta : 1);
+}
+
+// ---- batch statistics ----
+
+// Gathers the moments of a tensor chunk by chunk, `per_chunk` images each, from image 0 on.
+template <class T>
+class Statistics {
+ public:
+  Statistics(const Shape& s, int64_t per_chunk)
+      : s_(s),
+        per_chunk_(per_chunk),
+        runs_(s.channels_last ? ceil_div(per_chunk * s.pixels(), kRun) : per_chunk),
+        moments_(ceil_div(s.n, per_chunk) * runs_ * s.c) {}
+
+  void add(const T* tensor, int64_t n0, int64_t n1) {
+    const T* data = tensor + n0 * s_.image();
+    Moments* moments = moments_.data() + n0 / per_chunk_ * runs_ * s_.c;
+    const int64_t pixels = (n1 - n0) * s_.pixels();
+    if (s_.channels_last) {
+      const auto kernel = PIXNORM_BY_ISA(moments_by_channel<T>);
+      parallel_for(0, ceil_div(pixels, kRun), 1, [&](int64_t begin, int64_t end) {
+        const Buffer<acc_t<T>> scratch(3 * s_.c);
+        for (int64_t run = begin; run < end; ++run) {
+          kernel(data + run * kRun * s_.c, std::min(kRun, pixels - run * kRun), s_.c, scratch.data(), moments + run * s_.c);
+        }
+      });
+    } else {
+      const auto kernel = PIXNORM_BY_ISA(moments_of<T>);
+      parallel_for(0, (n1 - n0) * s_.c, ceil_div(1 << 14, s_.pixels()), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+          moments[plane] = kernel(data + plane * s_.pixels(), s_.pixels());
+        }
+      });
+    }
+  }
+
+  void finish(acc_t<T>* mean, acc_t<T>* var) const {
+    parallel_for(0, s_.c, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        Moments total{0, 0};
+        double count = 0;
+        for (int64_t n0 = 0; n0 < s_.n; n0 += per_chunk_) {
+          const Moments* moments = moments_.data() + n0 / per_chunk_ * runs_ * s_.c + c;
+          int64_t pixels = std::min(per_chunk_, s_.n - n0) * s_.pixels();
+          for (; pixels > 0; moments += s_.c) {
+            const int64_t run = std::min(pixels, s_.channels_last ? kRun : s_.pixels());
+            merge(total, count, *moments, run);
+            count += run;
+            pixels -= run;
+          }
+        }
+        mean[c] = static_cast<acc_t<T>>(total.mean);
+        var[c] = static_cast<acc_t<T>>(total.m2 / count);
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kRun = 512;  // pixels of channels_last that are summed at a time; in NCHW, a plane
+  const Shape& s_;
+  const int64_t per_chunk_, runs_;
+  std::vector<Moments> moments_;
+};
+
+// ---- arguments ----
+
+template <class A>
+std::vector<A> to_vector(const Tensor& t) {
+  const Tensor dense = torch::stable::contiguous(t);
+  return dispatch_floating(dense.scalar_type(), [&](auto type) {
+    const auto* data = data_of<typename decltype(type)::type>(dense);
+    return std::vector<A>(data, data + dense.numel());
+  });
+}
+
+template <class A>
+void copy_to(const std::vector<A>& from, const Tensor& to) {
+  dispatch_floating(to.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    std::transform(from.begin(), from.end(), static_cast<T*>(to.data_ptr()), [](A v) { return static_cast<T>(v); });
+  });
+}
+
+// The parameters as the caller gave them, in the order of the schema.
+struct ParameterTensors {
+  const Tensor &mask_projection, &mask_weight, &mask_bias;
+  const Tensor* taps[4];
+
+  void check(const Shape& s) const {
+    check_sizes(mask_projection, "mask_projection", {s.c, s.c, 1, 1});
+    check_sizes(mask_weight, "mask_weight", {s.c});
+    check_sizes(mask_bias, "mask_bias", {s.c});
+    for (const Tensor* t : taps) check_sizes(*t, "a depthwise weight", {s.c, 1, 3, 3});
+  }
+};
+
+// The parameters and statistics, widened.
+template <class A>
+struct Values {
+  std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
+  std::vector<A> mean, var, mask_mean, mask_var, rstd, mask_rstd;
+
+  explicit Values(const ParameterTensors& given)
+      : mask_projection(to_vector<A>(given.mask_projection)),
+        mask_weight(to_vector<A>(given.mask_weight)),
+        mask_bias(to_vector<A>(given.mask_bias)) {
+    for (int i = 0; i < 4; ++i) taps[i] = to_vector<A>(*given.taps[i]);
+  }
+
+  void set_statistics(const Tensor (&given)[4]) {
+    std::vector<A>* const to[4] = {&mean, &var, &mask_mean, &mask_var};
+    for (int i = 0; i < 4; ++i) *to[i] = to_vector<A>(given[i]);
+  }
+
+  Params<A> params(double eps) {
+    const auto reciprocal_root = [eps](const std::vector<A>& v) {
+      std::vector<A> result(v.size());
+      std::transform(v.begin(), v.end(), result.begin(), [eps](A x) { return static_cast<A>(1 / std::sqrt(x + eps)); });
+      return result;
+    };
+    rstd = reciprocal_root(var);
+    mask_rstd = reciprocal_root(mask_var);
+    return {mean.data(),        rstd.data(),      mask_mean.data(),
+            mask_rstd.data(),   mask_weight.data(), mask_bias.data(),
+            {taps[0].data(), taps[1].data(), taps[2].data(), taps[3].data()},
+            nullptr,            nullptr,          nullptr,
+            nullptr};
+  }
+};
+
+Shape shape_of(const Tensor& x, int64_t upsample, bool relu) {
+  STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
+  STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
+  return {x.size(0), x.size(1), x.size(2), x.size(3), upsample, layout_of(x) == MemoryFormat::ChannelsLast, relu};
+}
+
+// ---- forward ----
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T, int U>
+void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_statistics, const T* x, T* p, T* y) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  const int64_t per_chunk = images_per_chunk(s, sizeof(A));
+  Statistics<T> of_x(s, per_chunk), of_p(s, per_chunk);
+  const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
+  for (int64_t n = 0; n < s.n; n += per_chunk) {
+    const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
+    const T* x_chunk = x + n * s.image();
+    T* p_chunk = p + n * s.image();
+    if (batch_statistics) of_x.add(x, n, n + count);
+    if constexpr (kWiden) {
+      for_elements(elements, [&](int64_t i, int64_t end) {
+        PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, end - i);
+      });
+      project<A>(s, count, values.mask_projection.data(), wide_x.data(), wide_p.data());
+      for_elements(elements, [&](int64_t i, int64_t end) {
+        PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, end - i);
+      });
+    } else {
+      project<A>(s, count, values.mask_projection.data(), x_chunk, p_chunk);
+    }
+    if (batch_statistics) of_p.add(p, n, n + count);
+  }
+  if (batch_statistics) {
+    for (std::vector<A>* v : {&values.mean, &values.var, &values.mask_mean, &values.mask_var}) v->resize(s.c);
+    of_x.finish(values.mean.data(), values.var.data());
+    of_p.finish(values.mask_mean.data(), values.mask_var.data());
+  }
+
+  const Params<A> params = values.params(eps);
+  const auto kernel = PIXNORM_BY_ISA(forward<T, U>);
+  const std::vector<Tile> cut = tiles(s, 0, s.n);
+  for_tiles(s, cut, baseline::block_scratch<baseline::ForwardBlock<A, U>>(s),
+            [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
+              kernel(s, params, cut[tile], block0, block1, scratch, x, p, y);
+            });
+}
+
+ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight, const Tensor& mask_bias,
+                      const Tensor& gamma_weight, const Tensor& gamma_weight_inv, const Tensor& beta_weight,
+                      const Tensor& beta_weight_inv, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                      const std::optional<Tensor>& mask_mean, const std::optional<Tensor>& mask_var, double eps,
+                      int64_t upsample, bool relu) {
+  const Shape s = shape_of(x, upsample, relu);
+  const ParameterTensors parameters{
+      mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
+  parameters.check(s);
+  const bool given = mean.has_value();
+  STD_TORCH_CHECK(var.has_value() == given && mask_mean.has_value() == given && mask_var.has_value() == given,
+                  "pixnorm: give all four statistics or none");
+  const MemoryFormat layout = layout_of(x);
+  return dispatch_floating(x.scalar_type(), [&](auto type) -> ForwardResult {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    const Tensor x_dense = torch::stable::contiguous(x, layout);
+    const Tensor y = empty({s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
+    const Tensor p = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
+    Values<A> values(parameters);
+    if (given) {
+      values.set_statistics({*mean, *var, *mask_mean, *mask_var});
+    } else {
+      values.mean = values.var = values.mask_mean = values.mask_var = std::vector<A>(s.c);
+    }
+    if (x.numel() > 0) {
+      const auto run = upsample == 2 ? forward<T, 2> : forward<T, 1>;
+      run(s, values, eps, !given, data_of<T>(x_dense), static_cast<T*>(p.data_ptr()), static_cast<T*>(y.data_ptr()));
+    }
+    Tensor used[4];
+    const std::vector<A>* const from[4] = {&values.mean, &values.var, &values.mask_mean, &values.mask_var};
+    for (int i = 0; i < 4; ++i) copy_to(*from[i], used[i] = empty({s.c}, dtype_of<A>));
+    return {y, p, used[0], used[1], used[2], used[3]};
+  });
+}
+
+// ---- backward ----
+
+// The gradients of the parameters, and the means that centre the gradients of x̂ and q.
+template <class A>
+struct Gradients {
+  std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
+  std::vector<A> mean_g, mean_gx, mean_q, mean_qp;
+
+  explicit Gradients(const Shape& s) : mask_projection(s.c * s.c), mask_weight(s.c), mask_bias(s.c) {
+    for (std::vector<A>& t : taps) t.resize(s.c * kTaps);
+    for (std::vector<A>* v : {&mean_g, &mean_gx, &mean_q, &mean_qp}) v->resize(s.c);
+  }
+
+  // From the sums of one channel, kSums of them.
+  void set(int64_t c, const double* sums, const Params<A>& params, double centre) {
+    double d_bn[2] = {0, 0};  // Σ dy γ x̂ and Σ dy γ, as the taps' gradients know them
+    for (int of = 0; of < 2; ++of) {
+      const double* sum = sums + of * kSumsOf;
+      for (int k = 0; k < kTaps; ++k) {
+        const int ky = k / 3, kx = k % 3;
+        // Over the outputs whose tap k lies inside the image.
+        double inside = sum[kAll];
+        if (ky != 1) inside -= sum[ky == 0 ? kTop : kBottom];
+        if (kx != 1) inside -= sum[kx == 0 ? kLeft : kRight];
+        if (ky != 1 && kx != 1) inside += sum[ky == 0 ? (kx == 0 ? kTopLeft : kTopRight) : (kx == 0 ? kBottomLeft : kBottomRight)];
+        const double with_mask = sum[kWithMask + k], with_inverse = inside - with_mask;
+        const int64_t i = c * kTaps + k;
+        taps[2 * of][i] = static_cast<A>(with_mask);
+        taps[2 * of + 1][i] = static_cast<A>(with_inverse);
+        d_bn[of] += params.taps[0][i] * with_mask + params.taps[1][i] * with_inverse;
+      }
+    }
+    mask_bias[c] = static_cast<A>(sums[kSumQ]);
+    mask_weight[c] = static_cast<A>(sums[kSumQp]);
+    mean_g[c] = static_cast<A>(d_bn[1] * centre);
+    mean_gx[c] = static_cast<A>(d_bn[0] * centre);
+    mean_q[c] = static_cast<A>(sums[kSumQ] * centre);
+    mean_qp[c] = static_cast<A>(sums[kSumQp] * centre);
+  }
+};
+
+template <class T, int U>
+void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gradients, double eps, bool training,
+              const T* dy, const T* x, const T* p, T* dx) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  Params<A> params = values.params(eps);
+
+  const std::vector<Tile> cut = tiles(s, 0, s.n);
+  const int64_t sums_per_tile = s.blocks() * kSums * kBlock;
+  std::vector<A> sums(cut.size() * sums_per_tile);
+  const auto reduce = PIXNORM_BY_ISA(backward_reduce<T, U>);
+  for_tiles(s, cut, baseline::block_scratch<baseline::BackwardBlock<A, U, false>>(s),
+            [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
+              A* to = sums.data() + tile * sums_per_tile + block0 * kSums * kBlock;
+              reduce(s, params, cut[tile], block0, block1, scratch, x, p, dy, to);
+            });
+
+  const double centre = training ? 1.0 / (s.n * s.pixels()) : 0;
+  parallel_for(0, s.c, kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double total[kSums] = {};
+      for (size_t tile = 0; tile < cut.size(); ++tile) {
+        const A* from = sums.data() + tile * sums_per_tile + c / kBlock * kSums * kBlock + c % kBlock;
+        for (int i = 0; i < kSums; ++i) total[i] += from[i * kBlock];
+      }
+      gradients.set(c, total, params, centre);
+    }
+  });
+  params.mean_g = gradients.mean_g.data();
+  params.mean_gx = gradients.mean_gx.data();
+  params.mean_q = gradients.mean_q.data();
+  params.mean_qp = gradients.mean_qp.data();
+
+  // dp never exists whole: it is used up chunk by chunk, while it is in cache.
+  const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
+  const int64_t per_chunk = images_per_chunk(s, sizeof(A));
+  const Buffer<A> dp(per_chunk * s.image());
+  const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_dx(kWiden ? per_chunk * s.image() : 0);
+  for (int64_t n = 0; n < s.n; n += per_chunk) {
+    const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
+    const A* x_chunk;
+    A* dx_chunk;
+    if constexpr (kWiden) {
+      x_chunk = wide_x.data();
+      dx_chunk = wide_dx.data();
+      for_elements(elements, [&](int64_t i, int64_t end) {
+        PIXNORM_BY_ISA(widen<T>)(x + n * s.image() + i, wide_x.data() + i, end - i);
+      });
+    } else {
+      x_chunk = x + n * s.image();
+      dx_chunk = dx + n * s.image();
+    }
+    const std::vector<Tile> chunk = tiles(s, n, n + count);
+    for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
+              [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
+                apply(s, params, chunk[tile], block0, block1, scratch, x, p, dy, dx_chunk, dp.data(), n);
+              });
+    add_grad_input<A>(s, count, values.mask_projection.data(), dp.data(), dx_chunk);
+    add_grad_weight<A>(s, count, dp.data(), x_chunk, gradients.mask_projection.data(), n == 0 ? 0 : 1);
+    if constexpr (kWiden) {
+      for_elements(elements, [&](int64_t i, int64_t end) {
+        PIXNORM_BY_ISA(narrow<T>)(wide_dx.data() + i, dx + n * s.image() + i, end - i);
+      });
+    }
+  }
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
+                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
+                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
+                       const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
+                       bool relu, bool training) {
+  const Shape s = shape_of(x, upsample, relu);
+  const ParameterTensors parameters{
+      mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
+  parameters.check(s);
+  check_sizes(grad_y, "grad_y", {s.n, s.c, s.h * upsample, s.w * upsample});
+  check_sizes(p, "p", {s.n, s.c, s.h, s.w});
+  check_same_dtype(grad_y, "grad_y", x);
+  check_same_dtype(p, "p", x);
+  const MemoryFormat layout = layout_of(x);
+  return dispatch_floating(x.scalar_type(), [&](auto type) -> BackwardResult {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    const Tensor x_dense = torch::stable::contiguous(x, layout), p_dense = torch::stable::contiguous(p, layout);
+    const Tensor dy_dense = torch::stable::contiguous(grad_y, layout);
+    const Tensor dx = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
+    Values<A> values(parameters);
+    values.set_statistics({mean, var, mask_mean, mask_var});
+    Gradients<A> gradients(s);
+    if (x.numel() > 0) {
+      const auto run = upsample == 2 ? backward<T, 2> : backward<T, 1>;
+      run(s, values, gradients, eps, training, data_of<T>(dy_dense), data_of<T>(x_dense), data_of<T>(p_dense),
+          static_cast<T*>(dx.data_ptr()));
+    }
+    const auto tensor = [&](const std::vector<A>& v, std::initializer_list<int64_t> sizes) {
+      const Tensor t = empty(sizes, mask_weight.scalar_type());
+      copy_to(v, t);
+      return t;
+    };
+    return {dx,
+            tensor(gradients.mask_projection, {s.c, s.c, 1, 1}),
+            tensor(gradients.mask_weight, {s.c}),
+            tensor(gradients.mask_bias, {s.c}),
+            tensor(gradients.taps[0], {s.c, 1, 3, 3}),
+            tensor(gradients.taps[1], {s.c, 1, 3, 3}),
+            tensor(gradients.taps[2], {s.c, 1, 3, 3}),
+            tensor(gradients.taps[3], {s.c, 1, 3, 3})};
+  });
+}
+
+}  // namespace
+}  // namespace pixnorm::spn
+
+STABLE_TORCH_LIBRARY_IMPL(pixnorm, CPU, m) {
+  m.impl("spn_fwd", TORCH_BOX(&pixnorm::spn::spn_fwd));
+  m.impl("spn_bwd", TORCH_BOX(&pixnorm::spn::spn_bwd));
+}

@@ -1,0 +1,47 @@
+// What the two halves of SPN on the CPU share: spn.cpp (tensors, GEMMs, threads) and spn_kernels.h (vector code).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pixnorm {
+
+constexpr int kBlock = 16;  // channels that are worked on together, as the lanes of one or more vectors
+
+namespace spn {
+
+constexpr int kMaxGroup = 8;  // channel blocks that walk down the rows of an image together
+constexpr int kTaps = 9;
+
+struct Shape {
+  int64_t n, c, h, w;  // of x; y is `upsample` times as high and wide
+  int64_t upsample;
+  bool channels_last, relu;
+
+  int64_t pixels() const { return h * w; }
+  int64_t image() const { return c * h * w; }
+  int64_t blocks() const { return (c + kBlock - 1) / kBlock; }
+};
+
+// Per-channel inputs, widened. Of the four depthwise kernels, taps[0..3]: gamma, gamma_inv, beta, beta_inv, each (C, 9).
+template <class A>
+struct Params {
+  const A *mean, *rstd, *mask_mean, *mask_rstd, *mask_weight, *mask_bias;
+  const A* taps[4];
+  // Backward apply: the means over a channel of dy γ, dy γ x̂, dq and dq p̂, by which batch norm's gradient is centred
+  // (zero when the statistics were given).
+  const A *mean_g, *mean_gx, *mean_q, *mean_qp;
+};
+
+// Rows [h0, h1) of x in images [n0, n1).
+struct Tile {
+  int64_t n0, n1, h0, h1;
+};
+
+// What backward reduce sums per channel. `of` is 0 for the sums of dγ = dy x̂ (gamma's), 1 for those of dβ = dy.
+// kWithMask + k: with the mask under tap k. The rest, over the output: all, and what a tap that reaches over an edge misses.
+enum Sum { kWithMask = 0, kAll = kTaps, kTop, kBottom, kLeft, kRight, kTopLeft, kTopRight, kBottomLeft, kBottomRight, kSumsOf };
+constexpr int kSumQ = 2 * kSumsOf, kSumQp = kSumQ + 1, kSums = kSumQp + 1;
+
+}  // namespace spn
+}  // namespace pixnorm

@@ -1,0 +1,518 @@
+// The vector code of SPN: lanes are channels, in both layouts. A block of kBlock channels of an image slides down its rows
+// with three rows of the mask (and in backward of dγ and dβ) in a scratch ring [pixel][channel] that stays in L1 or L2, so
+// that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones. float32 in
+// channels_last is read and written where it lies; all else passes through a band of rows, transposed or widened on the
+// way.
+//
+// With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ*
+// that fall inside the image: one of nine values per channel. `1 - m` never exists.
+
+#include "cpu/moments_kernels.h"
+#include "cpu/rows.h"
+
+using spn::kMaxGroup;
+using spn::kTaps;
+using spn::Params;
+using spn::Shape;
+using spn::Tile;
+
+// ---- per-channel values ----
+
+template <class A>
+struct BlockParams {
+  A mean[kBlock], rstd[kBlock], mask_mean[kBlock], mask_rstd[kBlock], mask_weight[kBlock], mask_bias[kBlock];
+  A mean_g[kBlock], mean_gx[kBlock], mean_q[kBlock], mean_qp[kBlock];
+  A tap[2][kTaps][kBlock];      // [gamma, beta]: w - w*
+  A outside[2][16][kBlock];     // K, by which neighbours exist: 4 * neighbours(row) + neighbours(column)
+  A phase[2][2][2][4][kBlock];  // [gamma, beta][row phase][column phase]: the taps that fall on each of 2x2 pixels of x
+
+  void set(const Params<A>& params, int64_t c0, int channels, int64_t upsample) {
+    // Absent channels are all zero: their rstd too, so that nothing overflows.
+    __builtin_memset(this, 0, sizeof(*this));
+    const auto copy = [&](const A* from, A* to) {
+      if (from) __builtin_memcpy(to, from + c0, channels * sizeof(A));
+    };
+    copy(params.mean, mean), copy(params.rstd, rstd), copy(params.mask_mean, mask_mean);
+    copy(params.mask_rstd, mask_rstd), copy(params.mask_weight, mask_weight), copy(params.mask_bias, mask_bias);
+    copy(params.mean_g, mean_g), copy(params.mean_gx, mean_gx), copy(params.mean_q, mean_q);
+    copy(params.mean_qp, mean_qp);
+    for (int of = 0; of < 2; ++of) {
+      for (int c = 0; c < channels; ++c) {
+        const A* w = params.taps[2 * of] + (c0 + c) * kTaps;
+        const A* w_inv = params.taps[2 * of + 1] + (c0 + c) * kTaps;
+        for (int k = 0; k < kTaps; ++k) tap[of][k][c] = w[k] - w_inv[k];
+        for (int rows = 0; rows < 4; ++rows) {
+          A column[3];
+          for (int kx = 0; kx < 3; ++kx) {
+            column[kx] = w_inv[3 + kx] + (rows & 1 ? w_inv[kx] : 0) + (rows & 2 ? w_inv[6 + kx] : 0);
+          }
+          for (int columns = 0; columns < 4; ++columns) {
+            outside[of][4 * rows + columns][c] =
+                column[1] + (columns & 1 ? column[0] : 0) + (columns & 2 ? column[2] : 0);
+          }
+        }
+      }
+      if (upsample == 2) {
+        // Output row 2h + a under tap row ky lies on row h + (a + ky - 1 >> 1) of x: of rows h - 1 + a and h + a, the
+        // first takes tap row 0 (a = 0) or 0 and 1 (a = 1), the second the rest.
+        for (int a = 0; a < 2; ++a) {
+          for (int b = 0; b < 2; ++b) {
+            for (int k = 0; k < kTaps; ++k) {
+              A* merged = phase[of][a][b][2 * (k / 3 > a) + (k % 3 > b)];
+              for (int c = 0; c < kBlock; ++c) merged[c] += tap[of][k][c];
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// Bit 0: there is a pixel before i; bit 1: there is one after it.
+PIXNORM_INLINE int neighbours(int64_t i, int64_t size) { return (i > 0) | (i < size - 1) << 1; }
+
+// γ and β of the kPixels * U outputs of output row U h + a that lie on pixels w, w + 1, ... of row h, for lanes c, ...
+// `mask`: rows h - 1, h, h + 1 of m.
+template <int U, int kPixels, class A>
+PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[3], int a, int64_t w, int64_t width,
+                           int row_neighbours, int c, Vec<A> (&gamma)[kPixels * U], Vec<A> (&beta)[kPixels * U]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kPixels * U; ++i) {
+    const int which = 4 * row_neighbours + neighbours(w * U + i, width * U);
+    gamma[i] = load(params.outside[0][which] + c);
+    beta[i] = load(params.outside[1][which] + c);
+  }
+  if constexpr (U == 1) {
+#pragma GCC unroll 9
+    for (int k = 0; k < kTaps; ++k) {
+      const Vec<A> gamma_tap = load(params.tap[0][k] + c), beta_tap = load(params.tap[1][k] + c);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) {
+        const Vec<A> m = load(mask[k / 3] + (w + i + k % 3 - 1) * kBlock + c);
+        gamma[i] += gamma_tap * m;
+        beta[i] += beta_tap * m;
+      }
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; ++b) {
+        const Vec<A> gamma_tap = load(params.phase[0][a][b][k] + c), beta_tap = load(params.phase[1][a][b][k] + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < kPixels; ++i) {
+          const Vec<A> m = load(mask[k / 2 + a] + (w + i + k % 2 - 1 + b) * kBlock + c);
+          gamma[2 * i + b] += gamma_tap * m;
+          beta[2 * i + b] += beta_tap * m;
+        }
+      }
+    }
+  }
+}
+
+// body(n, w) over [0, width): groups of n pixels, then one by one.
+template <int n, class Body>
+PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
+  int64_t w = 0;
+  for (; w + n <= width; w += n) body(std::integral_constant<int, n>{}, w);
+  for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
+}
+
+// Block `block` of image n of a tensor that is `scale` times as high and wide as x.
+template <class T>
+PIXNORM_INLINE Plane<acc_t<T>> plane(const T* tensor, const Shape& s, int64_t scale, int64_t n, int64_t block) {
+  return plane_of(tensor, s.channels_last, s.c, s.pixels() * scale * scale, n, block);
+}
+
+// ---- forward ----
+
+template <class Acc, int U>
+class ForwardBlock {
+ public:
+  using A = Acc;
+  static int64_t scratch(int64_t w) {
+    return Ring<A>::size(w, 1) + 2 * band_rows(w) * w + band_rows(w * U) * w * U;
+  }
+
+  ForwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile,
+               const Plane<A>& x, const Plane<A>& p, const Plane<A>& y)
+      : s_(s),
+        params_(params),
+        mask_(arena, s.h, s.w),
+        x_(x, s.w, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
+        p_(p, s.w, tile.h1 < s.h ? tile.h1 + 1 : s.h,
+           arena.pixels(band_rows(s.w) * s.w)),
+        y_(y, s.w * U, tile.h0 * U, tile.h1 * U,
+           arena.pixels(band_rows(s.w * U) * s.w * U)) {
+    make_mask(tile.h0 - 1);
+    make_mask(tile.h0);
+  }
+
+  void step(int64_t h) {
+    make_mask(h + 1);
+    const A* const mask[3] = {mask_.row(h - 1), mask_.row(h), mask_.row(h + 1)};
+    const A* x = x_.row(h);
+    for (int a = 0; a < U; ++a) {
+      A* y = y_.row(h * U + a);
+      if (s_.relu) {
+        make_row<true>(h, a, mask, x, y);
+      } else {
+        make_row<false>(h, a, mask, x, y);
+      }
+      y_.done(h * U + a);
+    }
+  }
+
+ private:
+  PIXNORM_INLINE void make_mask(int64_t h) {
+    if (h < 0 || h >= s_.h) return;
+    const A* p = p_.row(h);
+    A* mask = mask_.row(h);
+    for (int c = 0; c < kBlock; c += kLanes<A>) {
+      const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
+      const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
+      for (int64_t w = 0; w < s_.w; ++w) {
+        const Vec<A> normalised = (load(p + w * p_.stride + c) - mean) * rstd;
+        store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
+      }
+    }
+  }
+
+  template <bool kRelu>
+  PIXNORM_INLINE void make_row(int64_t h, int a, const A* const (&mask)[3], const A* x, A* y) {
+    const int row_neighbours = neighbours(h * U + a, s_.h * U);
+    for (int c = 0; c < kBlock; c += kLanes<A>) {
+      const Vec<A> mean = load(params_.mean + c), rstd = load(params_.rstd + c);
+      for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
+        constexpr int n = decltype(pixels)::value;
+        Vec<A> gamma[n * U], beta[n * U];
+        affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
+#pragma GCC unroll 8
+        for (int i = 0; i < n * U; ++i) {
+          const Vec<A> x_hat = (load(x + (w + i / U) * x_.stride + c) - mean) * rstd;
+          const Vec<A> value = gamma[i] * x_hat + beta[i];
+          store(y + (w * U + i) * y_.stride + c, kRelu ? max_keep_nan<A>(value, 0) : value);
+        }
+      });
+    }
+  }
+
+  const Shape& s_;
+  const BlockParams<A>& params_;
+  Ring<A> mask_;
+  RowReader<A> x_, p_;
+  RowWriter<A> y_;
+};
+
+// ---- backward ----
+
+// Row by row: M(h), the mask and p̂; D(h), dβ = dy (under the activation's mask) and dγ = dy x̂, and where kApply the
+// gradient of x̂'s batch norm; Q(h), the gradient dq of the mask's batch norm's output.
+//
+// The gradient of m at a pixel and the gradients of the taps share their operands: with z_k the sum of dγ over the outputs
+// whose tap k lies on this pixel, dm = Σ_k w_k z_k and dw_k = Σ m z_k.
+template <class Acc, int U, bool kApply>
+class BackwardBlock {
+ public:
+  using A = Acc;
+  static int64_t scratch(int64_t w) {
+    return Ring<A>::size(w, 1) * 2 + Ring<A>::size(w * U, U) * 2 + w + 4 * band_rows(w) * w + band_rows(w * U) * w * U;
+  }
+
+  BackwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile,
+                const Plane<A>& x, const Plane<A>& p, const Plane<A>& dy, const Plane<A>& dx, const Plane<A>& dp, A* sums)
+      : s_(s),
+        params_(params),
+        tile_(tile),
+        mask_(arena, s.h, s.w),
+        projection_(arena, s.h, s.w),
+        d_gamma_(arena, s.h, s.w * U, U),
+        d_beta_(arena, s.h, s.w * U, U),
+        d_mask_(arena.pixels(s.w)),
+        x_(x, s.w, end(1), arena.pixels(band_rows(s.w) * s.w)),
+        p_(p, s.w, end(2), arena.pixels(band_rows(s.w) * s.w)),
+        dy_(dy, s.w * U, end(1) * U, arena.pixels(band_rows(s.w * U) * s.w * U)),
+        dx_(dx, s.w, tile.h0, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
+        dp_(dp, s.w, tile.h0, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
+        sums_(sums) {
+    make_mask(tile.h0 - 2);
+    make_mask(tile.h0 - 1);
+  }
+
+  // To be called for h from h0 - 1 to h1: rows h0 - 1 and h1 lie outside the tile, but under its taps.
+  void step(int64_t h) {
+    make_mask(h + 1);
+    if (h >= 0 && h < s_.h) {
+      if (s_.relu) {
+        make_d<true>(h);
+      } else {
+        make_d<false>(h);
+      }
+    }
+    if (h > tile_.h0) make_q(h - 1);
+  }
+
+ private:
+  int64_t end(int64_t halo) const { return tile_.h1 + halo < s_.h ? tile_.h1 + halo : s_.h; }
+
+  PIXNORM_INLINE void make_mask(int64_t h) {
+    if (h < 0 || h >= s_.h) return;
+    const A* p = p_.row(h);
+    A *mask = mask_.row(h), *projection = projection_.row(h);
+    for (int c = 0; c < kBlock; c += kLanes<A>) {
+      const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
+      const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
+      for (int64_t w = 0; w < s_.w; ++w) {
+        const Vec<A> normalised = (load(p + w * p_.stride + c) - mean) * rstd;
+        store(projection + w * kBlock + c, normalised);
+        store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
+      }
+    }
+  }
+
+  PIXNORM_INLINE void add(int sum, int c, Vec<A> value) {
+    A* to = sums_ + sum * kBlock + c;
+    store(to, load(to) + value);
+  }
+
+  template <bool kRelu>
+  PIXNORM_INLINE void make_d(int64_t h) {
+    const bool own = h >= tile_.h0 && h < tile_.h1;
+    const A* const mask[3] = {mask_.row(h - 1), mask_.row(h), mask_.row(h + 1)};
+    const A* x = x_.row(h);
+    A* dx = kApply && own ? dx_.row(h) : nullptr;
+    for (int a = 0; a < U; ++a) {
+      const A* dy = dy_.row(h * U + a);
+      A *d_gamma = d_gamma_.row(h, a), *d_beta = d_beta_.row(h, a);
+      const int row_neighbours = neighbours(h * U + a, s_.h * U);
+      for (int c = 0; c < kBlock; c += kLanes<A>) {
+        const Vec<A> mean = load(params_.mean + c), rstd = load(params_.rstd + c);
+        const Vec<A> mean_g = load(params_.mean_g + c), mean_gx = load(params_.mean_gx + c);
+        Vec<A> all_gamma{}, all_beta{};
+        for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
+          constexpr int n = decltype(pixels)::value;
+          Vec<A> gamma[n * U], beta[n * U], gradient[n];
+          if constexpr (kApply || kRelu) affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
+#pragma GCC unroll 8
+          for (int i = 0; i < n * U; ++i) {
+            const Vec<A> x_hat = (load(x + (w + i / U) * x_.stride + c) - mean) * rstd;
+            Vec<A> d = load(dy + (w * U + i) * dy_.stride + c);
+            if constexpr (kRelu) d = gamma[i] * x_hat + beta[i] <= A(0) ? Vec<A>{} : d;
+            const Vec<A> dx_hat = d * x_hat;
+            store(d_beta + (w * U + i) * kBlock + c, d);
+            store(d_gamma + (w * U + i) * kBlock + c, dx_hat);
+            if constexpr (kApply) {
+              // Each of the U * U outputs of a pixel adds its part; the first subtracts the means.
+              if (i % U == 0) gradient[i / U] = a == 0 ? -mean_g - x_hat * mean_gx : Vec<A>{};
+              gradient[i / U] += d * gamma[i];
+            } else {
+              all_gamma += dx_hat;
+              all_beta += d;
+            }
+          }
+          if constexpr (kApply) {
+            if (own) {
+#pragma GCC unroll 4
+              for (int i = 0; i < n; ++i) {
+                A* to = dx + (w + i) * dx_.stride + c;
+                store(to, a == 0 ? gradient[i] * rstd : load(to) + gradient[i] * rstd);
+              }
+            }
+          }
+        });
+        if constexpr (!kApply) {
+          if (own) {
+            add_borders(0, c, h * U + a, all_gamma, d_gamma);
+            add_borders(1, c, h * U + a, all_beta, d_beta);
+          }
+        }
+      }
+    }
+    if (kApply && own) dx_.done(h);
+  }
+
+  // `row`: output row h, whose sum is `all`.
+  PIXNORM_INLINE void add_borders(int of, int c, int64_t h, Vec<A> all, const A* row) {
+    const int base = of * spn::kSumsOf;
+    const Vec<A> left = load(row + c), right = load(row + (s_.w * U - 1) * kBlock + c);
+    add(base + spn::kAll, c, all);
+    add(base + spn::kLeft, c, left);
+    add(base + spn::kRight, c, right);
+    if (h == 0) {
+      add(base + spn::kTop, c, all);
+      add(base + spn::kTopLeft, c, left);
+      add(base + spn::kTopRight, c, right);
+    }
+    if (h == s_.h * U - 1) {
+      add(base + spn::kBottom, c, all);
+      add(base + spn::kBottomLeft, c, left);
+      add(base + spn::kBottomRight, c, right);
+    }
+  }
+
+  // The rows of outputs whose tap row ky lies on row h; for U = 2 there are two, to be added.
+  PIXNORM_INLINE static void rows_under(const Ring<A>& ring, int64_t h, int ky, const A* (&rows)[2]) {
+    if constexpr (U == 1) {
+      rows[0] = rows[1] = ring.row(h + 1 - ky);
+    } else {
+      rows[0] = ky == 2 ? ring.row(h - 1, 1) : ring.row(h, ky == 0);
+      rows[1] = ky == 2 ? ring.row(h, 0) : ky == 0 ? ring.row(h + 1, 0) : ring.row(h, 1);
+    }
+  }
+
+  // z_k of pixel w for the three taps of a tap row.
+  PIXNORM_INLINE static void sums_under(const A* const (&rows)[2], int64_t w, int c, Vec<A> (&z)[3]) {
+    if constexpr (U == 1) {
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) z[kx] = load(rows[0] + (w + 1 - kx) * kBlock + c);
+    } else {
+      Vec<A> column[4];  // outputs 2w - 1 .. 2w + 2
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = (2 * w - 1 + i) * kBlock + c;
+        column[i] = load(rows[0] + at) + load(rows[1] + at);
+      }
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) z[kx] = column[2 - kx] + column[3 - kx];
+    }
+  }
+
+  PIXNORM_INLINE void make_q(int64_t h) {
+    const A *mask = mask_.row(h), *projection = projection_.row(h);
+    A* dp = kApply ? dp_.row(h) : nullptr;
+    for (int c = 0; c < kBlock; c += kLanes<A>) {
+      for (int ky = 0; ky < 3; ++ky) {
+        const A *gamma_rows[2], *beta_rows[2];
+        rows_under(d_gamma_, h, ky, gamma_rows);
+        rows_under(d_beta_, h, ky, beta_rows);
+        Vec<A> gamma_tap[3], beta_tap[3], d_gamma_tap[3] = {}, d_beta_tap[3] = {};
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          gamma_tap[kx] = load(params_.tap[0][3 * ky + kx] + c);
+          beta_tap[kx] = load(params_.tap[1][3 * ky + kx] + c);
+        }
+        for (int64_t w = 0; w < s_.w; ++w) {
+          Vec<A> z_gamma[3], z_beta[3];
+          sums_under(gamma_rows, w, c, z_gamma);
+          sums_under(beta_rows, w, c, z_beta);
+          Vec<A> d_mask = ky == 0 ? Vec<A>{} : load(d_mask_ + w * kBlock + c);
+          if constexpr (!kApply) {
+            const Vec<A> m = load(mask + w * kBlock + c);
+#pragma GCC unroll 3
+            for (int kx = 0; kx < 3; ++kx) {
+              d_gamma_tap[kx] += m * z_gamma[kx];
+              d_beta_tap[kx] += m * z_beta[kx];
+            }
+          }
+#pragma GCC unroll 3
+          for (int kx = 0; kx < 3; ++kx) d_mask += gamma_tap[kx] * z_gamma[kx] + beta_tap[kx] * z_beta[kx];
+          store(d_mask_ + w * kBlock + c, d_mask);
+        }
+        if constexpr (!kApply) {
+#pragma GCC unroll 3
+          for (int kx = 0; kx < 3; ++kx) {
+            add(spn::kWithMask + 3 * ky + kx, c, d_gamma_tap[kx]);
+            add(spn::kSumsOf + spn::kWithMask + 3 * ky + kx, c, d_beta_tap[kx]);
+          }
+        }
+      }
+
+      const Vec<A> mean_q = load(params_.mean_q + c), mean_qp = load(params_.mean_qp + c);
+      const Vec<A> scale = load(params_.mask_weight + c) * load(params_.mask_rstd + c);
+      Vec<A> sum_q{}, sum_qp{};
+      for (int64_t w = 0; w < s_.w; ++w) {
+        const Vec<A> m = load(mask + w * kBlock + c), p_hat = load(projection + w * kBlock + c);
+        const Vec<A> dq = load(d_mask_ + w * kBlock + c) * m * (A(1) - m);
+        if constexpr (kApply) {
+          store(dp + w * dp_.stride + c, scale * (dq - mean_q - p_hat * mean_qp));
+        } else {
+          sum_q += dq;
+          sum_qp += dq * p_hat;
+        }
+      }
+      if constexpr (!kApply) {
+        add(spn::kSumQ, c, sum_q);
+        add(spn::kSumQp, c, sum_qp);
+      }
+    }
+    if (kApply) dp_.done(h);
+  }
+
+  const Shape& s_;
+  const BlockParams<A>& params_;
+  const Tile tile_;
+  Ring<A> mask_, projection_, d_gamma_, d_beta_;
+  A* d_mask_;
+  RowReader<A> x_, p_, dy_;
+  RowWriter<A> dx_, dp_;
+  A* sums_;
+};
+
+// ---- entry points: each works on the channel blocks [block0, block1) of a tile, in lockstep, row by row ----
+
+// Bytes of scratch that a channel block takes.
+template <class Block>
+int64_t block_scratch(const Shape& s) {
+  using A = typename Block::A;
+  return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(BlockParams<A>);
+}
+
+template <class Block, class Make>
+PIXNORM_INLINE void run_group(const Shape& s, const Params<typename Block::A>& params, const Tile& tile, int64_t block0,
+                              int64_t block1, int halo, void* scratch, const Make& make) {
+  using A = typename Block::A;
+  const int count = static_cast<int>(block1 - block0);
+  auto* block_params = static_cast<BlockParams<A>*>(scratch);
+  A* memory = reinterpret_cast<A*>(block_params + count);
+  for (int i = 0; i < count; ++i) {
+    const int64_t c0 = (block0 + i) * kBlock;
+    block_params[i].set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
+  }
+  alignas(Block) unsigned char storage[kMaxGroup * sizeof(Block)];
+  Block* blocks = reinterpret_cast<Block*>(storage);
+  for (int64_t n = tile.n0; n < tile.n1; ++n) {
+    for (int i = 0; i < count; ++i) {
+      Arena<A> arena{memory + i * Block::scratch(s.w) * kBlock};
+      make(blocks + i, arena, block_params[i], n, block0 + i);
+    }
+    for (int64_t h = tile.h0 - halo; h < tile.h1 + halo; ++h) {
+      for (int i = 0; i < count; ++i) blocks[i].step(h);
+    }
+  }
+}
+
+template <class T, int U>
+void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
+             void* scratch, const T* x, const T* p, T* y) {
+  using Block = ForwardBlock<acc_t<T>, U>;
+  run_group<Block>(s, params, tile, block0, block1, 0, scratch,
+                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
+                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
+                                    plane(y, s, U, n, block));
+                   });
+}
+
+// Adds to sums [block][kSums][kBlock], of which `sums` is that of block0.
+template <class T, int U>
+void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
+                     void* scratch, const T* x, const T* p, const T* dy, acc_t<T>* sums) {
+  using Block = BackwardBlock<acc_t<T>, U, false>;
+  run_group<Block>(s, params, tile, block0, block1, 1, scratch,
+                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
+                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
+                                    plane(dy, s, U, n, block), {}, {}, sums + (block - block0) * spn::kSums * kBlock);
+                   });
+}
+
+// dx and dp hold images [first_n, ...).
+template <class T, int U>
+void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
+                    void* scratch, const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {
+  using Block = BackwardBlock<acc_t<T>, U, true>;
+  run_group<Block>(s, params, tile, block0, block1, 1, scratch,
+                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
+                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
+                                    plane(dy, s, U, n, block), plane(dx, s, 1, n - first_n, block),
+                                    plane(dp, s, 1, n - first_n, block), nullptr);
+                   });
+}

@@ -1,0 +1,156 @@
+// Vectors of PIXNORM_VECTOR_BYTES bytes through the compiler's vector extensions: arithmetic operators work lane by lane,
+// and a*b+c is fused where the machine can. Included by foreach_isa.h inside a namespace per instruction set.
+
+template <class A>
+constexpr int kLanes = PIXNORM_VECTOR_BYTES / sizeof(A);
+template <class A, int n>
+struct Lanes {
+  typedef A type __attribute__((vector_size(n * sizeof(A))));
+};
+template <class A>
+using Vec = typename Lanes<A, kLanes<A>>::type;
+
+// The integers that hold a float's bits.
+template <class A>
+using bits_t = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
+#define PIXNORM_INLINE inline __attribute__((always_inline))
+
+template <class To, class From>
+PIXNORM_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class A>
+PIXNORM_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+// Any alignment.
+template <class A>
+PIXNORM_INLINE Vec<A> load(const A* from) {
+  Vec<A> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class A>
+PIXNORM_INLINE void store(A* to, Vec<A> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// kLanes<acc_t<T>> elements of storage type T, widened.
+template <class T>
+PIXNORM_INLINE Vec<acc_t<T>> load_as(const T* from) {
+  constexpr int n = kLanes<acc_t<T>>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Narrow = typename Lanes<uint16_t, n>::type;
+    using Wide = typename Lanes<uint32_t, n>::type;
+    Narrow narrow;
+    __builtin_memcpy(&narrow, from, sizeof(narrow));
+    return bit_cast<Vec<float>>(__builtin_convertvector(narrow, Wide) << 16);
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+    return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif PIXNORM_ISA == PIXNORM_ISA_AVX2
+    return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vec<float> v;
+    for (int i = 0; i < n; ++i) v[i] = static_cast<float>(from[i]);
+    return v;
+#endif
+  } else {
+    return load(from);
+  }
+}
+
+// The inverse: rounds to nearest, ties to even; NaN stays NaN.
+template <class T>
+PIXNORM_INLINE void store_as(T* to, Vec<acc_t<T>> v) {
+  constexpr int n = kLanes<acc_t<T>>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Narrow = typename Lanes<uint16_t, n>::type;
+    using Wide = typename Lanes<uint32_t, n>::type;
+    const Wide bits = bit_cast<Wide>(v);
+    const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Wide nan = Wide{} + 0x7fc0;
+    const Narrow narrow = __builtin_convertvector(v == v ? rounded : nan, Narrow);
+    __builtin_memcpy(to, &narrow, sizeof(narrow));
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
+#elif PIXNORM_ISA == PIXNORM_ISA_AVX2
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bit_cast<__m256>(v), 0));
+#else
+    for (int i = 0; i < n; ++i) to[i] = static_cast<Half>(static_cast<float>(v[i]));
+#endif
+  } else {
+    store(to, v);
+  }
+}
+
+// Transposes kLanes vectors in place by exchanging off-diagonal halves, quarters, ...
+template <int kDistance, class V, int... j>
+PIXNORM_INLINE void exchange(V& a, V& b, std::integer_sequence<int, j...>) {
+  constexpr int n = sizeof...(j);
+  const V low = __builtin_shufflevector(a, b, ((j & kDistance) ? n + j - kDistance : j)...);
+  b = __builtin_shufflevector(a, b, ((j & kDistance) ? n + j : j + kDistance)...);
+  a = low;
+}
+
+template <class A, int kDistance = kLanes<A> / 2>
+PIXNORM_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  if constexpr (kDistance > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (!(i & kDistance)) {
+        exchange<kDistance>(rows[i], rows[i + kDistance], std::make_integer_sequence<int, kLanes<A>>{});
+      }
+    }
+    transpose<A, kDistance / 2>(rows);
+  }
+}
+
+template <class A>
+PIXNORM_INLINE Vec<A> min_keep_nan(Vec<A> v, A limit) {
+  return v > limit ? broadcast<A>(limit) : v;
+}
+
+template <class A>
+PIXNORM_INLINE Vec<A> max_keep_nan(Vec<A> v, A limit) {
+  return v < limit ? broadcast<A>(limit) : v;
+}
+
+// e^v for |v| within the exponent range of normal numbers; about 1 ulp. v = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor
+// series of e^r, whose remainder is below half an ulp at these degrees.
+template <class A>
+PIXNORM_INLINE Vec<A> exp(Vec<A> v) {
+  constexpr bool kDouble = sizeof(A) == 8;
+  constexpr int kDegree = kDouble ? 13 : 7;
+  constexpr int kMantissa = kDouble ? 52 : 23;
+  constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 * 2^kMantissa: adding it rounds
+  constexpr A kLn2High = kDouble ? A(0x1.62e42fefa0000p-1) : A(0x1.62e400p-1);
+  constexpr A kLn2Low = kDouble ? A(0x1.cf79abc9e3b3ap-40) : A(0x1.7f7d1cp-20);
+  constexpr A kInverseFactorial[] = {A(1),           A(1),           A(1) / 2,         A(1) / 6,        A(1) / 24,
+                                     A(1) / 120,     A(1) / 720,     A(1) / 5040,      A(1) / 40320,    A(1) / 362880,
+                                     A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800};
+  const Vec<A> shifted = v * A(1.4426950408889634) + kRound;
+  const Vec<A> n = shifted - kRound;
+  const Vec<A> r = (v - n * kLn2High) - n * kLn2Low;
+  Vec<A> sum = broadcast<A>(kInverseFactorial[kDegree]);
+#pragma GCC unroll 16
+  for (int i = kDegree - 1; i >= 0; --i) sum = sum * r + kInverseFactorial[i];
+  constexpr bits_t<A> kBias = kDouble ? 1023 : 127;
+  const auto exponent = bit_cast<Vec<bits_t<A>>>(shifted) - bit_cast<bits_t<A>>(kRound) + kBias;
+  return sum * bit_cast<Vec<A>>(exponent << kMantissa);
+}
+
+// 1 / (1 + e^-v); NaN stays NaN.
+template <class A>
+PIXNORM_INLINE Vec<A> sigmoid(Vec<A> v) {
+  constexpr A kLimit = sizeof(A) == 8 ? A(708) : A(87);
+  return A(1) / (A(1) + exp<A>(min_keep_nan<A>(max_keep_nan<A>(-v, -kLimit), kLimit)));
+}

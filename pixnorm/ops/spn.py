@@ -1,0 +1,300 @@
+r"""SPN, self pixel-wise normalisation ("Image Generation with Self Pixel-wise Normalization", arXiv 2201.10725, eq. 1-4).
+
+    x̂ = (x - μ) / sqrt(σ² + ε)                      μ, σ² per channel over (N, H, W), biased      (eq. 1)
+    m = sigmoid(BN_m(conv1x1(x))),   m* = 1 - m     BN_m with scale mask_weight and shift mask_bias
+    γ = m ⊛ w_γ + m* ⊛ w_γ*                         depthwise k x k, zero "same" padding           (eq. 2)
+    β = m ⊛ w_β + m* ⊛ w_β*                         of m and of m* separately                      (eq. 3)
+    y = γ · x̂ + β                                                                                 (eq. 4)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnorm.ops._dispatch import choose, define_op
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLOAT = (torch.float64, torch.float32, *_HALF)
+
+
+def spn_reference(
+    x: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    mask_running_mean: Tensor | None = None,
+    mask_running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    upsample: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """SPN in plain PyTorch: the specification. Any device, any order of gradient. Arguments as in :func:`spn`."""
+    if upsample == 2:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    channels, k = gamma_weight.shape[0], gamma_weight.shape[-1]
+
+    p = F.conv2d(x, mask_projection.to(x.dtype))
+    q = F.batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
+    m = torch.sigmoid(q)
+    m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
+
+    def depthwise(mask: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(mask, weight.to(mask.dtype), padding=k // 2, groups=channels)
+
+    x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    gamma = depthwise(m, gamma_weight) + depthwise(m_inv, gamma_weight_inv)
+    beta = depthwise(m, beta_weight) + depthwise(m_inv, beta_weight_inv)
+    y = gamma * x_hat + beta
+    return F.relu(y) if activation == "relu" else y
+
+
+# The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use (all or none; none: those of this
+# batch); the forward op returns copies of those that it used, biased, of x and of p = conv1x1(x) at the resolution of x.
+_PARAMETERS = (
+    "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
+    "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv"
+)
+
+
+def _dense_like(x: Tensor, scale: int = 1) -> Tensor:
+    """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
+    n, c, h, w = x.shape
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return x.new_empty((n, c, h * scale, w * scale)).to(memory_format=memory_format)
+
+
+def _statistics_like(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1],), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _spn_fwd_fake(x, *args):
+    upsample = args[-2]
+    return _dense_like(x, upsample), _dense_like(x), *(_statistics_like(x) for _ in range(4))
+
+
+def _spn_bwd_fake(grad_y, x, *args):
+    return _dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
+
+
+spn_fwd = define_op(
+    f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
+    "float eps, int upsample, bool relu) "
+    "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
+    _spn_fwd_fake,
+)
+spn_bwd = define_op(
+    f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
+    "Tensor mask_var, float eps, int upsample, bool relu, bool training) "
+    "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
+    "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
+    _spn_bwd_fake,
+)
+
+
+class SPNFunction(torch.autograd.Function):
+    """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
+
+    Returns (y, mean, var, mask_mean, mask_var); only y is differentiable. A backward that is itself differentiated
+    goes through the reference.
+    """
+
+    @staticmethod
+    def forward(ctx, training, eps, upsample, relu, statistics, *inputs):
+        y, p, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu)
+        ctx.options = training, eps, upsample, relu
+        ctx.save_for_backward(*inputs, p, *used)
+        ctx.mark_non_differentiable(*used)
+        ctx.set_materialize_grads(False)
+        return y, *used
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if grad_y is None:
+            return (None,) * 13
+        training, eps, upsample, relu = ctx.options
+        inputs, (p, *used) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        if torch.is_grad_enabled():
+            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[5:], *ctx.options)
+        else:
+            grads = spn_bwd(grad_y, *inputs, p, *used, eps, upsample, relu, training)
+        return None, None, None, None, None, *grads
+
+
+def _reference_grads(grad_y, inputs, used, needs, training, eps, upsample, relu):
+    """The gradients as differentiable functions of `grad_y` and `inputs`."""
+    # A view each: the same tensor given twice must not receive the sum of both gradients twice.
+    inputs = [t.view_as(t) for t in inputs]
+    statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
+    y = spn_reference(
+        *inputs, *statistics, training=training, eps=eps, upsample=upsample, activation="relu" if relu else None
+    )
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def spn(
+    x: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    mask_running_mean: Tensor | None = None,
+    mask_running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    upsample: int = 1,
+    activation: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Self pixel-wise normalisation (arXiv 2201.10725, eq. 1-4): batch norm whose affine is made, pixel by pixel,
+    from a mask of the features themselves.
+
+    Args:
+        x: (N, C, H, W), floating point, contiguous or channels_last (other strides cost one copy).
+        mask_projection: (Cm, C, 1, 1), the 1x1 convolution before the mask's batch norm; Cm = C, or 1 for one mask
+            shared by all channels.
+        mask_weight, mask_bias: (Cm,), scale and shift of the mask's batch norm.
+        gamma_weight, gamma_weight_inv: (C, 1, k, k), k = 1, 3 or 5, depthwise kernels that turn the mask and the
+            inverted mask into the scale γ.
+        beta_weight, beta_weight_inv: (C, 1, k, k), the same for the shift β.
+        running_mean, running_var: (C,), of x; used if not ``training``, else updated in place as in ``F.batch_norm``.
+        mask_running_mean, mask_running_var: (Cm,), the same of ``conv1x1(x)``.
+        training: normalise with the statistics of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to both variances.
+        upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
+            that is saved for backward stay at the resolution of x.
+        activation: None or ``"relu"``, applied to the result.
+        impl: ``"auto"``, ``"native"`` (compiled; k = 3, Cm = C) or ``"reference"`` (plain PyTorch).
+
+    Returns:
+        (N, C, H * upsample, W * upsample) in x's dtype and layout.
+
+    Parameters have x's dtype, or float32 where x is float16 or bfloat16; statistics are float32 for those (float64 for
+    float64). As with batch norm, autocast changes nothing here: x's dtype decides. Gradients of gradients are right in
+    eager mode (computed by the reference); ``torch.compile`` cannot differentiate twice.
+
+    Raises:
+        ValueError: wrong rank, shape, or value of an option; one value per channel in training.
+        TypeError: x is not floating point, or a dtype does not fit.
+        RuntimeError: tensors on several devices, running statistics missing where they are needed, or an ``impl`` that
+            cannot run here.
+    """
+    inputs = (x, mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
+    _check(inputs, buffers, training, upsample, activation)
+
+    chosen = choose("spn", impl, x.device, _native_refusal(mask_projection, gamma_weight))
+    if chosen == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return spn_reference(
+                *inputs,
+                *buffers,
+                training=training,
+                momentum=momentum,
+                eps=eps,
+                upsample=upsample,
+                activation=activation,
+            )
+
+    relu = activation == "relu"
+    statistics = (None,) * 4 if training else buffers
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        y, *used = SPNFunction.apply(training, eps, upsample, relu, statistics, *inputs)
+    else:
+        y, _, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu)
+    if training and x.numel() > 0:
+        # The running variances are unbiased, and count the pixels that the plain layers would see: the upsampled ones.
+        count = y.numel() // y.shape[1]
+        for running, batch, correction in zip(buffers, used, (1, count / (count - 1)) * 2, strict=True):
+            if running is not None:
+                running.lerp_((batch * correction).to(running.dtype), momentum)
+    return y
+
+
+def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:
+    if gamma_weight.shape[-1] != 3:
+        return f"the native kernel is for kernel size 3, got {gamma_weight.shape[-1]}"
+    if mask_projection.shape[0] != mask_projection.shape[1]:
+        return f"the native kernel wants one mask per channel, got {mask_projection.shape[0]} for all"
+    return None
+
+
+_NAMES = (
+    "x",
+    "mask_projection",
+    "mask_weight",
+    "mask_bias",
+    "gamma_weight",
+    "gamma_weight_inv",
+    "beta_weight",
+    "beta_weight_inv",
+    "running_mean",
+    "running_var",
+    "mask_running_mean",
+    "mask_running_var",
+)
+
+
+def _check(inputs, buffers, training, upsample, activation) -> None:
+    x, mask_projection, gamma_weight = inputs[0], inputs[1], inputs[4]
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    if x.dtype not in _FLOAT:
+        raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
+    if upsample not in (1, 2):
+        raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+
+    channels = x.shape[1]
+    mask_channels = mask_projection.shape[0] if mask_projection.dim() else 0
+    if mask_channels not in (1, channels):
+        raise ValueError(
+            f"mask_projection must have shape ({channels}, {channels}, 1, 1) or (1, {channels}, 1, 1) for input of "
+            f"shape {tuple(x.shape)}, got {tuple(mask_projection.shape)}"
+        )
+    k = gamma_weight.shape[-1] if gamma_weight.dim() else 0
+    if k not in (1, 3, 5):
+        raise ValueError(f"the kernel size must be 1, 3 or 5, got gamma_weight of shape {tuple(gamma_weight.shape)}")
+    of_mask, of_x = (mask_channels,), (channels,)
+    shapes = [x.shape, (mask_channels, channels, 1, 1), of_mask, of_mask, *[(channels, 1, k, k)] * 4]
+    shapes += [of_x, of_x, of_mask, of_mask]
+
+    for index, (name, tensor, shape) in enumerate(zip(_NAMES, inputs + buffers, shapes, strict=True)):
+        is_buffer = index >= len(inputs)
+        if tensor is None and is_buffer:
+            if not training:
+                raise RuntimeError(f"Expected {name} to be defined when training=False")
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} must have shape {tuple(shape)} for input of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise RuntimeError(f"expected all tensors on one device, got x on {x.device} and {name} on {tensor.device}")
+        if not is_buffer and index > 0 and tensor.dtype != inputs[2].dtype:
+            raise TypeError(f"expected parameters of one dtype, got mask_weight {inputs[2].dtype}, {name} {tensor.dtype}")
+    weight_dtype = inputs[2].dtype
+    if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in _HALF):
+        raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")
+    if training and x.numel() * upsample * upsample == channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

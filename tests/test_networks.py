@@ -1,0 +1,200 @@
+"""The paper's generator: its size, its function, and that its three forms are one."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as tF
+from torch import nn
+
+from pixnorm import SPN2d, convert_batchnorm
+from pixnorm.networks import Generator
+from pixnorm.networks.sngan import UpBlock
+
+norms = pytest.mark.parametrize("norm", ["bn", "spn"])
+backends = pytest.mark.parametrize("backend", ["reference", "auto"])
+
+# float64 through three residual blocks: a few thousand roundings of 1e-16, amplified by the normalisations.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def make(norm="spn", **options):
+    torch.manual_seed(0)
+    return Generator(norm=norm, **{"channels": 8, "latent_dim": 16, **options}).double()
+
+
+def latents(n=4, dim=16):
+    return torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("norm", "count"), [("bn", 4_079_363), ("spn", 4_527_875)])
+def test_parameter_count_of_the_paper(norm, count):
+    c, z = 256, 128
+    fc, conv, last = z * 16 * c + 16 * c, 9 * c * c + c, 9 * c * 3 + 3
+    affine = 2 * c  # of a batch norm, or of the one in the mask's branch
+    spn = c * c + 4 * 9 * c if norm == "spn" else 0
+    assert fc + 3 * 2 * (conv + affine + spn) + affine + last == count
+    with torch.device("meta"):
+        generator = Generator(norm=norm)
+    assert sum(p.numel() for p in generator.parameters()) == count
+
+
+def test_state_dict_keys():
+    bn = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    spn = list(SPN2d(8).state_dict())
+    for norm, keys in (("bn", bn), ("spn", spn)):
+        expected = ["fc.weight", "fc.bias"]
+        for block in ("block1", "block2", "block3"):
+            expected += [f"{block}.{layer}.{key}" for layer in ("norm1", "norm2") for key in keys]
+            expected += [f"{block}.{layer}.{key}" for layer in ("conv1", "conv2") for key in ("weight", "bias")]
+        expected += [f"norm.{key}" for key in bn] + ["conv.weight", "conv.bias"]
+        assert sorted(make(norm).state_dict()) == sorted(expected)
+
+
+@norms
+def test_initial_weights(norm):
+    torch.manual_seed(0)
+    generator = Generator(norm=norm)
+    for name, module in generator.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            gain = math.sqrt(2) if name.startswith("block") else 1
+            taps = module.weight[0, 0].numel() if module.weight.dim() == 4 else 1
+            limit = gain * math.sqrt(6 / (taps * sum(module.weight.shape[:2])))
+            assert 0.99 * limit < module.weight.abs().max() <= limit, name
+            # Uniform, from at least 6912 draws: the deviation is good to 1 %; allow five times that.
+            torch.testing.assert_close(module.weight.std().item(), limit / math.sqrt(3), rtol=0.05, atol=0)
+            assert (module.bias == 0).all(), name
+
+
+@norms
+def test_images(norm):
+    generator = make(norm)
+    images = generator(latents())
+    assert images.shape == (4, 3, 32, 32) and images.abs().max() < 1 and images.std() > 0.1
+    generator.eval()
+    # In eval one image does not see another.
+    torch.testing.assert_close(generator(latents())[:1], generator(latents()[:1]), **CLOSE)
+    assert generator(latents(0)).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 64}, "resolution must be 32, got 64"),
+        ({"norm": "in"}, "norm must be 'bn' or 'spn', got 'in'"),
+        ({"norm": "spn", "impl": "fast"}, "impl must be one of"),
+    ],
+)
+def test_argument_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Generator(**options)
+
+
+@backends
+@pytest.mark.parametrize("training", [True, False])
+def test_spn_block_by_its_definition(backend, training):
+    """Upsampling comes before the first norm, in the definition from separate layers."""
+    torch.manual_seed(0)
+    block = UpBlock(8, 8, "spn", backend).double().train(training)
+    norm1, norm2 = (SPN2d(8, impl="reference", dtype=torch.float64).train(training) for _ in range(2))
+    norm1.load_state_dict(block.norm1.state_dict())
+    norm2.load_state_dict(block.norm2.state_dict())
+    x = latents(4, 8 * 16).view(4, 8, 4, 4)
+    up = tF.interpolate(x, scale_factor=2, mode="nearest")
+    expected = up + block.conv2(tF.relu(norm2(block.conv1(tF.relu(norm1(up))))))
+    torch.testing.assert_close(block(x), expected, **CLOSE)
+    wrong = up + block.conv2(tF.relu(norm2(block.conv1(tF.interpolate(tF.relu(norm1(x)), scale_factor=2)))))
+    assert (wrong - expected).abs().max() > 1e-3
+
+
+def test_bn_block_by_its_definition():
+    """For batch norm the place of the upsampling makes no difference."""
+    torch.manual_seed(0)
+    block = UpBlock(8, 8, "bn").double()
+    x = latents(4, 8 * 16).view(4, 8, 4, 4)
+    up = tF.interpolate(x, scale_factor=2, mode="nearest")
+    expected = up + block.conv2(tF.relu(block.norm2(block.conv1(tF.relu(block.norm1(up))))))
+    torch.testing.assert_close(block(x), expected, **CLOSE)
+
+
+@norms
+def test_shortcut_convolution_only_where_channels_change(norm):
+    torch.manual_seed(0)
+    block = UpBlock(8, 4, norm).double()
+    assert block.shortcut.weight.shape == (4, 8, 1, 1) and block.norm2.num_features == 4
+    x = latents(4, 8 * 16).view(4, 8, 4, 4)
+    with torch.no_grad():
+        block.shortcut.bias.normal_()
+        block.conv2.weight.zero_()
+    up = tF.interpolate(x, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(block(x), tF.conv2d(up, block.shortcut.weight, block.shortcut.bias), **CLOSE)
+    assert not any(name.startswith("shortcut") for name, _ in UpBlock(8, 8, norm).named_parameters())
+
+
+@norms
+def test_generator_by_its_definition(norm):
+    generator = make(norm)
+    h = tF.linear(latents(), generator.fc.weight, generator.fc.bias).view(4, 8, 4, 4)
+    h = generator.block3(generator.block2(generator.block1(h)))
+    h = tF.relu(tF.batch_norm(h, None, None, generator.norm.weight, generator.norm.bias, training=True))
+    expected = torch.tanh(tF.conv2d(h, generator.conv.weight, generator.conv.bias, padding=1))
+    torch.testing.assert_close(generator(latents()), expected, **CLOSE)
+
+
+@backends
+def test_converted_generator_is_the_same(backend):
+    generator = make("bn")
+    converted = copy.deepcopy(generator)
+    result = convert_batchnorm(converted, noise=0)
+    assert len(result.replaced) == 7 and result.skipped == {}
+    for module in converted.modules():
+        if isinstance(module, SPN2d):
+            module.impl = backend
+    for _ in range(2):
+        torch.testing.assert_close(converted(latents()), generator(latents()), **CLOSE)
+    torch.testing.assert_close(converted.eval()(latents()), generator.eval()(latents()), **CLOSE)
+
+
+def test_forms_agree():
+    """Reference and fused, from one state dict: outputs, gradients and running statistics."""
+    reference, fused = make(impl="reference"), make(impl="auto")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    fused.load_state_dict(reference.state_dict())
+    images, expected = fused(latents()), reference(latents())
+    torch.testing.assert_close(images, expected, **CLOSE)
+    images.square().sum().backward()
+    expected.square().sum().backward()
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, **CLOSE)
+    for name, buffer in fused.named_buffers():
+        torch.testing.assert_close(buffer, reference.get_buffer(name), **CLOSE)
+
+
+@norms
+def test_gradients_reach_every_parameter(norm):
+    generator = make(norm)
+    generator(latents()).sin().sum().backward()
+    for name, parameter in generator.named_parameters():
+        largest = parameter.grad.abs().max()
+        if name.startswith("block") and name.endswith("bias") and ".conv" in name:
+            assert largest < 1e-9, name  # every path ends in a norm, which takes a constant away
+        else:
+            assert largest > 1e-6, name
+
+
+@norms
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last(norm, training):
+    plain = make(norm).train(training)
+    generator = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    layouts = {}
+    for name in ("block1", "block2", "block3"):
+        block = generator.get_submodule(name)
+        block.register_forward_hook(lambda module, args, output, name=name: layouts.update({name: output}))
+    images = generator(latents())
+    torch.testing.assert_close(images, plain(latents()), **CLOSE)
+    assert all(h.is_contiguous(memory_format=torch.channels_last) for h in layouts.values()) and len(layouts) == 3
+    images.square().sum().backward()

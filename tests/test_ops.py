@@ -1,0 +1,508 @@
+"""Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, assert_close_as_eager, evaluate, in_double
+
+HALF = (torch.bfloat16, torch.float16)
+# dtype of x, dtype of the parameters
+DTYPES = [(t, t) for t in (torch.float64, torch.float32, *HALF)] + [(t, torch.float32) for t in HALF]
+
+
+def name_of(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value)
+
+
+@functools.lru_cache(maxsize=16)
+def yardsticks(spec, case, dtype, parameter_dtype, layout):
+    """Plain PyTorch in this dtype, and in float64 from the same inputs."""
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
+    eager = evaluate(spec, spec.reference, tensors, case.options)
+    return eager, evaluate(spec, spec.reference, in_double(tensors), case.options, grad_dtype=dtype)
+
+
+def check_against_eager(spec, impl, case, dtype=torch.float32, parameter_dtype=None, layout="contiguous"):
+    """Output, gradients and buffers are as close to float64 as those of plain PyTorch."""
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
+    actual = evaluate(spec, spec.call(impl), tensors, case.options)
+    assert actual.y.dtype == dtype
+    # The layout changes no value, but for `expanded`; plain PyTorch is quickest in NCHW.
+    layout = layout if layout == "expanded" else "contiguous"
+    eager, exact = yardsticks(spec, case, dtype, parameter_dtype, layout)
+    for (name, a), (_, b), (_, c) in zip(actual.named(), eager.named(), exact.named(), strict=True):
+        assert_close_as_eager(a, b, c, dtype=dtype, name=name)
+
+
+def assert_same_bits(first, second, skip=()):
+    for (name, a), (_, b) in zip(first.named(), second.named(), strict=True):
+        if name not in skip:
+            assert torch.equal(a, b), f"{name} differs by {(a.double() - b.double()).abs().max().item():.3g}"
+
+
+def layout_of(tensor):
+    """The strides that say something: a dimension of size 1 has none."""
+    return [(dim, stride) for dim, stride in enumerate(tensor.stride()) if tensor.shape[dim] > 1]
+
+
+# --- values
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
+def test_forward_and_gradients(spec, case, kernel, dtype, parameter_dtype, layout):
+    check_against_eager(spec, kernel, case, dtype, parameter_dtype, layout)
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_every_remainder(spec, kernel, layout, upsample):
+    """Each size modulo each vector width: columns in NCHW, channels in channels_last."""
+    for size in range(1, 36):
+        shape = (2, 2, 3, size) if layout == "contiguous" else (2, size, 2, 3)
+        check_against_eager(spec, kernel, Case(shape, "sweep", {"upsample": upsample}), layout=layout)
+
+
+def test_the_specification_is_reachable(spec, impl):
+    """The public function gives each impl all arguments: in float64 there is nothing left to tolerate."""
+    for case in spec.cases:
+        tensors = spec.inputs(case, torch.float64)
+        actual, exact = (evaluate(spec, f, tensors, case.options) for f in (spec.call(impl), spec.reference))
+        for (name, a), (_, b) in zip(actual.named(), exact.named(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(spec, kernel, layout, dtype):
+    for shape in [(2, 3, 5, 7), (3, 16, 4, 8)]:
+        for options in [{}, {"upsample": 2, "activation": "relu"}]:
+            check_against_eager(spec, kernel, Case(shape, "strides", options), dtype, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_are_not_modified(spec, impl, layout):
+    for options in [{}, {"training": False, "upsample": 2, "activation": "relu"}]:
+        tensors = spec.inputs(Case((2, 3, 4, 5), "", options), layout=layout)
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        evaluate(spec, spec.call(impl), tensors, options)
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_strides(spec, kernel, layout, upsample):
+    """channels_last in, channels_last out; everything else, contiguous. So for the gradient of x."""
+    for shape in [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1)]:
+        tensors = spec.inputs(Case(shape, "strides"), layout=layout)
+        x = tensors["x"]
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        result = evaluate(spec, spec.call(kernel), tensors, {"upsample": upsample})
+        for tensor in (result.y, result.grads["x"]):
+            expected = LAYOUTS["channels_last" if channels_last else "contiguous"](tensor)
+            assert tensor.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_reference_keeps_the_layout(spec, layout):
+    tensors = spec.inputs(Case((2, 3, 4, 5), "strides"), layout=layout)
+    assert layout_of(spec.reference(**tensors)) == layout_of(tensors["x"])
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_other_strides_are_the_same_call(spec, kernel, layout):
+    """An input of any strides is made contiguous first: the same bits as for its contiguous copy."""
+    for name in ("sliced", "padded_rows", "padded_pixels", "transposed", "expanded"):
+        tensors = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=name)
+        dense = tensors | {"x": tensors["x"].contiguous()}
+        assert_same_bits(*(evaluate(spec, spec.call(kernel), t, {}) for t in (tensors, dense)))
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_layout_of_the_incoming_gradient(spec, kernel, layout, upsample):
+    """Whatever its strides, only the values of the gradient count; .sum() gives one of stride 0."""
+    tensors = spec.inputs(Case((2, 16, 4, 6), "strides"), layout=layout)
+    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
+    y = spec.function(**leaves, upsample=upsample, impl=kernel)
+
+    def grads(grad_y):
+        return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
+
+    ones = grads(torch.ones_like(y))
+    for grad, expected in zip(grads(y.new_ones(()).expand_as(y)), ones, strict=True):
+        assert torch.equal(grad, expected)
+    grad_y = torch.randn_like(y)
+    expected = grads(grad_y)
+    for name in LAYOUTS.keys() - {"expanded"}:
+        for grad, other in zip(grads(LAYOUTS[name](grad_y)), expected, strict=True):
+            assert torch.equal(grad, other), name
+
+
+def test_layout_of_the_parameters(spec, kernel):
+    """Weights of a model in channels_last, and slices of larger tensors, are the same weights."""
+
+    def strided(tensor):
+        if tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+
+    for options in [{}, {"training": False}]:
+        tensors = spec.inputs(Case((2, 5, 4, 6), "strides"))
+        other = {name: tensor if name == "x" else strided(tensor) for name, tensor in tensors.items()}
+        assert_same_bits(*(evaluate(spec, spec.call(kernel), t, options) for t in (tensors, other)))
+
+
+# --- autograd
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("upsample, activation", [(1, None), (2, None), (1, "relu"), (2, "relu")])
+def test_gradcheck(spec, impl, upsample, activation, training):
+    """Numerical derivatives of the kernel's forward, in float64, against its backward, and its double backward."""
+    options = {"upsample": upsample, "activation": activation, "training": training}
+    case = Case((2, 2, 3, 2), "small enough for finite differences", options)
+    for seed in range(100):
+        tensors = spec.inputs(case, torch.float64, layout=DENSE_LAYOUTS[seed % 2], seed=seed)
+        without = spec.reference(**tensors, **(options | {"activation": None}))
+        if without.abs().min() > 1e-3:  # no ReLU within reach of a finite difference
+            break
+    else:
+        pytest.fail("every seed has an output next to the kink")
+    leaves = [tensors[name].requires_grad_() for name in spec.differentiable]
+    buffers = {name: tensors[name] for name in spec.buffers}
+
+    def function(*leaves):
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return spec.function(*leaves, **copies, **options, impl=impl)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
+def test_double_backward_sees_the_same_gradients(spec, kernel, dtype, parameter_dtype, training):
+    """Gradients that are themselves differentiated (by another code path) equal those that are not."""
+    case = Case((3, 4, 5, 6), "", {"training": training, "upsample": 2, "activation": "relu"})
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
+    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
+    y = spec.function(**tensors, **case.options, impl=kernel)
+    grad_y = torch.randn_like(y)
+    plain, differentiable = (
+        torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True, create_graph=create)
+        for create in (False, True)
+    )
+    tolerance = 100 * torch.finfo(dtype).eps
+    for name, a, b in zip(leaves, plain, differentiable, strict=True):
+        assert a.dtype == b.dtype and b.requires_grad, name
+        assert (a - b).abs().max() <= tolerance * a.abs().max(), name
+
+
+def test_any_subset_of_the_inputs_may_need_a_gradient(spec, impl):
+    tensors = spec.inputs(Case((2, 3, 4, 5), ""), torch.float64)
+    expected = evaluate(spec, spec.call(impl), tensors, {}, torch.float32).grads
+    grad_y = torch.randn_like(tensors["x"])
+    grad_y = torch.randn((2, 3, 4, 5), generator=torch.Generator().manual_seed(1), dtype=torch.float64).float().double()
+    for create_graph in (False, True):
+        for name in spec.differentiable:
+            leaf = tensors[name].detach().requires_grad_()
+            y = spec.function(**(tensors | {name: leaf}), impl=impl)
+            (grad,) = torch.autograd.grad(y, leaf, grad_y, create_graph=create_graph)
+            torch.testing.assert_close(grad, expected[name])
+
+
+def test_one_tensor_in_two_places(spec, impl):
+    """A tensor given as two arguments receives the sum of their gradients, once."""
+    tensors = spec.inputs(Case((2, 3, 4, 5), ""), torch.float64)
+    first, second = spec.differentiable[-2:]
+    tensors[second] = tensors[first]
+    expected = evaluate(spec, spec.call("reference"), tensors, {}).grads
+    shared = tensors[first].detach().requires_grad_()
+    grad_y = torch.randn((2, 3, 4, 5), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for create_graph in (False, True):
+        y = spec.function(**(tensors | {first: shared, second: shared}), impl=impl)
+        (grad,) = torch.autograd.grad(y, shared, grad_y, create_graph=create_graph)
+        torch.testing.assert_close(grad, expected[first] + expected[second])
+
+
+def test_no_grad_is_the_same_forward(spec, kernel):
+    tensors = spec.inputs(Case((3, 5, 6, 7), ""))
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    with_grad = spec.function(**leaves, impl=kernel)
+    with torch.no_grad():
+        without = spec.function(**leaves, impl=kernel)
+    assert with_grad.requires_grad and not without.requires_grad
+    assert torch.equal(with_grad, without)
+
+
+# --- the compiler, and what wraps a call
+
+
+def kernel_arguments(spec):
+    for layout in DENSE_LAYOUTS:
+        for options in [{}, {"upsample": 2, "activation": "relu"}, {"training": False}]:
+            case = Case((2, 3, 4, 5), "", options)
+            yield from spec.kernel_calls(spec.inputs(case, layout=layout), options)
+    # The one dtype that differs between outputs is that of the statistics.
+    case = Case((2, 3, 4, 5), "", {"upsample": 2})
+    yield from spec.kernel_calls(
+        spec.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="sliced"), case.options
+    )
+    yield from spec.kernel_calls(spec.inputs(Case((0, 3, 4, 5), "")), {})
+
+
+def test_opcheck(spec, kernel):
+    """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
+    for op, args in kernel_arguments(spec):
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(spec, impl, backend):
+    """One graph, forward and backward, buffers updated, for several shapes without a graph each."""
+    torch.compiler.reset()
+    options = {"upsample": 2, "activation": "relu"}
+    compiled = torch.compile(spec.call(impl), fullgraph=True, backend=backend, dynamic=True)
+    for shape in [(2, 3, 4, 5), (3, 3, 6, 7)] if backend == "aot_eager" else [(2, 3, 4, 5)]:
+        for layout in DENSE_LAYOUTS:
+            tensors = spec.inputs(Case(shape, "", options), layout=layout)
+            result, expected = (evaluate(spec, f, tensors, options) for f in (compiled, spec.call(impl)))
+            for (name, a), (_, b) in zip(result.named(), expected.named(), strict=True):
+                torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+            assert layout_of(result.y) == layout_of(expected.y)
+
+
+class Wrapped(nn.Module):
+    """The op as a module would call it."""
+
+    def __init__(self, spec, tensors, options, impl):
+        super().__init__()
+        self.function, self.options = spec.call(impl), options
+        for name, tensor in tensors.items():
+            if name != "x":
+                self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return self.function(x, **dict(self.named_buffers()), **self.options)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_export(spec, impl, layout, upsample):
+    options = {"training": False, "upsample": upsample, "activation": "relu"}
+    tensors = spec.inputs(Case((2, 3, 4, 5), "", options), layout=layout)
+    module = Wrapped(spec, tensors, options, impl).eval()
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(module, (tensors["x"],), dynamic_shapes=({0: batch},))
+    if impl == "native":
+        assert f"pixnorm.{spec.name}_fwd" in exported.graph_module.code
+    for n in (2, 5):
+        x = LAYOUTS[layout](torch.randn(n, 3, 4, 5))
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_autocast(spec, impl, dtype):
+    """After a convolution that autocast runs in half precision, float32 parameters: half output, as of batch norm."""
+    tensors = spec.inputs(Case((2, 4, 5, 6), ""))
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable[1:]}
+    with torch.autocast("cpu", dtype=dtype):
+        x = conv(torch.randn(2, 3, 5, 6))
+        assert x.dtype == dtype
+        y = spec.function(x, **leaves, impl=impl)
+    y.float().square().mean().backward()
+    assert y.dtype == dtype
+    assert all(leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all() for leaf in leaves.values())
+    assert conv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
+def test_autocast_changes_nothing_inside(spec, impl, dtype, parameter_dtype):
+    """The dtype of x decides, as for batch norm: not even the GEMMs inside follow autocast, forward or backward."""
+    case = Case((2, 4, 5, 6), "")
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
+    plain = evaluate(spec, spec.call(impl), tensors, {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(evaluate(spec, spec.call(impl), tensors, {}), plain)
+
+
+def test_autocast_changes_nothing_in_double_backward(spec, impl):
+    tensors = spec.inputs(Case((2, 4, 5, 6), ""))
+    leaves = [tensors[name].requires_grad_() for name in spec.differentiable]
+
+    def penalty():
+        y = spec.function(*leaves, impl=impl)
+        (grad_x,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(grad_x.square().sum(), leaves)
+
+    plain = penalty()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = penalty()
+    for a, b in zip(under_autocast, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- the same bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 64, 16, 16), (16, 33, 4, 4), (1, 3, 150, 131)], ids=str)
+def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype):
+    for options in [{}, {"upsample": 2, "activation": "relu"}]:
+        tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
+        first = evaluate(spec, spec.call(kernel), tensors, options)
+        for _ in range(3):
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            assert_same_bits(evaluate(spec, spec.call(kernel), copies, options), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 150, 131), (3, 5, 33, 40)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(spec, kernel, shape, layout, dtype, threads):
+    """Outside the library's GEMMs. A permutation as projection makes those exact, in whatever order they sum.
+
+    Only dW = dp x^T stays a true sum; it is left out.
+    """
+    for options in [{}, {"upsample": 2, "activation": "relu"}]:
+        tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
+        permutation = torch.eye(shape[1], dtype=dtype).roll(1, 0)
+        tensors["mask_projection"] = permutation.view_as(tensors["mask_projection"])
+        threads(1)
+        one = evaluate(spec, spec.call(kernel), tensors, options)
+        for number in (2, 3):
+            threads(number)
+            many = evaluate(spec, spec.call(kernel), tensors, options)
+            assert_same_bits(one, many, skip=("grad of mask_projection",))
+
+
+# --- special inputs
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_empty_batch(spec, impl, layout, training, upsample):
+    """Empty output, gradients of zero, buffers as they were."""
+    options = {"training": training, "upsample": upsample}
+    tensors = spec.inputs(Case((0, 3, 5, 7), "", options), layout=layout)
+    result = evaluate(spec, spec.call(impl), tensors, options)
+    assert result.y.shape == (0, 3, 5 * upsample, 7 * upsample)
+    assert all(grad.shape == tensors[name].shape and not grad.any() for name, grad in result.grads.items())
+    assert all(torch.equal(buffer, tensors[name]) for name, buffer in result.buffers.items())
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=name_of)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_a_number_in_not_a_number_out(spec, impl, value, dtype, layout):
+    """One bad pixel spoils its channel in training (and, through the mask, all others), and nothing crashes."""
+    for options in [{}, {"upsample": 2, "activation": "relu"}]:
+        tensors = spec.inputs(Case((2, 17, 5, 9), "", options), dtype, layout=layout)
+        tensors["x"][1, 2, 3, 4] = value
+        result = evaluate(spec, spec.call(impl), tensors, options)
+        assert result.y[:, 2].isnan().all()
+        assert result.grads["x"][:, 2].isnan().all()
+
+
+def test_not_a_number_stays_where_it_is_in_inference(spec, impl):
+    """With given statistics only the pixels in reach of the bad one are spoilt; ReLU does not hide it."""
+    tensors = spec.inputs(Case((2, 3, 7, 20), ""))
+    tensors["x"][1, 1, 3, 9] = torch.nan
+    y = spec.function(**tensors, training=False, activation="relu", impl=impl)
+    spoilt = torch.zeros_like(y, dtype=torch.bool)
+    spoilt[1, :, 2:5, 8:11] = True  # the mask, hence the 3x3 stencil, of every channel sees it
+    assert torch.equal(y.isnan(), spoilt)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_saved_for_backward(spec, kernel, upsample, dtype, parameter_dtype, layout):
+    case = Case((4, 8, 16, 16), "", {"upsample": upsample, "activation": "relu"})
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        spec.function(**leaves, **case.options, impl=kernel)
+    assert sum(saved.values()) == spec.saved_bytes(case, dtype)
+
+
+def peak_bytes(function):
+    """The most memory that PyTorch's CPU allocator held at once during a call, beyond what it held before."""
+    function()  # the first call may fill caches
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    del result
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_no_hidden_copy(spec, kernel, upsample, layout, dtype):
+    """Forward allocates y and p; backward the gradient of x and that of p; beside them only what is small."""
+    case = Case((8, 16, 32, 32), "", {"upsample": upsample, "activation": "relu"})
+    tensors = spec.inputs(case, dtype, layout=layout)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    one = tensors["x"].nbytes
+    small = one // 4
+    assert peak_bytes(lambda: spec.function(**leaves, **case.options, impl=kernel)) <= (upsample**2 + 1) * one + small
+
+    y = spec.function(**leaves, **case.options, impl=kernel)
+    grad_y = torch.randn_like(y)
+    backward = peak_bytes(lambda: torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True))
+    assert backward <= 2 * one + small
+
+
+# --- vector code for other machines
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_cpu_capability(capability):
+    """The core checks again with the vector code that other machines would run."""
+    script = (
+        "import torch, sys; has = torch.cpu._is_avx512_supported() if sys.argv[1] == 'avx512' else "
+        "sys.argv[1] == 'baseline' or torch.cpu._is_avx2_supported(); sys.exit(0 if has else 77)"
+    )
+    if subprocess.run([sys.executable, "-c", script, capability]).returncode == 77:
+        pytest.skip(f"this machine has no {capability}")
+    environment = os.environ | {"PIXNORM_CPU_CAPABILITY": capability}
+    probe = [sys.executable, "-c", "import pixnorm._C; print(pixnorm._C.cpu_capability())"]
+    assert subprocess.run(probe, env=environment, capture_output=True, text=True).stdout.strip() == capability
+    core = "test_forward_and_gradients or test_every_remainder or test_layouts"
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", core]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
