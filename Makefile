@@ -15,6 +15,7 @@ endif
 BUILT := build/$(subst /,-,$(PY)).built
 
 .PHONY: help build test bench lint format clean
+.PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # with no extension there, the stamp is wrong
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

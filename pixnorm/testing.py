@@ -4,7 +4,9 @@ A new op is one more :class:`OpSpec` in ``SPECS``; a new backend is one more nam
 check of ``tests/test_ops.py`` and every row of the benchmarks is made from these.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,46 +19,59 @@ from pixnorm.ops.spn import spn_bwd, spn_fwd, spn_reference
 
 # --- how close is close
 
-# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64. Plain PyTorch is
-# exact now and then (a power of two, a short sum), so an error below so many units in the last place of the largest
-# value always passes: in half precision the final rounding, in float32 a few on the way. float64 is its own yardstick,
-# with an error like that of the op under test: there the floor is all, and leaves room for |mean| = 1000 std.
+# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below so
+# many units in the last place of the largest value always passes: in half precision the final rounding, in float32 a few
+# roundings on the way. float64 is its own yardstick, and has only the error that it shows between two layouts.
 FACTOR = 2.0
-TOLERANCES = {torch.float64: 2.0**16, torch.float32: 8.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+TOLERANCES = {torch.float64: 256.0, torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
-def assert_close_as_eager(
-    actual: Tensor,
-    eager: Tensor,
-    exact: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    factor: float = FACTOR,
-    name: str = "result",
-) -> None:
-    """Assert that ``actual`` is about as close to ``exact`` as plain PyTorch in the same dtype is.
+def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:
+    """The error of ``actual`` as a multiple of what is allowed: 1 or less is as close as plain PyTorch.
 
-    Errors are the largest absolute ones over the tensor. A NaN in ``actual`` fails.
+    Errors are the largest absolute ones over the tensor; NaN in ``actual`` counts as infinite.
 
     Args:
         actual: the result under test.
-        eager: the same in plain PyTorch, from the same inputs in the same dtype.
+        eager: the same in plain PyTorch, from the same inputs in the same dtype, maybe in several layouts; the worst counts.
         exact: the same in float64, from the same (already rounded) inputs.
-        dtype: that of the activations, in whose units ``TOLERANCES`` is (None: that of ``actual``).
-        factor: allowed ratio of the two errors.
-        name: what to call the tensor in the message.
+        dtype: that of the activations, in whose units ``TOLERANCES`` is.
     """
-    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, plain PyTorch gives {eager.dtype}"
-    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
-        return
-    dtype = dtype or actual.dtype
-    error, eager_error = ((t.double() - exact).abs().max().item() for t in (actual, eager))
+        return 0.0
+    error, *eager_errors = ((t.double() - exact).abs().max().item() for t in (actual, *eager))
     floor = TOLERANCES[dtype] * torch.finfo(dtype).eps * exact.abs().max().item()
-    assert error <= max(factor * eager_error, floor), (
-        f"{name} {actual.dtype} {tuple(actual.shape)}: error {error:.3g}, "
-        f"plain PyTorch {eager_error:.3g} (x{factor:g} allowed), floor {floor:.3g}"
-    )
+    allowed = max(FACTOR * max(eager_errors), floor)
+    if error <= allowed:
+        return error / allowed if allowed else 0.0
+    return error / allowed if allowed and math.isfinite(error) else math.inf
+
+
+def assert_close_as_eager(
+    draw: Callable[[int], Iterable[tuple[str, Tensor, Sequence[Tensor], Tensor]]], dtype: torch.dtype
+) -> None:
+    """Assert that results are about as close to float64 as those of plain PyTorch in the same dtype.
+
+    Rounding errors of a tensor of one number, or three, differ by more than ``FACTOR`` now and then by luck. So where the
+    first draw is too far off, the median over several decides. What is wrong is wrong in all of them, and by far.
+
+    Args:
+        draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
+        dtype: that of the activations.
+    """
+    seen: dict[str, list[float]] = {}
+    for seed in range(9):
+        for name, actual, eager, exact in draw(seed):
+            assert actual.dtype == eager[0].dtype, f"{name}: {actual.dtype}, plain PyTorch gives {eager[0].dtype}"
+            assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+            seen.setdefault(name, []).append(excess(actual, eager, exact, dtype))
+        worst = max(seen, key=lambda name: seen[name][-1])
+        assert seen[worst][-1] <= 10, f"{worst}: the error is {seen[worst][-1]:.3g} times what is allowed"
+        if seed == 0 and seen[worst][0] <= 1:
+            return
+    for name, values in seen.items():
+        median = statistics.median(values)
+        assert median <= 1, f"{name}: the error is {median:.3g} times what is allowed (median of {len(values)} draws)"
 
 
 # --- inputs
@@ -113,7 +128,14 @@ DENSE_LAYOUTS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call: the shape of x, the options, the kind of values, and the code path that it is there for."""
+    """One call, and the code path that it is there for.
+
+    Attributes:
+        shape: that of x.
+        why: the code path.
+        options: keyword arguments of the op.
+        values: which kind of numbers ``make_inputs`` draws.
+    """
 
     shape: tuple[int, ...]
     why: str
@@ -206,24 +228,24 @@ def evaluate(
     function: Callable[..., Tensor],
     tensors: Mapping[str, Tensor],
     options: Mapping[str, Any],
-    grad_dtype: torch.dtype | None = None,
+    grad_y: Tensor | None = None,
 ) -> Result:
     """Run a function forward and backward on copies of the buffers; the other tensors keep their strides.
 
-    The gradient of y is random, in y's layout, the same for the same ``grad_dtype`` (None: that of y): rounded to it
-    before it is given to a y of another dtype.
+    The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
     leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
     buffers = {name: tensors[name].clone() for name in spec.buffers}
     y = function(**leaves, **buffers, **options)
-    grad_y = random(y.shape, torch.Generator().manual_seed(1)).to(grad_dtype or y.dtype)
+    if grad_y is None:
+        grad_y = random(y.shape, torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, list(leaves.values()), torch.empty_like(y).copy_(grad_y))
     return Result(y.detach(), dict(zip(leaves, grads, strict=True)), buffers)
 
 
 def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same (already rounded) values in float64."""
-    return {name: tensor.double() for name, tensor in tensors.items()}
+    """Copies in float64 of the (already rounded) values."""
+    return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -258,7 +280,8 @@ def _spn_inputs(
     x = random(case.shape, generator)
     per_channel = (1, channels, 1, 1)
     if case.values == "offset":
-        x = 1000 + x  # |mean| >> std: sums of squares without a shift lose all digits
+        # Sums of squares without a shift lose all digits; in half precision x itself would, with a larger offset.
+        x = x + (1000 if dtype in (torch.float64, torch.float32) else 20)
     else:
         x = x * (1 + random(per_channel, generator).abs()) + random(per_channel, generator)
     if case.values == "constant":
@@ -271,7 +294,7 @@ def _spn_inputs(
     tensors = {
         "x": x.to(dtype),
         "mask_projection": draw((channels, channels, 1, 1), channels**-0.5),
-        # Saturated: the mask is 0 or 1 nearly everywhere, with very large arguments of the exponential.
+        # Saturated: the mask is 0 or 1 nearly everywhere, and the exponential's argument large either way.
         "mask_weight": draw((channels,), 100.0 if case.values == "saturated" else 1.0),
         "mask_bias": draw((channels,)),
     }
@@ -320,7 +343,6 @@ def _spn_cases() -> tuple[Case, ...]:
         (3, 2, 5, 1): "one column: left and right border at once",
         (2, 3, 4, 2): "two columns: both are border, no interior",
         (2, 3, 3, 3): "one interior pixel",
-        (2, 1, 6, 9): "one channel: the shortest dot products, C < any vector",
         (1, 2, 2, 2): "one sample, planes smaller than the stencil",
         (5, 6, 4, 4): "tiny planes: several of them are one piece of work",
         (3, 17, 8, 8): "C = 16 + 1 in channels_last, W a full vector in NCHW",
@@ -336,6 +358,9 @@ def _spn_cases() -> tuple[Case, ...]:
     cases = []
     for shape, why in shapes.items():
         cases += [Case(shape, why), Case(shape, why, {"upsample": 2, "activation": "relu"})]
+
+    # In training the scale of a projection of one channel cancels, and its gradient is nothing but rounding.
+    cases.append(Case((2, 1, 6, 9), "one channel: the shortest dot products", {"training": False}))
 
     # The options, each where it meets a remainder and a full vector in both layouts.
     odd = (2, 17, 7, 10)

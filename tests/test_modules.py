@@ -455,7 +455,7 @@ def test_sync_batchnorm_conversion_leaves_it_alone():
 
 @backends
 def test_two_forwards_with_buffers_rewritten_in_between(backend):
-    """What DistributedDataParallel does to a discriminator; the gradients are those of the two batches."""
+    """What DistributedDataParallel does before a discriminator's second batch; with gloo autograd does not notice."""
     layer, plain = make(impl=backend), make(impl=backend)
     first = layer(batch(seed=1))
     with torch.no_grad():

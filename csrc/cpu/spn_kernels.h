@@ -1,8 +1,8 @@
 // The vector code of SPN: lanes are channels, in both layouts. A block of kBlock channels of an image slides down its rows
 // with three rows of the mask (and in backward of dγ and dβ) in a scratch ring [pixel][channel] that stays in L1 or L2, so
-// that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones. float32 in
-// channels_last is read and written where it lies; all else passes through a band of rows, transposed or widened on the
-// way.
+// that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones. Activations pass
+// through bands of rows of the same form, transposed and widened on the way; working on channels_last where it lies is
+// slower, since its pixels are a power of two apart and crowd into a few sets of L1.
 //
 // With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ*
 // that fall inside the image: one of nine values per channel. `1 - m` never exists.
@@ -172,7 +172,7 @@ class ForwardBlock {
       const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
       const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
       for (int64_t w = 0; w < s_.w; ++w) {
-        const Vec<A> normalised = (load(p + w * p_.stride + c) - mean) * rstd;
+        const Vec<A> normalised = (load(p + w * kBlock + c) - mean) * rstd;
         store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
       }
     }
@@ -189,9 +189,9 @@ class ForwardBlock {
         affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
 #pragma GCC unroll 8
         for (int i = 0; i < n * U; ++i) {
-          const Vec<A> x_hat = (load(x + (w + i / U) * x_.stride + c) - mean) * rstd;
+          const Vec<A> x_hat = (load(x + (w + i / U) * kBlock + c) - mean) * rstd;
           const Vec<A> value = gamma[i] * x_hat + beta[i];
-          store(y + (w * U + i) * y_.stride + c, kRelu ? max_keep_nan<A>(value, 0) : value);
+          store(y + (w * U + i) * kBlock + c, kRelu ? max_keep_nan<A>(value, 0) : value);
         }
       });
     }
@@ -263,7 +263,7 @@ class BackwardBlock {
       const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
       const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
       for (int64_t w = 0; w < s_.w; ++w) {
-        const Vec<A> normalised = (load(p + w * p_.stride + c) - mean) * rstd;
+        const Vec<A> normalised = (load(p + w * kBlock + c) - mean) * rstd;
         store(projection + w * kBlock + c, normalised);
         store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
       }
@@ -295,8 +295,8 @@ class BackwardBlock {
           if constexpr (kApply || kRelu) affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
 #pragma GCC unroll 8
           for (int i = 0; i < n * U; ++i) {
-            const Vec<A> x_hat = (load(x + (w + i / U) * x_.stride + c) - mean) * rstd;
-            Vec<A> d = load(dy + (w * U + i) * dy_.stride + c);
+            const Vec<A> x_hat = (load(x + (w + i / U) * kBlock + c) - mean) * rstd;
+            Vec<A> d = load(dy + (w * U + i) * kBlock + c);
             if constexpr (kRelu) d = gamma[i] * x_hat + beta[i] <= A(0) ? Vec<A>{} : d;
             const Vec<A> dx_hat = d * x_hat;
             store(d_beta + (w * U + i) * kBlock + c, d);
@@ -314,7 +314,7 @@ class BackwardBlock {
             if (own) {
 #pragma GCC unroll 4
               for (int i = 0; i < n; ++i) {
-                A* to = dx + (w + i) * dx_.stride + c;
+                A* to = dx + (w + i) * kBlock + c;
                 store(to, a == 0 ? gradient[i] * rstd : load(to) + gradient[i] * rstd);
               }
             }
@@ -424,7 +424,7 @@ class BackwardBlock {
         const Vec<A> m = load(mask + w * kBlock + c), p_hat = load(projection + w * kBlock + c);
         const Vec<A> dq = load(d_mask_ + w * kBlock + c) * m * (A(1) - m);
         if constexpr (kApply) {
-          store(dp + w * dp_.stride + c, scale * (dq - mean_q - p_hat * mean_qp));
+          store(dp + w * kBlock + c, scale * (dq - mean_q - p_hat * mean_qp));
         } else {
           sum_q += dq;
           sum_qp += dq * p_hat;

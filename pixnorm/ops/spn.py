@@ -204,16 +204,23 @@ def spn(
 
     chosen = choose("spn", impl, x.device, _native_refusal(mask_projection, gamma_weight))
     if chosen == "reference":
+        # F.batch_norm saves the running buffers for backward, and they may be rewritten before it (DDP broadcasts them).
+        copies = [b if b is None else b.clone() for b in buffers]
         with torch.autocast(x.device.type, enabled=False):
-            return spn_reference(
+            y = spn_reference(
                 *inputs,
-                *buffers,
+                *copies,
                 training=training,
                 momentum=momentum,
                 eps=eps,
                 upsample=upsample,
                 activation=activation,
             )
+        if training:
+            for buffer, copy in zip(buffers, copies, strict=True):
+                if buffer is not None:
+                    buffer.copy_(copy)
+        return y
 
     relu = activation == "relu"
     statistics = (None,) * 4 if training else buffers
