@@ -9,12 +9,12 @@ struct Plane {
   void* data;
   int64_t pixel_stride, channel_stride;
   int channels;  // <= kBlock
-  int element;   // bytes
   void (*read)(const Plane&, int64_t first, int64_t count, A* to);
   void (*write)(const Plane&, int64_t first, int64_t count, const A* from);
 };
 
-// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels read as zero.
+// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels may read as anything. Fetches the next
+// `count` ahead: a block's pixels lie in many short runs, which the hardware does not foresee.
 template <class T>
 void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc_t<T>* to) {
   using A = acc_t<T>;
@@ -22,28 +22,31 @@ void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc
   const T* from = static_cast<const T*>(plane.data) + first * plane.pixel_stride;
   if (plane.channel_stride == 1 && plane.channels == kBlock) {
     for (int64_t i = 0; i < count; ++i) {
+      const T* pixel = from + i * plane.pixel_stride;
+      __builtin_prefetch(pixel + count * plane.pixel_stride);
 #pragma GCC unroll 8
-      for (int c = 0; c < kBlock; c += n) store(to + i * kBlock + c, load_as<T>(from + i * plane.pixel_stride + c));
+      for (int c = 0; c < kBlock; c += n) store(to + i * kBlock + c, load_as<T>(pixel + c));
     }
     return;
   }
-  for (int c = 0; c < kBlock; c += n) {
-    const int live = plane.channels - c < 0 ? 0 : plane.channels - c < n ? plane.channels - c : n;
-    const T* source = from + c * plane.channel_stride;
+  for (int c = 0; c < plane.channels; c += n) {
+    const int live = plane.channels - c < n ? plane.channels - c : n;
+    const T* runs[n];
+    for (int l = 0; l < n; ++l) runs[l] = from + (c + (l < live ? l : live - 1)) * plane.channel_stride;
     int64_t i = 0;
-    if (plane.pixel_stride == 1) {
-      for (; i + n <= count; i += n) {
-        Vec<A> rows[n];
-        for (int l = 0; l < n; ++l) rows[l] = l < live ? load_as<T>(source + l * plane.channel_stride + i) : Vec<A>{};
-        transpose<A>(rows);
-        for (int l = 0; l < n; ++l) store(to + (i + l) * kBlock + c, rows[l]);
+    for (; plane.pixel_stride == 1 && i + n <= count; i += n) {
+      Vec<A> rows[n];
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) {
+        __builtin_prefetch(runs[l] + i + count);
+        rows[l] = load_as<T>(runs[l] + i);
       }
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) store(to + (i + l) * kBlock + c, rows[l]);
     }
     for (; i < count; ++i) {
-      for (int l = 0; l < n; ++l) {
-        to[i * kBlock + c + l] =
-            l < live ? static_cast<A>(source[i * plane.pixel_stride + l * plane.channel_stride]) : A(0);
-      }
+      for (int l = 0; l < n; ++l) to[i * kBlock + c + l] = static_cast<A>(runs[l][i * plane.pixel_stride]);
     }
   }
 }
@@ -64,14 +67,14 @@ void write_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, co
     const int live = plane.channels - c < n ? plane.channels - c : n;
     T* target = to + c * plane.channel_stride;
     int64_t i = 0;
-    if (plane.pixel_stride == 1) {
-      for (; i + n <= count; i += n) {
-        Vec<A> rows[n];
-        for (int l = 0; l < n; ++l) rows[l] = load(from + (i + l) * kBlock + c);
-        transpose<A>(rows);
-        for (int l = 0; l < n; ++l) {
-          if (l < live) store_as<T>(target + l * plane.channel_stride + i, rows[l]);
-        }
+    for (; plane.pixel_stride == 1 && i + n <= count; i += n) {
+      Vec<A> rows[n];
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) rows[l] = load(from + (i + l) * kBlock + c);
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) {
+        if (l < live) store_as<T>(target + l * plane.channel_stride + i, rows[l]);
       }
     }
     for (; i < count; ++i) {
@@ -90,23 +93,8 @@ PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int
   const int64_t c0 = block * kBlock;
   const int channels = static_cast<int>(total - c0 < kBlock ? total - c0 : kBlock);
   T* image = const_cast<T*>(tensor) + n * total * pixels;
-  if (channels_last) return {image + c0, total, 1, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
-  return {image + c0 * pixels, 1, pixels, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
-}
-
-// A block's pixels lie in many short runs, which the hardware does not foresee: without this, the wait for memory is half of
-// the time.
-template <class A>
-PIXNORM_INLINE void prefetch(const Plane<A>& plane, int64_t first, int64_t count) {
-  constexpr int64_t kLine = 64;
-  const char* from = static_cast<const char*>(plane.data) + first * plane.pixel_stride * plane.element;
-  const bool by_pixel = plane.channel_stride == 1;
-  const int64_t runs = by_pixel ? count : plane.channels;
-  const int64_t stride = (by_pixel ? plane.pixel_stride : plane.channel_stride) * plane.element;
-  const int64_t length = (by_pixel ? plane.channels : count) * plane.element;
-  for (int64_t run = 0; run < runs; ++run) {
-    for (int64_t at = 0; at < length; at += kLine) __builtin_prefetch(from + run * stride + at);
-  }
+  if (channels_last) return {image + c0, total, 1, channels, read_pixels<T>, write_pixels<T>};
+  return {image + c0 * pixels, 1, pixels, channels, read_pixels<T>, write_pixels<T>};
 }
 
 constexpr int64_t kBandPixels = 64;  // what a band holds at least: long enough runs of a channel to stream
@@ -134,8 +122,6 @@ class RowReader {
     if (h < begin_ || h >= stop_) {
       begin_ = h;
       stop_ = h + band_rows(width_) < end_ ? h + band_rows(width_) : end_;
-      const int64_t next = stop_ + band_rows(width_) < end_ ? stop_ + band_rows(width_) : end_;
-      prefetch(plane_, stop_ * width_, (next - stop_) * width_);
       plane_.read(plane_, begin_ * width_, (stop_ - begin_) * width_, band_);
     }
     return band_ + (h - begin_) * width_ * kBlock;

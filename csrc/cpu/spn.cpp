@@ -25,7 +25,6 @@
 namespace pixnorm::spn {
 namespace {
 
-using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,27 +51,12 @@ std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
   return result;
 }
 
-// Channel blocks that walk down the rows of a tile together. In channels_last this makes the runs of memory longer, as far
-// as the scratch stays in L2. In NCHW a channel's rows lie apart anyway.
-int64_t blocks_per_group(const Shape& s, int64_t scratch_per_block, int64_t tile_count) {
-  constexpr int64_t kScratchBytes = 256 << 10;
-  if (!s.channels_last) return 1;
-  const int64_t wanted = ceil_div(tile_count * s.blocks(), 2 * get_num_threads());
-  return std::clamp<int64_t>(std::min(wanted, kScratchBytes / scratch_per_block), 1,
-                             std::min<int64_t>(s.blocks(), kMaxGroup));
-}
-
-// f(tile index, first block, last block, scratch) for every tile and group of channel blocks.
+// f(tile index, block, scratch) for every tile and block of channels.
 template <class F>
-void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_per_block, const F& f) {
-  const int64_t per_group = blocks_per_group(s, scratch_per_block, tiles.size());
-  const int64_t groups = ceil_div(s.blocks(), per_group);
-  parallel_for(0, tiles.size() * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<char> scratch(per_group * scratch_per_block);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i % groups * per_group;
-      f(i / groups, block, std::min(block + per_group, s.blocks()), scratch.data());
-    }
+void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_bytes, const F& f) {
+  parallel_for(0, tiles.size() * s.blocks(), 1, [&](int64_t begin, int64_t end) {
+    const Buffer<char> scratch(scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) f(i / s.blocks(), i % s.blocks(), scratch.data());
   });
 }
 
@@ -297,8 +281,8 @@ void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_st
   const auto kernel = PIXNORM_BY_ISA(forward<T, U>);
   const std::vector<Tile> cut = tiles(s, 0, s.n);
   for_tiles(s, cut, baseline::block_scratch<baseline::ForwardBlock<A, U>>(s),
-            [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
-              kernel(s, params, cut[tile], block0, block1, scratch, x, p, y);
+            [&](int64_t tile, int64_t block, void* scratch) {
+              kernel(s, params, cut[tile], block, scratch, x, p, y);
             });
 }
 
@@ -391,9 +375,9 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
   std::vector<A> sums(cut.size() * sums_per_tile);
   const auto reduce = PIXNORM_BY_ISA(backward_reduce<T, U>);
   for_tiles(s, cut, baseline::block_scratch<baseline::BackwardBlock<A, U, false>>(s),
-            [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
-              A* to = sums.data() + tile * sums_per_tile + block0 * kSums * kBlock;
-              reduce(s, params, cut[tile], block0, block1, scratch, x, p, dy, to);
+            [&](int64_t tile, int64_t block, void* scratch) {
+              A* to = sums.data() + tile * sums_per_tile + block * kSums * kBlock;
+              reduce(s, params, cut[tile], block, scratch, x, p, dy, to);
             });
 
   const double centre = training ? 1.0 / (s.n * s.pixels()) : 0;
@@ -433,8 +417,8 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
     }
     const std::vector<Tile> chunk = tiles(s, n, n + count);
     for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
-              [&](int64_t tile, int64_t block0, int64_t block1, void* scratch) {
-                apply(s, params, chunk[tile], block0, block1, scratch, x, p, dy, dx_chunk, dp.data(), n);
+              [&](int64_t tile, int64_t block, void* scratch) {
+                apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
               });
     add_grad_input<A>(s, count, values.mask_projection.data(), dp.data(), dx_chunk);
     add_grad_weight<A>(s, count, dp.data(), x_chunk, gradients.mask_projection.data(), n == 0 ? 0 : 1);

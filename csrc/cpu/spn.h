@@ -10,7 +10,6 @@ constexpr int kBlock = 16;  // channels that are worked on together, as the lane
 
 namespace spn {
 
-constexpr int kMaxGroup = 8;  // channel blocks that walk down the rows of an image together
 constexpr int kTaps = 9;
 
 struct Shape {

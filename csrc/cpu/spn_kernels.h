@@ -10,7 +10,6 @@
 #include "cpu/moments_kernels.h"
 #include "cpu/rows.h"
 
-using spn::kMaxGroup;
 using spn::kTaps;
 using spn::Params;
 using spn::Shape;
@@ -71,6 +70,36 @@ struct BlockParams {
 // Bit 0: there is a pixel before i; bit 1: there is one after it.
 PIXNORM_INLINE int neighbours(int64_t i, int64_t size) { return (i > 0) | (i < size - 1) << 1; }
 
+// body(n, w) over [0, width): groups of n pixels, then one by one.
+template <int n, class Body>
+PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
+  int64_t w = 0;
+  for (; w + n <= width; w += n) body(std::integral_constant<int, n>{}, w);
+  for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
+}
+
+// A row of m and, where kKeep, of p̂.
+template <bool kKeep, class A>
+PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t width, A* mask, A* p_hat) {
+  for (int c = 0; c < kBlock; c += kLanes<A>) {
+    const Vec<A> mean = load(params.mask_mean + c), rstd = load(params.mask_rstd + c);
+    const Vec<A> weight = load(params.mask_weight + c), bias = load(params.mask_bias + c);
+    for_pixels<4>(width, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
+      constexpr int n = decltype(pixels)::value;
+      Vec<A> m[n];
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        m[i] = (load(p + (w + i) * kBlock + c) - mean) * rstd;
+        if constexpr (kKeep) store(p_hat + (w + i) * kBlock + c, m[i]);
+        m[i] = m[i] * weight + bias;
+      }
+      sigmoid<A, n>(m);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) store(mask + (w + i) * kBlock + c, m[i]);
+    });
+  }
+}
+
 // γ and β of the kPixels * U outputs of output row U h + a that lie on pixels w, w + 1, ... of row h, for lanes c, ...
 // `mask`: rows h - 1, h, h + 1 of m.
 template <int U, int kPixels, class A>
@@ -108,14 +137,6 @@ PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[
       }
     }
   }
-}
-
-// body(n, w) over [0, width): groups of n pixels, then one by one.
-template <int n, class Body>
-PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
-  int64_t w = 0;
-  for (; w + n <= width; w += n) body(std::integral_constant<int, n>{}, w);
-  for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
 }
 
 // Block `block` of image n of a tensor that is `scale` times as high and wide as x.
@@ -165,17 +186,7 @@ class ForwardBlock {
 
  private:
   PIXNORM_INLINE void make_mask(int64_t h) {
-    if (h < 0 || h >= s_.h) return;
-    const A* p = p_.row(h);
-    A* mask = mask_.row(h);
-    for (int c = 0; c < kBlock; c += kLanes<A>) {
-      const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
-      const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
-      for (int64_t w = 0; w < s_.w; ++w) {
-        const Vec<A> normalised = (load(p + w * kBlock + c) - mean) * rstd;
-        store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
-      }
-    }
+    if (h >= 0 && h < s_.h) mask_row<false>(params_, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr));
   }
 
   template <bool kRelu>
@@ -256,18 +267,7 @@ class BackwardBlock {
   int64_t end(int64_t halo) const { return tile_.h1 + halo < s_.h ? tile_.h1 + halo : s_.h; }
 
   PIXNORM_INLINE void make_mask(int64_t h) {
-    if (h < 0 || h >= s_.h) return;
-    const A* p = p_.row(h);
-    A *mask = mask_.row(h), *projection = projection_.row(h);
-    for (int c = 0; c < kBlock; c += kLanes<A>) {
-      const Vec<A> mean = load(params_.mask_mean + c), rstd = load(params_.mask_rstd + c);
-      const Vec<A> weight = load(params_.mask_weight + c), bias = load(params_.mask_bias + c);
-      for (int64_t w = 0; w < s_.w; ++w) {
-        const Vec<A> normalised = (load(p + w * kBlock + c) - mean) * rstd;
-        store(projection + w * kBlock + c, normalised);
-        store(mask + w * kBlock + c, sigmoid<A>(normalised * weight + bias));
-      }
-    }
+    if (h >= 0 && h < s_.h) mask_row<true>(params_, p_.row(h), s_.w, mask_.row(h), projection_.row(h));
   }
 
   PIXNORM_INLINE void add(int sum, int c, Vec<A> value) {
@@ -377,65 +377,103 @@ class BackwardBlock {
     }
   }
 
-  PIXNORM_INLINE void make_q(int64_t h) {
-    const A *mask = mask_.row(h), *projection = projection_.row(h);
-    A* dp = kApply ? dp_.row(h) : nullptr;
-    for (int c = 0; c < kBlock; c += kLanes<A>) {
-      for (int ky = 0; ky < 3; ++ky) {
-        const A *gamma_rows[2], *beta_rows[2];
-        rows_under(d_gamma_, h, ky, gamma_rows);
-        rows_under(d_beta_, h, ky, beta_rows);
-        Vec<A> gamma_tap[3], beta_tap[3], d_gamma_tap[3] = {}, d_beta_tap[3] = {};
+  // dm of a row into d_mask_, and the sums of m z_k.
+  PIXNORM_INLINE void reduce_taps(int64_t h, int c) {
+    const A* mask = mask_.row(h);
+    for (int ky = 0; ky < 3; ++ky) {
+      const A *gamma_rows[2], *beta_rows[2];
+      rows_under(d_gamma_, h, ky, gamma_rows);
+      rows_under(d_beta_, h, ky, beta_rows);
+      Vec<A> gamma_tap[3], beta_tap[3], d_gamma_tap[3] = {}, d_beta_tap[3] = {};
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) {
+        gamma_tap[kx] = load(params_.tap[0][3 * ky + kx] + c);
+        beta_tap[kx] = load(params_.tap[1][3 * ky + kx] + c);
+      }
+      for (int64_t w = 0; w < s_.w; ++w) {
+        Vec<A> z_gamma[3], z_beta[3];
+        sums_under(gamma_rows, w, c, z_gamma);
+        sums_under(beta_rows, w, c, z_beta);
+        const Vec<A> m = load(mask + w * kBlock + c);
+        Vec<A> from_gamma = ky == 0 ? Vec<A>{} : load(d_mask_ + w * kBlock + c), from_beta{};
 #pragma GCC unroll 3
         for (int kx = 0; kx < 3; ++kx) {
-          gamma_tap[kx] = load(params_.tap[0][3 * ky + kx] + c);
-          beta_tap[kx] = load(params_.tap[1][3 * ky + kx] + c);
+          d_gamma_tap[kx] += m * z_gamma[kx];
+          d_beta_tap[kx] += m * z_beta[kx];
+          from_gamma += gamma_tap[kx] * z_gamma[kx];
+          from_beta += beta_tap[kx] * z_beta[kx];
         }
-        for (int64_t w = 0; w < s_.w; ++w) {
-          Vec<A> z_gamma[3], z_beta[3];
-          sums_under(gamma_rows, w, c, z_gamma);
-          sums_under(beta_rows, w, c, z_beta);
-          Vec<A> d_mask = ky == 0 ? Vec<A>{} : load(d_mask_ + w * kBlock + c);
-          if constexpr (!kApply) {
-            const Vec<A> m = load(mask + w * kBlock + c);
-#pragma GCC unroll 3
-            for (int kx = 0; kx < 3; ++kx) {
-              d_gamma_tap[kx] += m * z_gamma[kx];
-              d_beta_tap[kx] += m * z_beta[kx];
-            }
-          }
-#pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx) d_mask += gamma_tap[kx] * z_gamma[kx] + beta_tap[kx] * z_beta[kx];
-          store(d_mask_ + w * kBlock + c, d_mask);
-        }
-        if constexpr (!kApply) {
-#pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx) {
-            add(spn::kWithMask + 3 * ky + kx, c, d_gamma_tap[kx]);
-            add(spn::kSumsOf + spn::kWithMask + 3 * ky + kx, c, d_beta_tap[kx]);
-          }
-        }
+        store(d_mask_ + w * kBlock + c, from_gamma + from_beta);
       }
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) {
+        add(spn::kWithMask + 3 * ky + kx, c, d_gamma_tap[kx]);
+        add(spn::kSumsOf + spn::kWithMask + 3 * ky + kx, c, d_beta_tap[kx]);
+      }
+    }
+  }
 
-      const Vec<A> mean_q = load(params_.mean_q + c), mean_qp = load(params_.mean_qp + c);
-      const Vec<A> scale = load(params_.mask_weight + c) * load(params_.mask_rstd + c);
-      Vec<A> sum_q{}, sum_qp{};
-      for (int64_t w = 0; w < s_.w; ++w) {
-        const Vec<A> m = load(mask + w * kBlock + c), p_hat = load(projection + w * kBlock + c);
-        const Vec<A> dq = load(d_mask_ + w * kBlock + c) * m * (A(1) - m);
-        if constexpr (kApply) {
-          store(dp + w * kBlock + c, scale * (dq - mean_q - p_hat * mean_qp));
-        } else {
-          sum_q += dq;
-          sum_qp += dq * p_hat;
+  // dm of pixels w, w + 1, ... of row h.
+  template <int n>
+  PIXNORM_INLINE void mask_gradient(int64_t h, int64_t w, int c, Vec<A> (&d_mask)[n]) {
+    Vec<A> from_beta[n];
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) d_mask[i] = from_beta[i] = Vec<A>{};
+#pragma GCC unroll 3
+    for (int ky = 0; ky < 3; ++ky) {
+      const A *gamma_rows[2], *beta_rows[2];
+      rows_under(d_gamma_, h, ky, gamma_rows);
+      rows_under(d_beta_, h, ky, beta_rows);
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) {
+        Vec<A> z_gamma[3], z_beta[3];
+        sums_under(gamma_rows, w + i, c, z_gamma);
+        sums_under(beta_rows, w + i, c, z_beta);
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          d_mask[i] += load(params_.tap[0][3 * ky + kx] + c) * z_gamma[kx];
+          from_beta[i] += load(params_.tap[1][3 * ky + kx] + c) * z_beta[kx];
         }
       }
-      if constexpr (!kApply) {
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) d_mask[i] += from_beta[i];
+  }
+
+  PIXNORM_INLINE void make_q(int64_t h) {
+    const A *mask = mask_.row(h), *projection = projection_.row(h);
+    if constexpr (kApply) {
+      A* dp = dp_.row(h);
+      for (int c = 0; c < kBlock; c += kLanes<A>) {
+        const Vec<A> mean_q = load(params_.mean_q + c), mean_qp = load(params_.mean_qp + c);
+        const Vec<A> scale = load(params_.mask_weight + c) * load(params_.mask_rstd + c);
+        for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
+          constexpr int n = decltype(pixels)::value;
+          Vec<A> d_mask[n];
+          mask_gradient<n>(h, w, c, d_mask);
+#pragma GCC unroll 4
+          for (int i = 0; i < n; ++i) {
+            const int64_t at = (w + i) * kBlock + c;
+            const Vec<A> m = load(mask + at), dq = d_mask[i] * m * (A(1) - m);
+            store(dp + at, scale * (dq - mean_q - load(projection + at) * mean_qp));
+          }
+        });
+      }
+      dp_.done(h);
+    } else {
+      for (int c = 0; c < kBlock; c += kLanes<A>) {
+        reduce_taps(h, c);
+        Vec<A> sum_q{}, sum_qp{};
+        for (int64_t w = 0; w < s_.w; ++w) {
+          const int64_t at = w * kBlock + c;
+          const Vec<A> m = load(mask + at), dq = load(d_mask_ + at) * m * (A(1) - m);
+          sum_q += dq;
+          sum_qp += dq * load(projection + at);
+        }
         add(spn::kSumQ, c, sum_q);
         add(spn::kSumQp, c, sum_qp);
       }
     }
-    if (kApply) dp_.done(h);
   }
 
   const Shape& s_;
@@ -448,71 +486,54 @@ class BackwardBlock {
   A* sums_;
 };
 
-// ---- entry points: each works on the channel blocks [block0, block1) of a tile, in lockstep, row by row ----
+// ---- entry points: a tile of one block of channels, with `scratch` memory of block_scratch bytes ----
 
-// Bytes of scratch that a channel block takes.
 template <class Block>
 int64_t block_scratch(const Shape& s) {
   using A = typename Block::A;
   return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(BlockParams<A>);
 }
 
-template <class Block, class Make>
-PIXNORM_INLINE void run_group(const Shape& s, const Params<typename Block::A>& params, const Tile& tile, int64_t block0,
-                              int64_t block1, int halo, void* scratch, const Make& make) {
-  using A = typename Block::A;
-  const int count = static_cast<int>(block1 - block0);
+// For each image of the tile, the Block that make(arena, block_params, n) returns takes `halo` rows more at either end.
+template <class A, class Make>
+PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Tile& tile, int64_t block, int halo,
+                              void* scratch, const Make& make) {
   auto* block_params = static_cast<BlockParams<A>*>(scratch);
-  A* memory = reinterpret_cast<A*>(block_params + count);
-  for (int i = 0; i < count; ++i) {
-    const int64_t c0 = (block0 + i) * kBlock;
-    block_params[i].set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
-  }
-  alignas(Block) unsigned char storage[kMaxGroup * sizeof(Block)];
-  Block* blocks = reinterpret_cast<Block*>(storage);
+  const int64_t c0 = block * kBlock;
+  block_params->set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
   for (int64_t n = tile.n0; n < tile.n1; ++n) {
-    for (int i = 0; i < count; ++i) {
-      Arena<A> arena{memory + i * Block::scratch(s.w) * kBlock};
-      make(blocks + i, arena, block_params[i], n, block0 + i);
-    }
-    for (int64_t h = tile.h0 - halo; h < tile.h1 + halo; ++h) {
-      for (int i = 0; i < count; ++i) blocks[i].step(h);
-    }
+    auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1)}, *block_params, n);
+    for (int64_t h = tile.h0 - halo; h < tile.h1 + halo; ++h) rows.step(h);
   }
 }
 
 template <class T, int U>
-void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
-             void* scratch, const T* x, const T* p, T* y) {
-  using Block = ForwardBlock<acc_t<T>, U>;
-  run_group<Block>(s, params, tile, block0, block1, 0, scratch,
-                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
-                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
-                                    plane(y, s, U, n, block));
-                   });
+void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch, const T* x,
+             const T* p, T* y) {
+  run_block(s, params, tile, block, 0, scratch, [&](auto arena, const auto& block_params, int64_t n) {
+    return ForwardBlock<acc_t<T>, U>(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
+                                     plane(y, s, U, n, block));
+  });
 }
 
-// Adds to sums [block][kSums][kBlock], of which `sums` is that of block0.
+// Adds to sums [kSums][kBlock].
 template <class T, int U>
-void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
-                     void* scratch, const T* x, const T* p, const T* dy, acc_t<T>* sums) {
-  using Block = BackwardBlock<acc_t<T>, U, false>;
-  run_group<Block>(s, params, tile, block0, block1, 1, scratch,
-                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
-                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
-                                    plane(dy, s, U, n, block), {}, {}, sums + (block - block0) * spn::kSums * kBlock);
-                   });
+void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
+                     const T* x, const T* p, const T* dy, acc_t<T>* sums) {
+  run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
+    return BackwardBlock<acc_t<T>, U, false>(arena, s, block_params, tile, plane(x, s, 1, n, block),
+                                             plane(p, s, 1, n, block), plane(dy, s, U, n, block), {}, {}, sums);
+  });
 }
 
 // dx and dp hold images [first_n, ...).
 template <class T, int U>
-void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block0, int64_t block1,
-                    void* scratch, const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {
-  using Block = BackwardBlock<acc_t<T>, U, true>;
-  run_group<Block>(s, params, tile, block0, block1, 1, scratch,
-                   [&](Block* at, auto arena, const auto& block_params, int64_t n, int64_t block) {
-                     new (at) Block(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
-                                    plane(dy, s, U, n, block), plane(dx, s, 1, n - first_n, block),
-                                    plane(dp, s, 1, n - first_n, block), nullptr);
-                   });
+void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
+                    const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {
+  run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
+    return BackwardBlock<acc_t<T>, U, true>(arena, s, block_params, tile, plane(x, s, 1, n, block),
+                                            plane(p, s, 1, n, block), plane(dy, s, U, n, block),
+                                            plane(dx, s, 1, n - first_n, block), plane(dp, s, 1, n - first_n, block),
+                                            nullptr);
+  });
 }

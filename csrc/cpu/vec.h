@@ -124,33 +124,49 @@ PIXNORM_INLINE Vec<A> max_keep_nan(Vec<A> v, A limit) {
   return v < limit ? broadcast<A>(limit) : v;
 }
 
-// e^v for |v| within the exponent range of normal numbers; about 1 ulp. v = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor
-// series of e^r, whose remainder is below half an ulp at these degrees.
-template <class A>
-PIXNORM_INLINE Vec<A> exp(Vec<A> v) {
+// e^v, in place, for |v| within the exponent range of normal numbers; about 1 ulp. v = k ln 2 + r, |r| <= ln 2 / 2, and the
+// Taylor series of e^r, whose remainder is below half an ulp at these degrees. Several vectors take each step together:
+// one by one, the chain of dependent steps would fill the CPU's scheduler and starve its multipliers.
+template <class A, int n>
+PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr bool kDouble = sizeof(A) == 8;
   constexpr int kDegree = kDouble ? 13 : 7;
   constexpr int kMantissa = kDouble ? 52 : 23;
+  constexpr bits_t<A> kBias = kDouble ? 1023 : 127;
   constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 * 2^kMantissa: adding it rounds
   constexpr A kLn2High = kDouble ? A(0x1.62e42fefa0000p-1) : A(0x1.62e400p-1);
   constexpr A kLn2Low = kDouble ? A(0x1.cf79abc9e3b3ap-40) : A(0x1.7f7d1cp-20);
-  constexpr A kInverseFactorial[] = {A(1),           A(1),           A(1) / 2,         A(1) / 6,        A(1) / 24,
-                                     A(1) / 120,     A(1) / 720,     A(1) / 5040,      A(1) / 40320,    A(1) / 362880,
+  constexpr A kInverseFactorial[] = {A(1),           A(1),            A(1) / 2,         A(1) / 6,          A(1) / 24,
+                                     A(1) / 120,     A(1) / 720,      A(1) / 5040,      A(1) / 40320,      A(1) / 362880,
                                      A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800};
-  const Vec<A> shifted = v * A(1.4426950408889634) + kRound;
-  const Vec<A> n = shifted - kRound;
-  const Vec<A> r = (v - n * kLn2High) - n * kLn2Low;
-  Vec<A> sum = broadcast<A>(kInverseFactorial[kDegree]);
+  Vec<A> power[n];
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    const Vec<A> shifted = v[i] * A(1.4426950408889634) + kRound;
+    const Vec<A> k = shifted - kRound;
+    v[i] = (v[i] - k * kLn2High) - k * kLn2Low;
+    const auto exponent = bit_cast<Vec<bits_t<A>>>(shifted) - (bit_cast<bits_t<A>>(kRound) - kBias);
+    power[i] = bit_cast<Vec<A>>(exponent << kMantissa);
+  }
+  Vec<A> sum[n];
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) sum[i] = v[i] * kInverseFactorial[kDegree] + kInverseFactorial[kDegree - 1];
 #pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) sum = sum * r + kInverseFactorial[i];
-  constexpr bits_t<A> kBias = kDouble ? 1023 : 127;
-  const auto exponent = bit_cast<Vec<bits_t<A>>>(shifted) - bit_cast<bits_t<A>>(kRound) + kBias;
-  return sum * bit_cast<Vec<A>>(exponent << kMantissa);
+  for (int k = kDegree - 2; k >= 0; --k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) sum[i] = sum[i] * v[i] + kInverseFactorial[k];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) v[i] = sum[i] * power[i];
 }
 
-// 1 / (1 + e^-v); NaN stays NaN.
-template <class A>
-PIXNORM_INLINE Vec<A> sigmoid(Vec<A> v) {
+// 1 / (1 + e^-v), in place; NaN stays NaN.
+template <class A, int n>
+PIXNORM_INLINE void sigmoid(Vec<A> (&v)[n]) {
   constexpr A kLimit = sizeof(A) == 8 ? A(708) : A(87);
-  return A(1) / (A(1) + exp<A>(min_keep_nan<A>(max_keep_nan<A>(-v, -kLimit), kLimit)));
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) v[i] = min_keep_nan<A>(max_keep_nan<A>(-v[i], -kLimit), kLimit);
+  exp<A, n>(v);
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) v[i] = A(1) / (A(1) + v[i]);
 }
