@@ -1,5 +1,5 @@
-// Checks of what a kernel is handed. The public functions have checked shapes and dtypes with better words; these guard the
-// ops against direct calls.
+// Checks of what a kernel is handed. The public functions have checked shapes and dtypes with better words; these guard
+// the ops against direct calls.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

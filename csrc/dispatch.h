@@ -33,11 +33,16 @@ struct Type {
 template <class F>
 auto dispatch_floating(ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Double: return f(Type<double>{});
-    case ScalarType::Float: return f(Type<float>{});
-    case ScalarType::BFloat16: return f(Type<BFloat16>{});
-    case ScalarType::Half: return f(Type<Half>{});
-    default: STD_TORCH_CHECK(false, "pixnorm: expected float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return f(Type<double>{});
+    case ScalarType::Float:
+      return f(Type<float>{});
+    case ScalarType::BFloat16:
+      return f(Type<BFloat16>{});
+    case ScalarType::Half:
+      return f(Type<Half>{});
+    default:
+      STD_TORCH_CHECK(false, "pixnorm: expected float64, float32, bfloat16 or float16");
   }
 }
 

@@ -13,6 +13,7 @@ from pixnorm.functional import spn
 from pixnorm.ops.spn import spn_reference
 from pixnorm.testing import LAYOUTS, SPN, Case, evaluate
 
+NO_EPS = 1e-30  # lost beside any variance; PyTorch's batch norm takes no zero
 TAPS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")
 
 
@@ -140,7 +141,8 @@ def test_constant_mask_is_batch_norm_inside(impl, drawn):
     x = upsampled(tensors["x"], options["upsample"])
     expected = F.batch_norm(x, None, None, gamma, beta, training=True)
     actual = forward(impl, tensors, options)
-    assert_equal(interior(actual), interior(expected)) if interior(expected).numel() else None
+    if interior(expected).numel():
+        assert_equal(interior(actual), interior(expected))
     assert (actual - expected).abs().max() > 1e-6
     # With the middle tap alone there is no border.
     tensors = centre_only(tensors)
@@ -209,7 +211,7 @@ def test_a_shift_of_each_channel_changes_nothing(impl, drawn, seed):
 @given(spn_inputs(min_values=8), st.floats(0.1, 10))
 def test_without_eps_a_common_scale_changes_nothing(impl, drawn, scale):
     tensors, options = drawn
-    options["eps"] = 0.0
+    options["eps"] = NO_EPS
     scaled = tensors | {"x": tensors["x"] * scale}
     assert_equal(forward(impl, scaled, options), forward(impl, tensors, options), 1e-7)
 
@@ -219,7 +221,7 @@ def test_a_scale_of_each_channel_changes_the_output(impl):
     tensors = SPN.inputs(Case((2, 4, 5, 6), ""), torch.float64)
     scale = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     scaled = tensors | {"x": tensors["x"] * scale[:, None, None]}
-    options = {"eps": 0.0}
+    options = {"eps": NO_EPS}
     assert (forward(impl, scaled, options) - forward(impl, tensors, options)).abs().max() > 1e-2
 
 
@@ -307,11 +309,11 @@ def test_the_gradient_of_x_sums_to_zero_in_each_channel(impl, drawn):
     assert (grad.sum((0, 2, 3)).abs() <= 1e-8 * (1 + grad.abs().sum())).all()
 
 
-@given(spn_inputs(min_values=8), st.floats(0.1, 10))
-def test_without_eps_the_gradient_of_x_is_orthogonal_to_x(impl, drawn, scale):
+@given(spn_inputs(min_values=8))
+def test_without_eps_the_gradient_of_x_is_orthogonal_to_x(impl, drawn):
     """Since y does not change with the scale of x."""
     tensors, options = drawn
-    grad = gradients(impl, tensors, options | {"eps": 0.0})["x"]
+    grad = gradients(impl, tensors, options | {"eps": NO_EPS})["x"]
     inner = (grad * tensors["x"]).sum()
     assert inner.abs() <= 1e-7 * (1 + (grad * tensors["x"]).abs().sum())
 
@@ -338,18 +340,13 @@ def test_equal_kernels_leave_the_mask_without_a_gradient(impl, drawn):
 
 
 @given(spn_inputs())
-def test_a_bias_of_the_projection_would_be_a_no_op(impl, drawn):
-    """Why the layer has none: mask_bias follows a batch norm that subtracts it, so here it only moves the mean."""
+def test_the_mean_of_the_projection_is_the_projection_of_the_mean(impl, drawn):
     tensors, options = drawn
     options["momentum"] = 1.0
     buffers = {name: tensors[name].clone() for name in SPN.buffers}
-    inputs = {name: tensors[name] for name in SPN.differentiable}
-    spn(**inputs, **buffers, **options, impl=impl)
-    p = F.conv2d(tensors["x"], tensors["mask_projection"])
-    # The mean of the projection is the projection of the mean.
-    projected = tensors["mask_projection"][:, :, 0, 0] @ tensors["x"].mean((0, 2, 3))
-    assert_equal(buffers["mask_running_mean"], projected)
-    assert_equal(buffers["mask_running_mean"], p.mean((0, 2, 3)))
+    spn(**{name: tensors[name] for name in SPN.differentiable}, **buffers, **options, impl=impl)
+    assert_equal(buffers["running_mean"], tensors["x"].mean((0, 2, 3)))
+    assert_equal(buffers["mask_running_mean"], tensors["mask_projection"][:, :, 0, 0] @ tensors["x"].mean((0, 2, 3)))
 
 
 # --- identity 11: inference
@@ -394,13 +391,12 @@ def test_inference_treats_samples_alone(impl, drawn):
     assert_equal(forward(impl, tensors, options), torch.cat(alone))
 
 
-@given(spn_inputs(activation=(None, "relu"), training=(True, False)))
-def test_flipping_the_image_and_the_kernels_flips_the_output(impl, drawn):
+@given(spn_inputs(activation=(None, "relu"), training=(True, False)), st.sampled_from([(2,), (3,), (2, 3)]))
+def test_flipping_the_image_and_the_kernels_flips_the_output(impl, drawn, axes):
     """No corner, edge or phase of the upsampling is treated unlike its mirror image."""
     tensors, options = drawn
-    for axes in ((2,), (3,), (2, 3)):
-        flipped = {name: t.flip(axes) if name in ("x", *TAPS) else t for name, t in tensors.items()}
-        assert_equal(forward(impl, flipped, options), forward(impl, tensors, options).flip(axes))
+    flipped = {name: t.flip(axes) if name in ("x", *TAPS) else t for name, t in tensors.items()}
+    assert_equal(forward(impl, flipped, options), forward(impl, tensors, options).flip(axes))
 
 
 @given(spn_inputs(activation=(None, "relu"), training=(True, False)))

@@ -3,9 +3,9 @@
 //   #define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
 //   #include "cpu/foreach_isa.h"
 //
-// gives pixnorm::baseline::f, pixnorm::avx2::f and pixnorm::avx512::f for each function f of that file; PIXNORM_BY_ISA(f)
-// is the one for this machine. That
-// file may include other vector code, but no header: what one defines would be compiled for the wrong machine.
+// gives pixnorm::baseline::f, pixnorm::avx2::f and pixnorm::avx512::f for each function f of that file;
+// PIXNORM_BY_ISA(f) is the one for this machine. That file may include other vector code, but no header: what one
+// defines would be compiled for the wrong machine.
 
 #include <cstdint>
 #include <cstring>
@@ -46,7 +46,8 @@ namespace pixnorm::avx2 {
 #undef PIXNORM_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -66,7 +67,7 @@ namespace pixnorm::avx512 {
 #pragma GCC pop_options
 #endif
 
-#define PIXNORM_BY_ISA(...)                      \
+#define PIXNORM_BY_ISA(...)                        \
   (cpu_isa() == Isa::kAvx512 ? avx512::__VA_ARGS__ \
    : cpu_isa() == Isa::kAvx2 ? avx2::__VA_ARGS__   \
                              : baseline::__VA_ARGS__)

@@ -24,10 +24,9 @@ struct Matrices {
   Tensor tensor() const {
     const std::array<int64_t, 3> sizes{batch, rows, columns}, strides{batch_stride, row_stride, column_stride};
     const size_t first = batch == 1, dims = 3 - first;
-    return torch::stable::from_blob(const_cast<std::remove_const_t<A>*>(data), {sizes.data() + first, dims},
-                                    {strides.data() + first, dims},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    dtype_of<std::remove_const_t<A>>);
+    return torch::stable::from_blob(
+        const_cast<std::remove_const_t<A>*>(data), {sizes.data() + first, dims}, {strides.data() + first, dims},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype_of<std::remove_const_t<A>>);
   }
 };
 
@@ -39,9 +38,9 @@ void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<con
     TORCH_ERROR_CODE_CHECK(beta == 0 ? aoti_torch_cpu_mm_out(to.get(), left.get(), right.get())
                                      : aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
   } else {
-    TORCH_ERROR_CODE_CHECK(
-        beta == 0 ? aoti_torch_cpu_bmm_out(to.get(), left.get(), right.get())
-                  : aoti_torch_cpu_baddbmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
+    TORCH_ERROR_CODE_CHECK(beta == 0
+                               ? aoti_torch_cpu_bmm_out(to.get(), left.get(), right.get())
+                               : aoti_torch_cpu_baddbmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
   }
 }
 

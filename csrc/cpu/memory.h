@@ -21,13 +21,17 @@ using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 
 // A fresh large tensor costs as much in page faults as the kernel that fills it, and PyTorch keeps no CPU memory back:
-// 64 MB take 40 ms in pages of 4 KB and 8 ms in pages of 2 MB (EPYC 7003). So ask for those.
+// 64 MB take 40 ms in pages of 4 KB and 8 ms in pages of 2 MB (EPYC 7003). So ask for those; but only for blocks that
+// malloc surely takes from the system and gives back whole (glibc: above 32 MB), since on its heap they cost more than
+// they save.
 inline void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2u << 20;
+  constexpr size_t kOwnMapping = 32u << 20;
+  if (bytes < kOwnMapping) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
 #else
   (void)data, (void)bytes;
 #endif
@@ -38,11 +42,9 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
-    constexpr size_t kSmall = 64, kLarge = 2u << 20;
-    const size_t bytes = static_cast<size_t>(count) * sizeof(A), align = bytes < kLarge ? kSmall : kLarge;
-    data_.reset(std::aligned_alloc(align, (bytes + align) / align * align));
+    constexpr size_t kAlign = 64;
+    data_.reset(std::aligned_alloc(kAlign, (count * sizeof(A) / kAlign + 1) * kAlign));
     if (!data_) throw std::bad_alloc();
-    use_huge_pages(data_.get(), bytes);
   }
   A* data() const { return static_cast<A*>(data_.get()); }
   A& operator[](int64_t i) const { return data()[i]; }
@@ -72,7 +74,8 @@ inline MemoryFormat layout_of(const Tensor& t) {
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
                     MemoryFormat layout = MemoryFormat::Contiguous) {
-  Tensor t = torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, std::nullopt, std::nullopt, layout);
+  Tensor t =
+      torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, std::nullopt, std::nullopt, layout);
   use_huge_pages(t.data_ptr(), t.numel() * t.element_size());
   return t;
 }

@@ -1,5 +1,5 @@
-// Means and variances, and conversions of whole arrays. Vector code: included by the kernels' files, once per instruction
-// set.
+// Means and variances, and conversions of whole arrays. Vector code: included by the kernels' files, once per
+// instruction set.
 
 template <class A>
 PIXNORM_INLINE A sum_lanes(Vec<A> v) {
@@ -8,8 +8,8 @@ PIXNORM_INLINE A sum_lanes(Vec<A> v) {
   return sum;
 }
 
-// Of `count` values that lie side by side: two passes over runs that stay in L1, the second about the mean of the first,
-// which it also corrects. Stable for |mean| >> std.
+// Of `count` values that lie side by side: two passes over runs that stay in L1, the second about the mean of the
+// first, which it also corrects. Stable for |mean| >> std.
 template <class T>
 Moments moments_of(const T* data, int64_t count) {
   using A = acc_t<T>;

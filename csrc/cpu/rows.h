@@ -8,13 +8,14 @@ template <class A>
 struct Plane {
   void* data;
   int64_t pixel_stride, channel_stride;
-  int channels;  // <= kBlock
+  int64_t image_stride;  // to the same block of the next image
+  int channels;          // <= kBlock
+  int element;           // bytes
   void (*read)(const Plane&, int64_t first, int64_t count, A* to);
   void (*write)(const Plane&, int64_t first, int64_t count, const A* from);
 };
 
-// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels may read as anything. Fetches the next
-// `count` ahead: a block's pixels lie in many short runs, which the hardware does not foresee.
+// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels may read as anything.
 template <class T>
 void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc_t<T>* to) {
   using A = acc_t<T>;
@@ -23,7 +24,6 @@ void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc
   if (plane.channel_stride == 1 && plane.channels == kBlock) {
     for (int64_t i = 0; i < count; ++i) {
       const T* pixel = from + i * plane.pixel_stride;
-      __builtin_prefetch(pixel + count * plane.pixel_stride);
 #pragma GCC unroll 8
       for (int c = 0; c < kBlock; c += n) store(to + i * kBlock + c, load_as<T>(pixel + c));
     }
@@ -37,10 +37,7 @@ void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc
     for (; plane.pixel_stride == 1 && i + n <= count; i += n) {
       Vec<A> rows[n];
 #pragma GCC unroll 16
-      for (int l = 0; l < n; ++l) {
-        __builtin_prefetch(runs[l] + i + count);
-        rows[l] = load_as<T>(runs[l] + i);
-      }
+      for (int l = 0; l < n; ++l) rows[l] = load_as<T>(runs[l] + i);
       transpose<A>(rows);
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l) store(to + (i + l) * kBlock + c, rows[l]);
@@ -85,16 +82,17 @@ void write_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, co
   }
 }
 
-// Of a tensor of `total` channels and `pixels` pixels per image: block `block` of image n. `tensor` is only written through
-// a RowWriter.
+// Of a tensor of `total` channels and `pixels` pixels per image: block `block` of image n. `tensor` is only written
+// through a RowWriter.
 template <class T>
 PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int64_t total, int64_t pixels, int64_t n,
                                         int64_t block) {
   const int64_t c0 = block * kBlock;
   const int channels = static_cast<int>(total - c0 < kBlock ? total - c0 : kBlock);
   T* image = const_cast<T*>(tensor) + n * total * pixels;
-  if (channels_last) return {image + c0, total, 1, channels, read_pixels<T>, write_pixels<T>};
-  return {image + c0 * pixels, 1, pixels, channels, read_pixels<T>, write_pixels<T>};
+  if (channels_last)
+    return {image + c0, total, 1, total * pixels, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
+  return {image + c0 * pixels, 1, pixels, total * pixels, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
 }
 
 constexpr int64_t kBandPixels = 64;  // what a band holds at least: long enough runs of a channel to stream
@@ -122,15 +120,32 @@ class RowReader {
     if (h < begin_ || h >= stop_) {
       begin_ = h;
       stop_ = h + band_rows(width_) < end_ ? h + band_rows(width_) : end_;
+      ahead_ = 0;
       plane_.read(plane_, begin_ * width_, (stop_ - begin_) * width_, band_);
     }
     return band_ + (h - begin_) * width_ * kBlock;
+  }
+  // Fetches a cache line of the next band, or of the next image's first. To be called between computations, once per
+  // pixel: a block's pixels lie in many short runs that the hardware does not foresee, and read all at once they would
+  // make it wait.
+  PIXNORM_INLINE void look_ahead() {
+    constexpr int kLine = 64;
+    const char* at = static_cast<const char*>(plane_.data);
+    if (plane_.channel_stride == 1) {
+      at += (stop_ * width_ + ahead_) * plane_.pixel_stride * plane_.element;
+    } else {
+      const int64_t from = stop_ < end_ ? stop_ * width_ : plane_.image_stride;
+      at += (from + ahead_ % kBlock * plane_.channel_stride) * plane_.element + ahead_ / kBlock * kLine;
+    }
+    __builtin_prefetch(at);
+    ++ahead_;
   }
 
  private:
   const Plane<A> plane_;
   const int64_t width_, end_;
   int64_t begin_ = 0, stop_ = 0;  // the rows in the band
+  int64_t ahead_ = 0;             // lines fetched of the next
   A* band_;
 };
 
@@ -140,9 +155,7 @@ class RowWriter {
  public:
   RowWriter(const Plane<A>& plane, int64_t width, int64_t begin, int64_t end, A* band)
       : plane_(plane), width_(width), end_(end), begin_(begin), band_(band) {}
-  PIXNORM_INLINE A* row(int64_t h) {
-    return band_ + (h - begin_) * width_ * kBlock;
-  }
+  PIXNORM_INLINE A* row(int64_t h) { return band_ + (h - begin_) * width_ * kBlock; }
   PIXNORM_INLINE void done(int64_t h) {
     if (h + 1 - begin_ == band_rows(width_) || h + 1 == end_) {
       plane_.write(plane_, begin_ * width_, (h + 1 - begin_) * width_, band_);

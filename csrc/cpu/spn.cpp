@@ -1,7 +1,7 @@
 // SPN on the CPU: tensors, GEMMs, threads and the sums over tiles. The arithmetic per pixel is in spn_kernels.h.
 //
-// Work is cut by shape alone (never by the number of threads), and partial sums are added in a fixed order, so results do
-// not depend on how many threads there are.
+// Work is cut by shape alone (never by the number of threads), and partial sums are added in a fixed order, so results
+// do not depend on how many threads there are.
 
 #include "cpu/spn.h"
 
@@ -63,9 +63,8 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
 template <class F>
 void for_elements(int64_t count, const F& f) {
   constexpr int64_t kGrain = 1 << 15;
-  parallel_for(0, ceil_div(count, kGrain), 1, [&](int64_t begin, int64_t end) {
-    f(begin * kGrain, std::min(end * kGrain, count));
-  });
+  parallel_for(0, ceil_div(count, kGrain), 1,
+               [&](int64_t begin, int64_t end) { f(begin * kGrain, std::min(end * kGrain, count)); });
 }
 
 // ---- the projection's GEMMs, on images [n, n + count) that start at a pointer ----
@@ -129,7 +128,8 @@ class Statistics {
       parallel_for(0, ceil_div(pixels, kRun), 1, [&](int64_t begin, int64_t end) {
         const Buffer<acc_t<T>> scratch(3 * s_.c);
         for (int64_t run = begin; run < end; ++run) {
-          kernel(data + run * kRun * s_.c, std::min(kRun, pixels - run * kRun), s_.c, scratch.data(), moments + run * s_.c);
+          kernel(data + run * kRun * s_.c, std::min(kRun, pixels - run * kRun), s_.c, scratch.data(),
+                 moments + run * s_.c);
         }
       });
     } else {
@@ -228,10 +228,16 @@ struct Values {
     };
     rstd = reciprocal_root(var);
     mask_rstd = reciprocal_root(mask_var);
-    return {mean.data(),        rstd.data(),      mask_mean.data(),
-            mask_rstd.data(),   mask_weight.data(), mask_bias.data(),
+    return {mean.data(),
+            rstd.data(),
+            mask_mean.data(),
+            mask_rstd.data(),
+            mask_weight.data(),
+            mask_bias.data(),
             {taps[0].data(), taps[1].data(), taps[2].data(), taps[3].data()},
-            nullptr,            nullptr,          nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
             nullptr};
   }
 };
@@ -259,13 +265,11 @@ void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_st
     T* p_chunk = p + n * s.image();
     if (batch_statistics) of_x.add(x, n, n + count);
     if constexpr (kWiden) {
-      for_elements(elements, [&](int64_t i, int64_t end) {
-        PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, end - i);
-      });
+      for_elements(elements,
+                   [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, end - i); });
       project<A>(s, count, values.mask_projection.data(), wide_x.data(), wide_p.data());
-      for_elements(elements, [&](int64_t i, int64_t end) {
-        PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, end - i);
-      });
+      for_elements(elements,
+                   [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, end - i); });
     } else {
       project<A>(s, count, values.mask_projection.data(), x_chunk, p_chunk);
     }
@@ -281,16 +285,14 @@ void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_st
   const auto kernel = PIXNORM_BY_ISA(forward<T, U>);
   const std::vector<Tile> cut = tiles(s, 0, s.n);
   for_tiles(s, cut, baseline::block_scratch<baseline::ForwardBlock<A, U>>(s),
-            [&](int64_t tile, int64_t block, void* scratch) {
-              kernel(s, params, cut[tile], block, scratch, x, p, y);
-            });
+            [&](int64_t tile, int64_t block, void* scratch) { kernel(s, params, cut[tile], block, scratch, x, p, y); });
 }
 
-ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight, const Tensor& mask_bias,
-                      const Tensor& gamma_weight, const Tensor& gamma_weight_inv, const Tensor& beta_weight,
-                      const Tensor& beta_weight_inv, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                      const std::optional<Tensor>& mask_mean, const std::optional<Tensor>& mask_var, double eps,
-                      int64_t upsample, bool relu) {
+ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
+                      const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
+                      const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
+                      const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
+                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample, bool relu) {
   const Shape s = shape_of(x, upsample, relu);
   const ParameterTensors parameters{
       mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
@@ -346,7 +348,8 @@ struct Gradients {
         double inside = sum[kAll];
         if (ky != 1) inside -= sum[ky == 0 ? kTop : kBottom];
         if (kx != 1) inside -= sum[kx == 0 ? kLeft : kRight];
-        if (ky != 1 && kx != 1) inside += sum[ky == 0 ? (kx == 0 ? kTopLeft : kTopRight) : (kx == 0 ? kBottomLeft : kBottomRight)];
+        if (ky != 1 && kx != 1)
+          inside += sum[ky == 0 ? (kx == 0 ? kTopLeft : kTopRight) : (kx == 0 ? kBottomLeft : kBottomRight)];
         const double with_mask = sum[kWithMask + k], with_inverse = inside - with_mask;
         const int64_t i = c * kTaps + k;
         taps[2 * of][i] = static_cast<A>(with_mask);

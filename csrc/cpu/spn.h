@@ -22,7 +22,8 @@ struct Shape {
   int64_t blocks() const { return (c + kBlock - 1) / kBlock; }
 };
 
-// Per-channel inputs, widened. Of the four depthwise kernels, taps[0..3]: gamma, gamma_inv, beta, beta_inv, each (C, 9).
+// Per-channel inputs, widened. Of the four depthwise kernels, taps[0..3]: gamma, gamma_inv, beta, beta_inv, each (C,
+// 9).
 template <class A>
 struct Params {
   const A *mean, *rstd, *mask_mean, *mask_rstd, *mask_weight, *mask_bias;
@@ -38,8 +39,21 @@ struct Tile {
 };
 
 // What backward reduce sums per channel. `of` is 0 for the sums of dγ = dy x̂ (gamma's), 1 for those of dβ = dy.
-// kWithMask + k: with the mask under tap k. The rest, over the output: all, and what a tap that reaches over an edge misses.
-enum Sum { kWithMask = 0, kAll = kTaps, kTop, kBottom, kLeft, kRight, kTopLeft, kTopRight, kBottomLeft, kBottomRight, kSumsOf };
+// kWithMask + k: with the mask under tap k. The rest, over the output: all, and what a tap that reaches over an edge
+// misses.
+enum Sum {
+  kWithMask = 0,
+  kAll = kTaps,
+  kTop,
+  kBottom,
+  kLeft,
+  kRight,
+  kTopLeft,
+  kTopRight,
+  kBottomLeft,
+  kBottomRight,
+  kSumsOf
+};
 constexpr int kSumQ = 2 * kSumsOf, kSumQp = kSumQ + 1, kSums = kSumQp + 1;
 
 }  // namespace spn

@@ -1,11 +1,11 @@
-// The vector code of SPN: lanes are channels, in both layouts. A block of kBlock channels of an image slides down its rows
-// with three rows of the mask (and in backward of dγ and dβ) in a scratch ring [pixel][channel] that stays in L1 or L2, so
-// that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones. Activations pass
-// through bands of rows of the same form, transposed and widened on the way; working on channels_last where it lies is
-// slower, since its pixels are a power of two apart and crowd into a few sets of L1.
+// The vector code of SPN: lanes are channels, in both layouts. A block of kBlock channels of an image slides down its
+// rows with three rows of the mask (and in backward of dγ and dβ) in a scratch ring [pixel][channel] that stays in L1
+// or L2, so that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones.
+// Activations pass through bands of rows of the same form, transposed and widened on the way; working on channels_last
+// where it lies is slower, since its pixels are a power of two apart and crowd into a few sets of L1.
 //
-// With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ*
-// that fall inside the image: one of nine values per channel. `1 - m` never exists.
+// With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of
+// w_γ* that fall inside the image: one of nine values per channel. `1 - m` never exists.
 
 #include "cpu/moments_kernels.h"
 #include "cpu/rows.h"
@@ -21,8 +21,9 @@ template <class A>
 struct BlockParams {
   A mean[kBlock], rstd[kBlock], mask_mean[kBlock], mask_rstd[kBlock], mask_weight[kBlock], mask_bias[kBlock];
   A mean_g[kBlock], mean_gx[kBlock], mean_q[kBlock], mean_qp[kBlock];
-  A tap[2][kTaps][kBlock];      // [gamma, beta]: w - w*
-  A outside[2][16][kBlock];     // K, by which neighbours exist: 4 * neighbours(row) + neighbours(column)
+  A tap[2][kTaps][kBlock];  // [gamma, beta]: w - w*
+  // K by which rows above (1) and below (2) exist: away from the left and right border, and what to add on either.
+  A inside[2][4][kBlock], at_left[2][4][kBlock], at_right[2][4][kBlock];
   A phase[2][2][2][4][kBlock];  // [gamma, beta][row phase][column phase]: the taps that fall on each of 2x2 pixels of x
 
   void set(const Params<A>& params, int64_t c0, int channels, int64_t upsample) {
@@ -45,10 +46,9 @@ struct BlockParams {
           for (int kx = 0; kx < 3; ++kx) {
             column[kx] = w_inv[3 + kx] + (rows & 1 ? w_inv[kx] : 0) + (rows & 2 ? w_inv[6 + kx] : 0);
           }
-          for (int columns = 0; columns < 4; ++columns) {
-            outside[of][4 * rows + columns][c] =
-                column[1] + (columns & 1 ? column[0] : 0) + (columns & 2 ? column[2] : 0);
-          }
+          inside[of][rows][c] = column[0] + column[1] + column[2];
+          at_left[of][rows][c] = -column[0];
+          at_right[of][rows][c] = -column[2];
         }
       }
       if (upsample == 2) {
@@ -67,8 +67,8 @@ struct BlockParams {
   }
 };
 
-// Bit 0: there is a pixel before i; bit 1: there is one after it.
-PIXNORM_INLINE int neighbours(int64_t i, int64_t size) { return (i > 0) | (i < size - 1) << 1; }
+// Bit 0: there is a row before h; bit 1: there is one after it.
+PIXNORM_INLINE int neighbours(int64_t h, int64_t height) { return (h > 0) | (h < height - 1) << 1; }
 
 // body(n, w) over [0, width): groups of n pixels, then one by one.
 template <int n, class Body>
@@ -78,9 +78,10 @@ PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
   for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
 }
 
-// A row of m and, where kKeep, of p̂.
-template <bool kKeep, class A>
-PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t width, A* mask, A* p_hat) {
+// A row of m and, where kKeep, of p̂. Calls look_ahead() once per pixel.
+template <bool kKeep, class A, class LookAhead>
+PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t width, A* mask, A* p_hat,
+                             const LookAhead& look_ahead) {
   for (int c = 0; c < kBlock; c += kLanes<A>) {
     const Vec<A> mean = load(params.mask_mean + c), rstd = load(params.mask_rstd + c);
     const Vec<A> weight = load(params.mask_weight + c), bias = load(params.mask_bias + c);
@@ -92,6 +93,9 @@ PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t w
         m[i] = (load(p + (w + i) * kBlock + c) - mean) * rstd;
         if constexpr (kKeep) store(p_hat + (w + i) * kBlock + c, m[i]);
         m[i] = m[i] * weight + bias;
+      }
+      if (c == 0) {
+        for (int i = 0; i < n; ++i) look_ahead();
       }
       sigmoid<A, n>(m);
 #pragma GCC unroll 8
@@ -105,11 +109,20 @@ PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t w
 template <int U, int kPixels, class A>
 PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[3], int a, int64_t w, int64_t width,
                            int row_neighbours, int c, Vec<A> (&gamma)[kPixels * U], Vec<A> (&beta)[kPixels * U]) {
+  gamma[0] = load(params.inside[0][row_neighbours] + c);
+  beta[0] = load(params.inside[1][row_neighbours] + c);
 #pragma GCC unroll 8
-  for (int i = 0; i < kPixels * U; ++i) {
-    const int which = 4 * row_neighbours + neighbours(w * U + i, width * U);
-    gamma[i] = load(params.outside[0][which] + c);
-    beta[i] = load(params.outside[1][which] + c);
+  for (int i = 1; i < kPixels * U; ++i) {
+    gamma[i] = gamma[0];
+    beta[i] = beta[0];
+  }
+  if (w == 0) {
+    gamma[0] += load(params.at_left[0][row_neighbours] + c);
+    beta[0] += load(params.at_left[1][row_neighbours] + c);
+  }
+  if (w + kPixels == width) {
+    gamma[kPixels * U - 1] += load(params.at_right[0][row_neighbours] + c);
+    beta[kPixels * U - 1] += load(params.at_right[1][row_neighbours] + c);
   }
   if constexpr (U == 1) {
 #pragma GCC unroll 9
@@ -151,20 +164,16 @@ template <class Acc, int U>
 class ForwardBlock {
  public:
   using A = Acc;
-  static int64_t scratch(int64_t w) {
-    return Ring<A>::size(w, 1) + 2 * band_rows(w) * w + band_rows(w * U) * w * U;
-  }
+  static int64_t scratch(int64_t w) { return Ring<A>::size(w, 1) + 2 * band_rows(w) * w + band_rows(w * U) * w * U; }
 
-  ForwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile,
-               const Plane<A>& x, const Plane<A>& p, const Plane<A>& y)
+  ForwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile, const Plane<A>& x,
+               const Plane<A>& p, const Plane<A>& y)
       : s_(s),
         params_(params),
         mask_(arena, s.h, s.w),
         x_(x, s.w, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
-        p_(p, s.w, tile.h1 < s.h ? tile.h1 + 1 : s.h,
-           arena.pixels(band_rows(s.w) * s.w)),
-        y_(y, s.w * U, tile.h0 * U, tile.h1 * U,
-           arena.pixels(band_rows(s.w * U) * s.w * U)) {
+        p_(p, s.w, tile.h1 < s.h ? tile.h1 + 1 : s.h, arena.pixels(band_rows(s.w) * s.w)),
+        y_(y, s.w * U, tile.h0 * U, tile.h1 * U, arena.pixels(band_rows(s.w * U) * s.w * U)) {
     make_mask(tile.h0 - 1);
     make_mask(tile.h0);
   }
@@ -186,7 +195,11 @@ class ForwardBlock {
 
  private:
   PIXNORM_INLINE void make_mask(int64_t h) {
-    if (h >= 0 && h < s_.h) mask_row<false>(params_, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr));
+    if (h < 0 || h >= s_.h) return;
+    mask_row<false>(params_, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr), [&] {
+      x_.look_ahead();
+      p_.look_ahead();
+    });
   }
 
   template <bool kRelu>
@@ -220,8 +233,8 @@ class ForwardBlock {
 // Row by row: M(h), the mask and p̂; D(h), dβ = dy (under the activation's mask) and dγ = dy x̂, and where kApply the
 // gradient of x̂'s batch norm; Q(h), the gradient dq of the mask's batch norm's output.
 //
-// The gradient of m at a pixel and the gradients of the taps share their operands: with z_k the sum of dγ over the outputs
-// whose tap k lies on this pixel, dm = Σ_k w_k z_k and dw_k = Σ m z_k.
+// The gradient of m at a pixel and the gradients of the taps share their operands: with z_k the sum of dγ over the
+// outputs whose tap k lies on this pixel, dm = Σ_k w_k z_k and dw_k = Σ m z_k.
 template <class Acc, int U, bool kApply>
 class BackwardBlock {
  public:
@@ -230,8 +243,8 @@ class BackwardBlock {
     return Ring<A>::size(w, 1) * 2 + Ring<A>::size(w * U, U) * 2 + w + 4 * band_rows(w) * w + band_rows(w * U) * w * U;
   }
 
-  BackwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile,
-                const Plane<A>& x, const Plane<A>& p, const Plane<A>& dy, const Plane<A>& dx, const Plane<A>& dp, A* sums)
+  BackwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile, const Plane<A>& x,
+                const Plane<A>& p, const Plane<A>& dy, const Plane<A>& dx, const Plane<A>& dp, A* sums)
       : s_(s),
         params_(params),
         tile_(tile),
@@ -267,7 +280,12 @@ class BackwardBlock {
   int64_t end(int64_t halo) const { return tile_.h1 + halo < s_.h ? tile_.h1 + halo : s_.h; }
 
   PIXNORM_INLINE void make_mask(int64_t h) {
-    if (h >= 0 && h < s_.h) mask_row<true>(params_, p_.row(h), s_.w, mask_.row(h), projection_.row(h));
+    if (h < 0 || h >= s_.h) return;
+    mask_row<true>(params_, p_.row(h), s_.w, mask_.row(h), projection_.row(h), [&] {
+      x_.look_ahead();
+      p_.look_ahead();
+      for (int i = 0; i < U * U; ++i) dy_.look_ahead();
+    });
   }
 
   PIXNORM_INLINE void add(int sum, int c, Vec<A> value) {
@@ -531,9 +549,8 @@ template <class T, int U>
 void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                     const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {
   run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
-    return BackwardBlock<acc_t<T>, U, true>(arena, s, block_params, tile, plane(x, s, 1, n, block),
-                                            plane(p, s, 1, n, block), plane(dy, s, U, n, block),
-                                            plane(dx, s, 1, n - first_n, block), plane(dp, s, 1, n - first_n, block),
-                                            nullptr);
+    return BackwardBlock<acc_t<T>, U, true>(
+        arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block), plane(dy, s, U, n, block),
+        plane(dx, s, 1, n - first_n, block), plane(dp, s, 1, n - first_n, block), nullptr);
   });
 }

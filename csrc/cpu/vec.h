@@ -1,5 +1,5 @@
-// Vectors of PIXNORM_VECTOR_BYTES bytes through the compiler's vector extensions: arithmetic operators work lane by lane,
-// and a*b+c is fused where the machine can. Included by foreach_isa.h inside a namespace per instruction set.
+// Vectors of PIXNORM_VECTOR_BYTES bytes through the compiler's vector extensions: arithmetic operators work lane by
+// lane, and a*b+c is fused where the machine can. Included by foreach_isa.h inside a namespace per instruction set.
 
 template <class A>
 constexpr int kLanes = PIXNORM_VECTOR_BYTES / sizeof(A);
@@ -124,9 +124,9 @@ PIXNORM_INLINE Vec<A> max_keep_nan(Vec<A> v, A limit) {
   return v < limit ? broadcast<A>(limit) : v;
 }
 
-// e^v, in place, for |v| within the exponent range of normal numbers; about 1 ulp. v = k ln 2 + r, |r| <= ln 2 / 2, and the
-// Taylor series of e^r, whose remainder is below half an ulp at these degrees. Several vectors take each step together:
-// one by one, the chain of dependent steps would fill the CPU's scheduler and starve its multipliers.
+// e^v, in place, for |v| within the exponent range of normal numbers; about 1 ulp. v = k ln 2 + r, |r| <= ln 2 / 2, and
+// the Taylor series of e^r, whose remainder is below half an ulp at these degrees. Several vectors take each step
+// together: one by one, the chain of dependent steps would fill the CPU's scheduler and starve its multipliers.
 template <class A, int n>
 PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr bool kDouble = sizeof(A) == 8;
@@ -136,9 +136,9 @@ PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 * 2^kMantissa: adding it rounds
   constexpr A kLn2High = kDouble ? A(0x1.62e42fefa0000p-1) : A(0x1.62e400p-1);
   constexpr A kLn2Low = kDouble ? A(0x1.cf79abc9e3b3ap-40) : A(0x1.7f7d1cp-20);
-  constexpr A kInverseFactorial[] = {A(1),           A(1),            A(1) / 2,         A(1) / 6,          A(1) / 24,
-                                     A(1) / 120,     A(1) / 720,      A(1) / 5040,      A(1) / 40320,      A(1) / 362880,
-                                     A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800};
+  constexpr A kInverseFactorial[] = {
+      A(1),        A(1),         A(1) / 2,      A(1) / 6,       A(1) / 24,       A(1) / 120,       A(1) / 720,
+      A(1) / 5040, A(1) / 40320, A(1) / 362880, A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800};
   Vec<A> power[n];
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) {

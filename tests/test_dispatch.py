@@ -1,0 +1,216 @@
+"""Which backend runs: the names, the report, the fallback and its warning, and life without compiled kernels."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pixnorm
+from pixnorm.functional import spn
+from pixnorm.ops import _dispatch
+from pixnorm.testing import SPECS, SPN, Case, available_impls
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(spec=SPN):
+    return spec.inputs(Case((2, 3, 4, 5), ""))
+
+
+def with_kernel_size(k):
+    tensors = arguments()
+    return tensors | {name: torch.rand(3, 1, k, k) for name in SPN.differentiable[-4:]}
+
+
+def with_one_mask():
+    return {name: t[:1] if name.startswith("mask_") else t for name, t in arguments().items()}
+
+
+@pytest.fixture
+def nothing_fell_back(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_fallbacks", type(_dispatch._fallbacks)())
+
+
+class OpsCalled(TorchDispatchMode):
+    """The names of our ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pixnorm":
+            self.names.add(func.name().removeprefix("pixnorm::"))
+        return func(*args, **(kwargs or {}))
+
+
+# --- what can run here
+
+
+def test_the_native_kernels_are_built():
+    """Every other test of a kernel would be worth nothing without it, so their absence is a failure, not a skip."""
+    assert pixnorm.backends()["native (cpu)"].startswith("available"), pixnorm.backends()["native (cpu)"]
+    assert available_impls("cpu") == ["reference", "native"]
+
+
+def test_the_report_says_what_can_run_and_why_the_rest_cannot():
+    report = pixnorm.backends()
+    assert report["reference"] == "available"
+    assert {"native (cpu)", "native (cuda)"} <= report.keys()
+    for text in report.values():
+        assert text.startswith(("available", "unavailable: ", "ran on the reference: "))
+        assert len(text) > len("unavailable: ") or text == "available"
+
+
+@pytest.mark.skipif("available" in available_impls("cuda"), reason="CUDA kernels are built here")
+def test_a_missing_backend_comes_with_its_remedy():
+    reason = pixnorm.backends()["native (cuda)"]
+    assert "pixnorm._cuda" in reason and "impl='reference'" in reason
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize("impl, native", [("auto", True), ("native", True), ("reference", False)])
+def test_the_impl_that_was_named_runs(spec, impl, native):
+    tensors = arguments(spec)
+    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
+    with OpsCalled() as called:
+        spec.function(**tensors, impl=impl).sum().backward()
+    assert called.names == ({f"{spec.name}_fwd", f"{spec.name}_bwd"} if native else set())
+    assert all(leaf.grad is not None for leaf in leaves.values())
+
+
+def test_auto_is_the_default(spec):
+    with OpsCalled() as called:
+        spec.function(**arguments(spec))
+    assert called.names == {f"{spec.name}_fwd"}
+
+
+FALLBACKS = {
+    "k = 1": (lambda: with_kernel_size(1), "kernel size 3, got 1"),
+    "k = 5": (lambda: with_kernel_size(5), "kernel size 3, got 5"),
+    "one mask for all channels": (with_one_mask, "one mask per channel"),
+}
+
+
+@pytest.mark.parametrize("which", FALLBACKS)
+def test_auto_falls_back_with_a_reason(nothing_fell_back, which):
+    make, reason = FALLBACKS[which]
+    tensors = make()
+    expected = spn(**{name: t.clone() for name, t in tensors.items()}, impl="reference")
+    assert not any(key.startswith("auto") for key in pixnorm.backends())
+    with pytest.warns(UserWarning, match=reason) as caught:
+        actual = spn(**tensors)
+    assert torch.equal(actual, expected)
+    assert [warning.filename for warning in caught] == [__file__], "the warning points at the caller"
+    assert any(key.startswith("auto") and "spn" in key and reason in text for key, text in pixnorm.backends().items())
+
+
+def test_auto_warns_once_per_reason(nothing_fell_back):
+    """However often, and in whatever order, the reasons come by: a generator may have layers of several kinds."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for make, _ in FALLBACKS.values():
+                spn(**make())
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == len(set(messages)) == len(FALLBACKS)
+    assert all("spn" in message and "reference" in message for message in messages)
+    report = " ".join(pixnorm.backends().values())
+    assert all(reason in report for _, reason in FALLBACKS.values())
+
+
+@pytest.mark.parametrize("which", FALLBACKS)
+def test_a_named_impl_never_falls_back(which):
+    make, reason = FALLBACKS[which]
+    tensors = make()
+    before = {name: t.clone() for name, t in tensors.items()}
+    with pytest.raises(RuntimeError, match=f"spn: impl='native' cannot run here: .*{reason}"):
+        spn(**tensors, impl="native")
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+
+
+def test_a_fallback_compiles(nothing_fell_back):
+    """Neither a graph break nor a warning from inside the compiler."""
+    torch.compiler.reset()
+    tensors = with_kernel_size(5)
+    expected = spn(**{name: t.clone() for name, t in tensors.items()}, impl="reference")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pixnorm")
+        actual = torch.compile(spn, fullgraph=True, backend="eager")(**tensors)
+    torch.testing.assert_close(actual, expected)
+
+
+# --- other devices
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_meta_tensors_have_the_shape_of_the_result(spec, impl):
+    tensors = {name: t.to("meta") for name, t in arguments(spec).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = spec.function(**tensors, upsample=2, impl=impl)
+    assert y.device.type == "meta" and y.shape == (2, 3, 8, 10)
+
+
+@pytest.mark.parametrize("which", FALLBACKS)
+def test_meta_tensors_are_refused_like_real_ones(which):
+    make, reason = FALLBACKS[which]
+    with pytest.raises(RuntimeError, match=reason):
+        spn(**{name: t.to("meta") for name, t in make().items()}, impl="native")
+
+
+# --- without compiled kernels
+
+
+def run_without_kernels(code):
+    """Run code in a Python where importing pixnorm._C fails, as it does where it was not built."""
+    prelude = "import sys; sys.modules['pixnorm._C'] = None\nimport torch, pixnorm\nfrom pixnorm.testing import *\n"
+    prelude += "from pixnorm.testing import SPN\nt = SPN.inputs(Case((2, 3, 4, 5), ''))\n"
+    return subprocess.run([sys.executable, "-c", prelude + code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_kernels_auto_runs_the_reference_and_says_so_once():
+    result = run_without_kernels(
+        "leaf = t['x'].requires_grad_()\n"
+        "pixnorm.functional.spn(**t).sum().backward()\n"
+        "pixnorm.functional.spn(**t)\n"
+        "assert leaf.grad is not None\n"
+        "print(pixnorm.backends()['native (cpu)'])\n"
+        "print(available_impls())\n"
+    )
+    assert result.returncode == 0, result.stderr
+    report, impls = result.stdout.splitlines()
+    assert report.startswith("unavailable: pixnorm._C") and "make build" in report
+    assert impls == "['reference']"
+    assert result.stderr.count("runs on the reference") == 1 and "make build" in result.stderr
+
+
+def test_without_kernels_native_says_how_to_get_it():
+    result = run_without_kernels("pixnorm.functional.spn(**t, impl='native')")
+    assert result.returncode != 0
+    assert "RuntimeError: spn: impl='native' cannot run here: pixnorm._C" in result.stderr
+    assert "make build" in result.stderr
+
+
+def test_without_kernels_the_op_can_be_traced():
+    """Schema and fake live in Python: a graph with the op can be made where it cannot run."""
+    result = run_without_kernels(
+        "from torch._subclasses import FakeTensorMode\n"
+        "with FakeTensorMode(allow_non_fake_inputs=True) as mode:\n"
+        "    fakes = {name: mode.from_tensor(tensor) for name, tensor in t.items()}\n"
+        "    op, args = next(iter(SPN.kernel_calls(fakes, {'upsample': 2})))\n"
+        "    print(tuple(op(*args)[0].shape))\n"
+    )
+    assert result.stdout.strip() == "(2, 3, 8, 10)", result.stderr
+
+
+def test_every_spec_has_its_ops():
+    for spec in SPECS:
+        for suffix in ("fwd", "bwd"):
+            assert hasattr(torch.ops.pixnorm, f"{spec.name}_{suffix}")

@@ -1,0 +1,206 @@
+"""Bad input: an error before any work, for every impl in the same words, those of nn.BatchNorm2d where it has some."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from pixnorm.functional import spn
+from pixnorm.testing import SPN, Case
+
+SHAPE = (2, 3, 4, 5)
+
+
+def spn_arguments(shape=SHAPE, dtype=torch.float32):
+    return SPN.inputs(Case(shape, "bad input"), dtype)
+
+
+def with_shape(name, *shape):
+    return lambda tensors: tensors | {name: torch.ones(shape)}
+
+
+def with_dtype(dtype, *names):
+    return lambda tensors: tensors | {name: tensors[name].to(dtype) for name in names}
+
+
+def on_meta(name):
+    return lambda tensors: tensors | {name: tensors[name].to("meta")}
+
+
+def words(text):
+    return re.escape(text)
+
+
+# Each: what is wrong; the error; what its message must say: the tensor at fault, what was expected, what came.
+BAD_INPUT = {
+    "three dimensions": (with_shape("x", 2, 3, 4), ValueError, words("expected 4D input (got 3D input)")),
+    "five dimensions": (with_shape("x", 2, 3, 4, 5, 1), ValueError, words("expected 4D input (got 5D input)")),
+    "a number": (with_shape("x"), ValueError, words("expected 4D input (got 0D input)")),
+    "channels of x": (with_shape("x", 2, 4, 4, 5), ValueError, r"mask_projection .*\(2, 4, 4, 5\).*\(3, 3, 1, 1\)"),
+    "projection, rank": (with_shape("mask_projection", 3, 3), ValueError, r"mask_projection .*\(3, 3, 1, 1\).*\(3, 3\)"),
+    "projection, inputs": (
+        with_shape("mask_projection", 3, 2, 1, 1),
+        ValueError,
+        r"mask_projection .*\(3, 3, 1, 1\).*\(3, 2, 1, 1\)",
+    ),
+    "projection, outputs": (
+        with_shape("mask_projection", 2, 3, 1, 1),
+        ValueError,
+        r"mask_projection .*\(3, 3, 1, 1\) or \(1, 3, 1, 1\).*\(2, 3, 4, 5\).*\(2, 3, 1, 1\)",
+    ),
+    "projection, a number": (with_shape("mask_projection"), ValueError, r"mask_projection .*\(3, 3, 1, 1\).*\(\)"),
+    "mask_weight": (with_shape("mask_weight", 2), ValueError, r"mask_weight .*\(3,\).*\(2, 3, 4, 5\).*\(2,\)"),
+    "mask_bias": (with_shape("mask_bias", 3, 1), ValueError, r"mask_bias .*\(3,\).*\(3, 1\)"),
+    "even kernel": (with_shape("gamma_weight", 3, 1, 4, 4), ValueError, r"1, 3 or 5.*gamma_weight .*\(3, 1, 4, 4\)"),
+    "large kernel": (with_shape("gamma_weight", 3, 1, 7, 7), ValueError, r"1, 3 or 5.*gamma_weight .*\(3, 1, 7, 7\)"),
+    "kernel, a number": (with_shape("gamma_weight"), ValueError, r"1, 3 or 5.*gamma_weight .*\(\)"),
+    "oblong kernel": (with_shape("gamma_weight", 3, 1, 1, 3), ValueError, r"gamma_weight .*\(3, 1, 3, 3\).*\(3, 1, 1, 3\)"),
+    "dense kernel": (with_shape("gamma_weight", 3, 3, 3, 3), ValueError, r"gamma_weight .*\(3, 1, 3, 3\).*\(3, 3, 3, 3\)"),
+    "kernels of two sizes": (
+        with_shape("beta_weight_inv", 3, 1, 5, 5),
+        ValueError,
+        r"beta_weight_inv .*\(3, 1, 3, 3\).*\(3, 1, 5, 5\)",
+    ),
+    "running_mean": (with_shape("running_mean", 4), ValueError, r"running_mean .*\(3,\).*\(4,\)"),
+    "running_var": (with_shape("running_var", 4), ValueError, r"running_var .*\(3,\).*\(4,\)"),
+    "mask_running_mean": (with_shape("mask_running_mean", 1), ValueError, r"mask_running_mean .*\(3,\).*\(1,\)"),
+    "mask_running_var": (with_shape("mask_running_var", 1), ValueError, r"mask_running_var .*\(3,\).*\(1,\)"),
+    "integers": (with_dtype(torch.int64, "x"), TypeError, r"floating point.*int64.*\(2, 3, 4, 5\)"),
+    "complex numbers": (with_dtype(torch.complex64, "x"), TypeError, r"floating point.*complex64"),
+    "doubles with float parameters": (with_dtype(torch.float64, "x"), TypeError, r"float64.*float32"),
+    "floats with double parameters": (with_dtype(torch.float64, *SPN.differentiable[1:]), TypeError, r"float32.*float64"),
+    "floats with half parameters": (with_dtype(torch.float16, *SPN.differentiable[1:]), TypeError, r"float32.*float16"),
+    "half with other half parameters": (
+        lambda t: with_dtype(torch.float16, "x")(with_dtype(torch.bfloat16, *SPN.differentiable[1:])(t)),
+        TypeError,
+        r"float16.*bfloat16",
+    ),
+    "one parameter of another dtype": (with_dtype(torch.float64, "beta_weight"), TypeError, r"beta_weight .*float64"),
+    "a buffer of another dtype": (with_dtype(torch.float64, "running_var"), TypeError, r"running_var .*float64"),
+    "a buffer of integers": (with_dtype(torch.int64, "mask_running_mean"), TypeError, r"mask_running_mean .*int64"),
+    "one parameter elsewhere": (on_meta("mask_bias"), RuntimeError, r"one device.*x on cpu.*mask_bias on meta"),
+    "x elsewhere": (on_meta("x"), RuntimeError, r"one device.*x on meta.* on cpu"),
+    "one buffer elsewhere": (on_meta("running_var"), RuntimeError, r"one device.*x on cpu.*running_var on meta"),
+    "upsample": (lambda t: t | {"upsample": 3}, ValueError, r"upsample must be 1 or 2, got 3"),
+    "activation": (lambda t: t | {"activation": "gelu"}, ValueError, r"activation must be None or 'relu', got 'gelu'"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", BAD_INPUT)
+def test_spn_refuses(impl, which, training):
+    spoil, error, message = BAD_INPUT[which]
+    arguments = spoil(spn_arguments())
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(error, match=message):
+        spn(**arguments, training=training, impl=impl)
+    unchanged = [torch.equal(arguments[name], value) for name, value in before.items() if value.device.type == "cpu"]
+    assert all(unchanged)
+
+
+@pytest.mark.parametrize("name", SPN.buffers)
+@pytest.mark.parametrize("value", [None, "absent"])
+def test_spn_wants_running_statistics_in_inference(impl, name, value):
+    arguments = spn_arguments()
+    if value is None:
+        arguments[name] = None
+    else:
+        del arguments[name]
+    with pytest.raises(RuntimeError, match=f"{name} .*training=False"):
+        spn(**arguments, training=False, impl=impl)
+
+
+@pytest.mark.parametrize("absent", SPN.buffers)
+def test_spn_wants_both_running_statistics_of_a_tensor_or_none(impl, absent):
+    """As F.batch_norm does, and in its words."""
+    arguments = spn_arguments()
+    before = {name: arguments[name].clone() for name in SPN.buffers}
+    with pytest.raises(ValueError, match="running_mean and .*running_var must either both be None or neither be None"):
+        spn(**(arguments | {absent: None}), impl=impl)
+    assert all(torch.equal(arguments[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kept", [SPN.buffers[:2], SPN.buffers[2:]])
+def test_spn_updates_the_running_statistics_that_are_given(impl, kept):
+    """Those of x without those of the mask, or the other way round."""
+    everything = spn_arguments()
+    before = {name: value.clone() for name, value in everything.items()}
+    some = {name: value.clone() for name, value in everything.items() if name in kept or name in SPN.differentiable}
+    assert torch.equal(spn(**some, impl=impl), spn(**everything, impl=impl))
+    for name in kept:
+        assert torch.equal(some[name], everything[name]) and not torch.equal(some[name], before[name])
+
+
+def message_of(function, *args):
+    with pytest.raises(ValueError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_spn_speaks_like_batch_norm(impl):
+    """Where nn.BatchNorm2d has words for it, code that catches those keeps working."""
+    norm, arguments = nn.BatchNorm2d(3), spn_arguments()
+    del arguments["x"]
+
+    def call(x):
+        return spn(x, **arguments, impl=impl)
+
+    for shape in [(2, 3, 4), (3,), (1, 3, 1, 1)]:
+        x = torch.ones(shape)
+        assert message_of(call, x) == message_of(norm, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_spn_wants_two_values_per_channel_in_training(impl, dtype):
+    arguments = spn_arguments((1, 3, 1, 1), dtype)
+    before = {name: arguments[name].clone() for name in SPN.buffers}
+    with pytest.raises(ValueError, match=words("more than 1 value per channel when training, got input size")):
+        spn(**arguments, impl=impl)
+    assert all(torch.equal(arguments[name], value) for name, value in before.items())
+    # There is nothing to estimate in inference; and there are four values after upsampling.
+    assert spn(**arguments, training=False, impl=impl).isfinite().all()
+    assert spn(**arguments, upsample=2, impl=impl).isfinite().all()
+
+
+def test_spn_refuses_an_unknown_impl():
+    with pytest.raises(ValueError, match=r"'auto', 'native', 'reference', got 'cudnn'"):
+        spn(**spn_arguments(), impl="cudnn")
+
+
+def test_an_error_names_the_caller_s_mistake_before_the_backend_s(impl):
+    """What no backend can take is reported as such, also where the named backend could not run either."""
+    arguments = spn_arguments() | {name: torch.ones(3, 1, 7, 7) for name in SPN.differentiable[-4:]}
+    with pytest.raises(ValueError, match="1, 3 or 5"):
+        spn(**arguments, impl=impl)
+
+
+# --- the ops themselves: they can be called without the checks above
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_kernels_refuse_wrong_shapes(kernel, which):
+    """Not with the public function's words, but before they touch memory that is not theirs."""
+    op, arguments = list(SPN.kernel_calls(spn_arguments(), {"training": False}))[which]
+    op(*arguments)
+    accepted = []
+    for position, (argument, schema) in enumerate(zip(arguments, op._schema.arguments, strict=True)):
+        # The sizes of x rule; those of all other tensors follow.
+        if isinstance(argument, torch.Tensor) and schema.name != "x":
+            for spoilt in (argument[..., :-1], argument[:-1], argument.unsqueeze(0)):
+                try:
+                    op(*arguments[:position], spoilt, *arguments[position + 1 :])
+                except RuntimeError:
+                    continue
+                accepted.append(f"{schema.name} of shape {tuple(spoilt.shape)}")
+    assert not accepted
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_kernels_refuse_wrong_dtypes(kernel, which):
+    op, arguments = list(SPN.kernel_calls(spn_arguments(), {"training": False}))[which]
+    for dtype in (torch.int32, torch.complex64):
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                with pytest.raises(RuntimeError):
+                    op(*arguments[:position], argument.to(dtype), *arguments[position + 1 :])
