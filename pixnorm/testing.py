@@ -21,9 +21,9 @@ from pixnorm.ops.spn import spn_bwd, spn_fwd, spn_reference
 
 # The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below so
 # many units in the last place of the largest value always passes: in half precision the final rounding, in float32 a few
-# roundings on the way. float64 is its own yardstick, and has only the error that it shows between two layouts.
+# roundings on the way. float64 is its own yardstick: what shows there is any step that was taken in float32.
 FACTOR = 2.0
-TOLERANCES = {torch.float64: 256.0, torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
 def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:

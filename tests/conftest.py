@@ -52,3 +52,9 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """Thousands of tiny calls gain nothing from threads, and on a busy machine spend their time waiting for them."""
+    threads(1)

@@ -14,6 +14,9 @@ from torch import nn
 
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, assert_close_as_eager, evaluate, in_double, random
 
+# Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = (torch.bfloat16, torch.float16)
 # dtype of x, dtype of the parameters
 DTYPES = [(t, t) for t in (torch.float64, torch.float32, *HALF)] + [(t, torch.float32) for t in HALF]
@@ -90,8 +93,9 @@ def test_every_remainder(spec, kernel, layout, upsample):
 
 @pytest.mark.parametrize("upsample", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_more_than_the_cache_holds(spec, kernel, dtype, upsample):
+def test_more_than_the_cache_holds(spec, kernel, dtype, upsample, threads):
     """Tensors of several MB are worked on a few samples at a time; here four, and the one that is left."""
+    threads(2)
     case = Case((5, 16, 120, 120), "4.6 MB in float32", {"upsample": upsample})
     for layout in DENSE_LAYOUTS:
         # Plain PyTorch takes seconds over this in channels_last, and only there.
@@ -406,7 +410,8 @@ def test_autocast_changes_nothing_in_double_backward(spec, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (16, 33, 4, 4), (1, 3, 150, 131)], ids=str)
-def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype):
+def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype, threads):
+    threads(2)
     for options in [{}, {"upsample": 2, "activation": "relu"}]:
         tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
         first = evaluate(spec, spec.call(kernel), tensors, options)

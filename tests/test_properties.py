@@ -13,6 +13,8 @@ from pixnorm.functional import spn
 from pixnorm.ops.spn import spn_reference
 from pixnorm.testing import LAYOUTS, SPN, Case, evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NO_EPS = 1e-30  # lost beside any variance; PyTorch's batch norm takes no zero
 TAPS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")
 

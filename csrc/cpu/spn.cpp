@@ -17,17 +17,15 @@
 #include "cpu/gemm.h"
 #include "cpu/memory.h"
 #include "cpu/moments.h"
+#include "cpu/parallel.h"
 #include "dispatch.h"
 
 #define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
 #include "cpu/foreach_isa.h"
+#include "cpu/statistics.h"
 
 namespace pixnorm::spn {
 namespace {
-
-using torch::stable::parallel_for;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- cutting the work ----
 
@@ -58,13 +56,6 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
     const Buffer<char> scratch(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) f(i / s.blocks(), i % s.blocks(), scratch.data());
   });
-}
-
-template <class F>
-void for_elements(int64_t count, const F& f) {
-  constexpr int64_t kGrain = 1 << 15;
-  parallel_for(0, ceil_div(count, kGrain), 1,
-               [&](int64_t begin, int64_t end) { f(begin * kGrain, std::min(end * kGrain, count)); });
 }
 
 // ---- the projection's GEMMs, on images [n, n + count) that start at a pointer ----
@@ -106,69 +97,6 @@ void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* 
   if (s.channels_last) return gemm(out, left.transposed(), right, beta);
   for (int64_t n = 0; n < count; ++n) gemm(out, left.at(n), right.at(n).transposed(), n == 0 ? beta : 1);
 }
-
-// ---- batch statistics ----
-
-// Gathers the moments of a tensor chunk by chunk, `per_chunk` images each, from image 0 on.
-template <class T>
-class Statistics {
- public:
-  Statistics(const Shape& s, int64_t per_chunk)
-      : s_(s),
-        per_chunk_(per_chunk),
-        runs_(s.channels_last ? ceil_div(per_chunk * s.pixels(), kRun) : per_chunk),
-        moments_(ceil_div(s.n, per_chunk) * runs_ * s.c) {}
-
-  void add(const T* tensor, int64_t n0, int64_t n1) {
-    const T* data = tensor + n0 * s_.image();
-    Moments* moments = moments_.data() + n0 / per_chunk_ * runs_ * s_.c;
-    const int64_t pixels = (n1 - n0) * s_.pixels();
-    if (s_.channels_last) {
-      const auto kernel = PIXNORM_BY_ISA(moments_by_channel<T>);
-      parallel_for(0, ceil_div(pixels, kRun), 1, [&](int64_t begin, int64_t end) {
-        const Buffer<acc_t<T>> scratch(3 * s_.c);
-        for (int64_t run = begin; run < end; ++run) {
-          kernel(data + run * kRun * s_.c, std::min(kRun, pixels - run * kRun), s_.c, scratch.data(),
-                 moments + run * s_.c);
-        }
-      });
-    } else {
-      const auto kernel = PIXNORM_BY_ISA(moments_of<T>);
-      parallel_for(0, (n1 - n0) * s_.c, ceil_div(1 << 14, s_.pixels()), [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin; plane < end; ++plane) {
-          moments[plane] = kernel(data + plane * s_.pixels(), s_.pixels());
-        }
-      });
-    }
-  }
-
-  void finish(acc_t<T>* mean, acc_t<T>* var) const {
-    parallel_for(0, s_.c, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        Moments total{0, 0};
-        double count = 0;
-        for (int64_t n0 = 0; n0 < s_.n; n0 += per_chunk_) {
-          const Moments* moments = moments_.data() + n0 / per_chunk_ * runs_ * s_.c + c;
-          int64_t pixels = std::min(per_chunk_, s_.n - n0) * s_.pixels();
-          for (; pixels > 0; moments += s_.c) {
-            const int64_t run = std::min(pixels, s_.channels_last ? kRun : s_.pixels());
-            merge(total, count, *moments, run);
-            count += run;
-            pixels -= run;
-          }
-        }
-        mean[c] = static_cast<acc_t<T>>(total.mean);
-        var[c] = static_cast<acc_t<T>>(total.m2 / count);
-      }
-    });
-  }
-
- private:
-  static constexpr int64_t kRun = 512;  // pixels of channels_last that are summed at a time; in NCHW, a plane
-  const Shape& s_;
-  const int64_t per_chunk_, runs_;
-  std::vector<Moments> moments_;
-};
 
 // ---- arguments ----
 
@@ -257,7 +185,8 @@ void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_st
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
   const int64_t per_chunk = images_per_chunk(s, sizeof(A));
-  Statistics<T> of_x(s, per_chunk), of_p(s, per_chunk);
+  const Activations shape{s.n, s.c, s.pixels(), s.channels_last};
+  Statistics<T> of_x(shape, per_chunk), of_p(shape, per_chunk);
   const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
   for (int64_t n = 0; n < s.n; n += per_chunk) {
     const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();

@@ -1,8 +1,8 @@
 """Defines ops from their schemas, and chooses the backend of a call. Nothing else in pixnorm chooses.
 
-The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native`` and ``auto``. Compiled kernels
-register themselves with the schemas defined here when their extension is imported, so the package imports, traces and
-runs (on the reference) without any of them.
+The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native`` and ``auto``. Compiled
+kernels register themselves with the schemas defined here when their extension is imported, so the package imports,
+traces and runs (on the reference) without any of them.
 """
 
 import importlib

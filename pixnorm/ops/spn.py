@@ -1,10 +1,14 @@
-r"""SPN, self pixel-wise normalisation ("Image Generation with Self Pixel-wise Normalization", arXiv 2201.10725, eq. 1-4).
+r"""SPN, self pixel-wise normalisation, eq. 1-4 of "Image Generation with Self Pixel-wise Normalization"
+(arXiv 2201.10725):
 
     x̂ = (x - μ) / sqrt(σ² + ε)                      μ, σ² per channel over (N, H, W), biased      (eq. 1)
     m = sigmoid(BN_m(conv1x1(x))),   m* = 1 - m     BN_m with scale mask_weight and shift mask_bias
     γ = m ⊛ w_γ + m* ⊛ w_γ*                         depthwise k x k, zero "same" padding           (eq. 2)
     β = m ⊛ w_β + m* ⊛ w_β*                         of m and of m* separately                      (eq. 3)
     y = γ · x̂ + β                                                                                 (eq. 4)
+
+The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ* that fall inside
+the image. The bias that the 1x1 convolution might have would be cancelled by BN_m, so there is none.
 """
 
 import torch
@@ -57,8 +61,8 @@ def spn_reference(
     return F.relu(y) if activation == "relu" else y
 
 
-# The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use (all or none; none: those of this
-# batch); the forward op returns copies of those that it used, biased, of x and of p = conv1x1(x) at the resolution of x.
+# The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
+# The forward op returns copies of those that it used, biased, of x and of p = conv1x1(x) at the resolution of x.
 _PARAMETERS = (
     "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
     "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv"
@@ -204,7 +208,7 @@ def spn(
 
     chosen = choose("spn", impl, x.device, _native_refusal(mask_projection, gamma_weight))
     if chosen == "reference":
-        # F.batch_norm saves the running buffers for backward, and they may be rewritten before it (DDP broadcasts them).
+        # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
         with torch.autocast(x.device.type, enabled=False):
             y = spn_reference(
@@ -233,7 +237,7 @@ def spn(
         count = y.numel() // y.shape[1]
         for running, batch, correction in zip(buffers, used, (1, count / (count - 1)) * 2, strict=True):
             if running is not None:
-                running.lerp_((batch * correction).to(running.dtype), momentum)
+                running.mul_(1 - momentum).add_(batch, alpha=momentum * correction)
     return y
 
 
@@ -299,7 +303,7 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
         if tensor.device != x.device:
             raise RuntimeError(f"expected all tensors on one device, got x on {x.device} and {name} on {tensor.device}")
         if not is_buffer and index > 0 and tensor.dtype != inputs[2].dtype:
-            raise TypeError(f"expected parameters of one dtype, got mask_weight {inputs[2].dtype}, {name} {tensor.dtype}")
+            raise TypeError(f"expected parameters of one dtype, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
     weight_dtype = inputs[2].dtype
     if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in _HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")

@@ -1,0 +1,162 @@
+"""Who runs against whom: eager PyTorch, torch.compile, every backend; and the floors, GEMMs alone and copies alone."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixnorm.testing import DENSE_LAYOUTS, Case, OpSpec, available_impls
+
+DEVICE = "cpu"
+DTYPE = torch.float32
+MODES = ("forward", "forward_backward")
+# The contenders of a match take turns, so that a machine that slows down slows them all.
+LAPS = 3
+laps = pytest.mark.parametrize("lap", range(LAPS), ids="lap{}".format)
+
+PEERS = tuple(f"{peer}-{layout}" for peer in ("eager", "compile") for layout in DENSE_LAYOUTS)
+# With no kernel built, ask for the native one all the same: it fails, and says how to get it.
+KERNELS = tuple(available_impls(DEVICE)[1:]) or ("native",)
+FUSED = tuple(f"{impl}-{layout}" for impl in KERNELS for layout in DENSE_LAYOUTS)
+GEMMS = tuple(f"gemm-{layout}" for layout in DENSE_LAYOUTS)  # of SPN: its projection alone
+COPIES = ("copy", "copy_fresh")
+
+
+@dataclass
+class Contender:
+    """A function to time.
+
+    Attributes:
+        run: one round.
+        info: what else is known of it; stored beside the times.
+        seconds: of the shortest round so far; 0 before the first.
+    """
+
+    run: Callable[[], object]
+    info: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Match:
+    """One call of an op, and those that run it. They share the inputs; each is made when it is first asked for.
+
+    Args:
+        spec: the op.
+        case: shape and options.
+        mode: ``"forward"``, without gradients, or ``"forward_backward"``.
+    """
+
+    def __init__(self, spec: OpSpec, case: Case, mode: str):
+        torch._dynamo.reset()  # every match compiles for its own shape
+        self.spec, self.case, self.backward = spec, case, mode == "forward_backward"
+        self.contenders: dict[str, Contender] = {}
+        self.inputs = cache(self._inputs)
+
+    def __getitem__(self, name: str) -> Contender:
+        if name not in self.contenders:
+            self.contenders[name] = self._contender(name)
+        return self.contenders[name]
+
+    def _inputs(self, layout: str) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+        """All tensors, those of them that get a gradient, and a gradient of the output."""
+        tensors = self.spec.inputs(self.case, DTYPE, layout=layout, device=DEVICE)
+        leaves = [tensors[name].requires_grad_(self.backward) for name in self.spec.differentiable]
+        with torch.no_grad():
+            grad = torch.randn_like(self.spec.call(KERNELS[0])(**tensors, **self.case.options))
+        return tensors, leaves, grad
+
+    def _contender(self, name: str) -> Contender:
+        if name in COPIES:
+            return Contender(self._copy(fresh=name == "copy_fresh"))
+        impl, layout = name.split("-")
+        if impl == "gemm":
+            return Contender(projection(self.case.shape, layout, self.backward))
+        if impl == "eager":
+            function = self.spec.reference
+        elif impl == "compile":
+            function = torch.compile(self.spec.reference, dynamic=False)
+        else:
+            function = self.spec.call(impl)
+        tensors, leaves, grad = self.inputs(layout)
+
+        def forward() -> Tensor:
+            return function(**tensors, **self.case.options)
+
+        if not self.backward:
+            forward = torch.no_grad()(forward)
+            if impl == "compile":
+                forward()
+            return Contender(forward)
+
+        def run() -> None:
+            torch.autograd.grad(forward(), leaves, grad)
+
+        y, saved = saved_bytes(forward, tensors.values())
+        if impl == "compile":
+            torch.autograd.grad(y, leaves, grad)  # the forward is compiled by now; this compiles its backward
+        return Contender(run, {"saved_bytes": saved})
+
+    def _copy(self, fresh: bool) -> Callable[[], object]:
+        """A copy that moves as many bytes as the op must move outside its GEMMs: half are read, half are written.
+
+        Args:
+            fresh: write as much as the op allocates (its outputs, and what it saves) into fresh memory, the rest into
+                memory that has been used before; otherwise write all into such memory.
+        """
+        traffic = self.spec.traffic(self.case, DTYPE)
+        size = traffic.forward - traffic.forward_gemm
+        allocated = self.inputs(DENSE_LAYOUTS[0])[2].nbytes + self.spec.saved_bytes(self.case, DTYPE)
+        if self.backward:
+            size += traffic.backward - traffic.backward_gemm
+            allocated += self.inputs(DENSE_LAYOUTS[0])[0]["x"].nbytes
+        source = torch.ones(size // 2 // DTYPE.itemsize, dtype=DTYPE, device=DEVICE)
+        ready = torch.ones_like(source)
+        cut = allocated // DTYPE.itemsize if fresh else 0
+
+        def run() -> None:
+            source[:cut].clone()
+            ready[cut:].copy_(source[cut:])
+
+        return run
+
+
+def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """The output of a function, and the bytes that autograd keeps alive for its backward, beyond its inputs."""
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
+    return y, sum(kept.values())
+
+
+def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
+    """The products of a 1x1 convolution from C to C channels as SPN's kernels do them: p = W x; dx += Wᵀ dp, dW = dp xᵀ."""
+    n, c, h, w = shape
+    weight, grad_weight = torch.randn(c, c, dtype=DTYPE), torch.zeros(c, c, dtype=DTYPE)
+    size = (n * h * w, c) if layout == "channels_last" else (n, c, h * w)
+    x, p, grad_x = (torch.randn(size, dtype=DTYPE) for _ in range(3))
+
+    def pixels() -> None:
+        torch.mm(x, weight.t(), out=p)
+        if backward:
+            torch.addmm(grad_x, p, weight, out=grad_x)
+            torch.mm(p.t(), x, out=grad_weight)
+
+    def planes() -> None:
+        torch.bmm(weight.expand(n, c, c), x, out=p)
+        if backward:
+            torch.baddbmm(grad_x, weight.t().expand(n, c, c), p, out=grad_x)
+            for i in range(n):
+                torch.addmm(grad_weight, p[i], x[i].t(), beta=float(i > 0), out=grad_weight)
+
+    return pixels if layout == "channels_last" else planes

@@ -1,0 +1,53 @@
+"""SPN alone, with upsampling and ReLU in the same pass, and as it grows.
+
+A case is ``test_layer[head-mode-shape-lap-contender]``; ``-k "up and 64x256x8x8 and native"`` selects some.
+"""
+
+from functools import lru_cache
+
+import pytest
+
+from benchmarks.contenders import COPIES, FUSED, GEMMS, MODES, PEERS, Match, laps
+from pixnorm.testing import SPN, Case
+
+HEADS = {"plain": {}, "up": {"upsample": 2, "activation": "relu"}}
+SHAPES = {  # of the output
+    (64, 256, 8, 8): "early block of a 32x32 generator, large batch: small planes",
+    (16, 256, 32, 32): "its last block, at the batch of the generator step",
+    (64, 256, 32, 32): "the same, large batch: far larger than any cache",
+    (8, 64, 128, 128): "last block of a 128x128 generator: large planes, a small GEMM",
+}
+SWEEP = {  # one size grows, the others stay
+    "N": [(n, 128, 16, 16) for n in (4, 8, 16, 32, 64)],
+    "C": [(8, c, 16, 16) for c in (32, 64, 128, 256, 512)],
+    "HW": [(8, 128, side, side) for side in (4, 8, 16, 32, 64)],
+}
+
+
+@lru_cache(maxsize=1)  # all cases of one match stand together
+def match(head: str, mode: str, shape: tuple[int, ...]) -> Match:
+    options = HEADS[head]
+    n, c, h, w = shape
+    scale = options.get("upsample", 1)
+    return Match(SPN, Case((n, c, h // scale, w // scale), SHAPES.get(shape, "sweep"), options), mode)
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+@pytest.mark.parametrize("contender", PEERS + FUSED + GEMMS + COPIES)
+@laps
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head", HEADS)
+def test_layer(race, head, mode, shape, lap, contender):
+    game = match(head, mode, shape)
+    race(game[contender], [game.contenders.get(peer) for peer in PEERS if contender in PEERS])
+
+
+@pytest.mark.parametrize("contender", ("eager-channels_last", *FUSED, *GEMMS))
+@laps
+@pytest.mark.parametrize(("size", "shape"), [(size, shape) for size in SWEEP for shape in SWEEP[size]])
+def test_sweep(race, size, shape, lap, contender):
+    race(match("plain", "forward_backward", shape)[contender])

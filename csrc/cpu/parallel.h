@@ -1,0 +1,23 @@
+// Loops over PyTorch's threads. Work is cut by its size alone, so that results do not depend on how many there are.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pixnorm {
+
+using torch::stable::parallel_for;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(first, end) over runs of [0, count).
+template <class F>
+void for_elements(int64_t count, const F& f) {
+  constexpr int64_t kGrain = 1 << 15;
+  parallel_for(0, ceil_div(count, kGrain), 1,
+               [&](int64_t begin, int64_t end) { f(begin * kGrain, std::min(end * kGrain, count)); });
+}
+
+}  // namespace pixnorm
