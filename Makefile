@@ -34,12 +34,12 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 lint: $(READY)  ## check the style of all code
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
-	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES) tests/*.cpp
 
 format: $(READY)  ## put all code in that style
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
-	$(BIN)clang-format -i $(CXX_FILES)
+	$(BIN)clang-format -i $(CXX_FILES) tests/*.cpp
 
 clean:  ## remove what was built (not VENV)
 	rm -rf build *.egg-info pixnorm/*.so

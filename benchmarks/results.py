@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import log, prod
 from pathlib import Path
 from statistics import geometric_mean, linear_regression, median
 
-from benchmarks.contenders import FUSED, PEERS
-from benchmarks.test_generator import MODELS
-from benchmarks.test_spn import HEADS, SHAPES, SWEEP, label
+from benchmarks.contenders import FUSED, GEMMS, KERNELS, PEERS
+from benchmarks.test_spn import SHAPES, SWEEP, label
 from pixnorm.testing import DENSE_LAYOUTS
 
 Statistic = Callable[[Iterable[float]], float]
@@ -18,11 +19,11 @@ class Results:
 
     Attributes:
         facts: of the machine, the versions and the run, in words.
-        agreement: (what, error of the reference, error of the fused form).
+        agreement: by impl, of what, and in which dtype: relative distances of the generators, see ``report.agreement``.
         cases: each with ``comparison``, ``contender``, ``seconds`` (every round) and perhaps ``saved_bytes``.
     """
 
-    def __init__(self, facts: dict[str, str], agreement: list, cases: list[dict]):
+    def __init__(self, facts: dict[str, str], agreement: dict, cases: list[dict]):
         self.facts, self.agreement, self.cases = facts, agreement, cases
         self._cases = {(case["comparison"], case["contender"]): case for case in cases}
 
@@ -36,48 +37,111 @@ class Results:
     def load(cls, path: Path) -> "Results":
         return cls(**json.loads(path.read_text()))
 
-    def time(self, comparison: str, contender: str, statistic: Statistic = median) -> float:
-        """Seconds."""
-        return statistic(self._cases[comparison, contender]["seconds"])
+    def time(self, comparison: str, contenders: str | Iterable[str], statistic: Statistic = median) -> float:
+        """Seconds, of the fastest of several contenders."""
+        names = [contenders] if isinstance(contenders, str) else self._present(comparison, contenders)
+        return min(statistic(self._cases[comparison, name]["seconds"]) for name in names)
 
-    def best(self, comparison: str, contenders: Iterable[str], statistic: Statistic = median) -> str:
-        """The fastest of those that took part."""
-        present = [name for name in contenders if (comparison, name) in self._cases]
-        return min(present, key=lambda name: self.time(comparison, name, statistic))
+    def best(self, comparison: str, contenders: Iterable[str]) -> str:
+        """The fastest, by the median."""
+        return min(self._present(comparison, contenders), key=lambda name: self.time(comparison, name))
 
     def saved(self, comparison: str, contender: str) -> int:
         """Bytes that autograd keeps for backward beyond the inputs."""
         return self._cases[comparison, contender]["saved_bytes"]
 
+    def _present(self, comparison: str, contenders: Iterable[str]) -> list[str]:
+        return [name for name in contenders if (comparison, name) in self._cases]
+
     def speed_up(self, comparison: str, statistic: Statistic = median) -> float:
         """Of the best backend over the best peer."""
-        peer, fused = (self.best(comparison, names, statistic) for names in (PEERS, FUSED))
-        return self.time(comparison, peer, statistic) / self.time(comparison, fused, statistic)
+        return self.time(comparison, PEERS, statistic) / self.time(comparison, FUSED, statistic)
 
     def speed_up_at_floor(self, comparison: str, statistic: Statistic = median) -> float:
-        """The same, of a layer that took its GEMMs and one copy of the bytes that it must move, and no time else."""
-        gemm = min(self.time(comparison, f"gemm-{layout}", statistic) for layout in DENSE_LAYOUTS)
-        peer = self.time(comparison, self.best(comparison, PEERS, statistic), statistic)
-        return peer / (gemm + self.time(comparison, "copy", statistic))
+        """The same for a layer that takes only its GEMMs and one copy of the bytes that it must move."""
+        floor = self.time(comparison, GEMMS, statistic) + self.time(comparison, "copy", statistic)
+        return self.time(comparison, PEERS, statistic) / floor
 
     def outside(self, comparison: str, statistic: Statistic = median) -> float:
         """Seconds of the best backend outside its GEMMs."""
-        fused = self.best(comparison, FUSED, statistic)
+        fused = self.best(comparison, FUSED)
         gemm = "gemm-" + fused.split("-")[1]
         return self.time(comparison, fused, statistic) - self.time(comparison, gemm, statistic)
 
-    def over_copy(self, comparison: str, copy: str, statistic: Statistic = median) -> float:
-        """That, in copies of the bytes that must move."""
+    def over_copy(self, comparison: str, copy: str = "copy", statistic: Statistic = median) -> float:
+        """The same, in copies of the bytes that must move."""
         return self.outside(comparison, statistic) / self.time(comparison, copy, statistic)
 
-    def step(self, model: str, statistic: Statistic = median) -> float:
-        """Time of the generator step, relative to batch norm; each in its best layout. ``"gemm"``: SPN's products."""
-        bn, other = (
-            min(self.time("step", f"{name}-{layout}", statistic) for layout in DENSE_LAYOUTS) for name in ("bn", model)
+    def step(self, models: Iterable[str], statistic: Statistic = median) -> float:
+        """Time of a generator step, that of batch norm being 1; the best of the models, each in its best layout."""
+        of, bn = (
+            self.time("step", [f"{model}-{layout}" for model in names for layout in DENSE_LAYOUTS], statistic)
+            for names in (models, ["bn"])
         )
-        return other / bn
+        return of / bn
 
     def growth(self, size: str, of: Callable[[str], float]) -> float:
-        """The exponent with which a figure of the sweep grows in a size: 1 is linear."""
-        logs = [(log(math.prod(shape)), log(of(f"sweep {size}-{label(shape)}"))) for shape in SWEEP[size]]
-        return linear_regression(*zip(*logs)).slope
+        """The power of a size (N, C, HW) with which a figure grows along the sweep."""
+        shapes = SWEEP[size]
+        sizes = [log(prod(shape)) for shape in shapes]
+        return linear_regression(sizes, [log(of(f"sweep {size}-{label(shape)}")) for shape in shapes]).slope
+
+
+NAMES = {
+    ("plain", "forward"): "SPN forward",
+    ("plain", "forward_backward"): "SPN forward + backward",
+    ("up", "forward"): "up → SPN → ReLU forward",
+    ("up", "forward_backward"): "up → SPN → ReLU forward + backward",
+}
+GOALS = dict(zip(NAMES, (4, 3, 8, 8), strict=True))  # speed-ups
+
+
+def layers(head: str, mode: str) -> list[str]:
+    """The comparisons of a layer, one for each shape."""
+    return [f"layer {head}-{mode}-{label(shape)}" for shape in SHAPES]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal and what was measured: by the medians, by the minima, and what the floor would give (None: not apt)."""
+
+    what: str
+    goal: float
+    at_least: bool
+    median: float
+    minimum: float
+    floor: float | None = None
+
+    @property
+    def shortfall(self) -> float:
+        """How far the goal is missed, as a fraction of it; 0 or less if it is met."""
+        return self.goal / self.median - 1 if self.at_least else self.median / self.goal - 1
+
+
+def targets(results: Results) -> list[Target]:
+    """All goals, in the order of importance."""
+
+    def both(figure: Callable[[Statistic], float]) -> tuple[float, float]:
+        return figure(median), figure(min)
+
+    def mean(figure: Callable[..., float], head: str, mode: str, **options) -> Callable[[Statistic], float]:
+        return lambda statistic: geometric_mean(
+            figure(comparison, statistic=statistic, **options) for comparison in layers(head, mode)
+        )
+
+    found = [
+        Target(
+            "generator step, relative to batch norm",
+            1.05,
+            False,
+            *both(lambda statistic: results.step(KERNELS, statistic)),
+            floor=1 + results.step(["gemm"]),
+        )
+    ]
+    for (head, mode), goal in GOALS.items():
+        speed_up = both(mean(results.speed_up, head, mode))
+        found.append(Target(NAMES[head, mode], goal, True, *speed_up, mean(results.speed_up_at_floor, head, mode)(median)))
+    for head, mode in GOALS:
+        rest = both(mean(results.over_copy, head, mode))
+        found.append(Target(f"{NAMES[head, mode]}: time outside the GEMMs, in copies", 1.5, False, *rest))
+    return found

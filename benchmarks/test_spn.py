@@ -18,9 +18,9 @@ SHAPES = {  # of the output
     (8, 64, 128, 128): "last block of a 128x128 generator: large planes, a small GEMM",
 }
 SWEEP = {  # one size grows, the others stay
-    "N": [(n, 128, 16, 16) for n in (4, 8, 16, 32, 64)],
-    "C": [(8, c, 16, 16) for c in (32, 64, 128, 256, 512)],
-    "HW": [(8, 128, side, side) for side in (4, 8, 16, 32, 64)],
+    "N": [(n, 64, 32, 32) for n in (2, 8, 32, 128)],
+    "C": [(16, c, 32, 32) for c in (16, 32, 64, 128, 256)],
+    "HW": [(16, 64, side, side) for side in (8, 16, 32, 64)],
 }
 
 
@@ -32,13 +32,13 @@ def match(head: str, mode: str, shape: tuple[int, ...]) -> Match:
     return Match(SPN, Case((n, c, h // scale, w // scale), SHAPES.get(shape, "sweep"), options), mode)
 
 
-def name(shape: tuple[int, ...]) -> str:
+def label(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
 @pytest.mark.parametrize("contender", PEERS + FUSED + GEMMS + COPIES)
 @laps
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=label)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", HEADS)
 def test_layer(race, head, mode, shape, lap, contender):
@@ -48,6 +48,9 @@ def test_layer(race, head, mode, shape, lap, contender):
 
 @pytest.mark.parametrize("contender", ("eager-channels_last", *FUSED, *GEMMS))
 @laps
-@pytest.mark.parametrize(("size", "shape"), [(size, shape) for size in SWEEP for shape in SWEEP[size]])
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [pytest.param(size, shape, id=f"{size}-{label(shape)}") for size in SWEEP for shape in SWEEP[size]],
+)
 def test_sweep(race, size, shape, lap, contender):
     race(match("plain", "forward_backward", shape)[contender])
