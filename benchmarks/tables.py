@@ -1,76 +1,130 @@
 """The results as Markdown."""
 
-from collections.abc import Iterable
-from math import prod
-from statistics import geometric_mean, median
+from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-from benchmarks.contenders import DENSE_LAYOUTS, DTYPE, FUSED, KERNELS, PEERS
-from benchmarks.results import NAMES, Results, layers, targets
-from benchmarks.test_generator import BATCH
+from benchmarks.contenders import FUSED, PEERS
+from benchmarks.results import Results, layers, targets
+from benchmarks.test_generator import BATCH, STEPS
 from benchmarks.test_spn import SHAPES, SWEEP, label
+from pixnorm.testing import DENSE_LAYOUTS
 
-LAYOUT = {"contiguous": "NCHW", "channels_last": "channels_last"}
-
-
-def table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    headers = list(headers)
-    return tabulate(rows, headers, "github", disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
+LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels_last"}
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"
+def markdown(results: Results, picture: str) -> str:
+    """The page: what ran, the goals, the measurements."""
+    agreement = [
+        f"- SPN on `{impl}`, {what}: {distance['float64']:.0e} in float64; {distance['float32']:.0e} in float32, where the "
+        f"reference itself is off by {distance['float32, reference']:.0e}"
+        for impl, found in results.agreement.items()
+        for what, distance in found.items()
+    ]
+    parts = [
+        f"# Benchmarks on {results.facts['machine']}",
+        _table(("", ""), results.facts.items(), "left"),
+        "Medians over all rounds, with the ratio of the minima in brackets. Contenders took turns. Times are in ms, sizes in "
+        "float32. Best: the faster of NCHW and channels_last, for peers (eager PyTorch, `torch.compile`) and for pixnorm.",
+        f"![plots]({picture})",
+        "## Goals",
+        _goals(results),
+        '"At the floor" is the figure of a layer that takes its GEMMs and one copy of the bytes it must move, and no time '
+        "else; for the generator, of batch norm plus SPN's GEMMs.",
+    ]
+    for head, title in (("plain", "SPN"), ("up", "up → SPN → ReLU")):
+        parts += [f"## {title}", _layers(results, head)]
+    parts += [
+        '"Rest" is the fused time less that of its GEMMs. "Copy" moves the bytes that the rest must move, in memory that was '
+        "used before; in the last column the share that the layer allocates (outputs, and what backward needs) is fresh.",
+        f"## Generator step, batch {BATCH}",
+        _steps(results),
+        "## Saved for backward beyond the input, in tensors of the output's size",
+        _memory(results),
+        "## Growth, forward + backward",
+        _growth(results),
+        "Powers of N, C and H·W with which time (of the minima) and memory grow.",
+        "## Agreement of the generators, relative to the reference in float64",
+        "\n".join(agreement),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def named(contender: str) -> str:
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], align: str = "right") -> str:
+    alignment = ("left", *[align] * (len(headers) - 1))
+    return tabulate(list(rows), headers, "github", disable_numparse=True, colalign=alignment)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
+
+
+def _named(contender: str) -> str:
     impl, layout = contender.split("-")
-    return f"{impl} {LAYOUT[layout]}"
+    return f"{impl} {LAYOUTS[layout]}"
 
 
-def target_table(results: Results) -> str:
+def _goals(results: Results) -> str:
     rows = []
     for target in targets(results):
-        verdict = "met" if target.shortfall <= 0 else f"missed by {target.shortfall:.0%}"
-        rows.append(
-            [
-                target.what,
-                f"{'≥' if target.at_least else '≤'} {target.goal:g}",
-                f"{target.median:.2f} ({target.minimum:.2f})",
-                verdict,
-                f"{target.floor:.2f}" if target.floor else "",
-            ]
-        )
-    return table(["", "goal", "measured", "", "at the floor"], rows)
+        verdict = "met" if target.shortfall <= 0 else f"**missed by {target.shortfall:.0%}**"
+        goal = f"{'≥' if target.at_least else '≤'} {target.goal:g}"
+        floor = f"{target.floor:.2f}" if target.floor else ""
+        rows.append((target.what, goal, f"{target.median:.2f} ({target.minimum:.2f})", verdict, floor))
+    return _table(("", "goal", "measured", "", "at the floor"), rows)
 
 
-def layer_table(results: Results, head: str) -> str:
+def _layers(results: Results, head: str) -> str:
     rows = []
     for mode in ("forward", "forward_backward"):
-        comparisons = dict(zip(SHAPES, layers(head, mode), strict=True))
-        for shape, comparison in comparisons.items():
+        for shape, comparison in zip(SHAPES, layers(head, mode), strict=True):
             peer, fused = results.best(comparison, PEERS), results.best(comparison, FUSED)
+            gemm = "gemm-" + fused.split("-")[1]
             rows.append(
-                [
-                    f"{label(shape)} {mode.replace('_', ' + ')}",
-                    f"{milliseconds(results.time(comparison, peer))} {named(peer)}",
-                    f"{milliseconds(results.time(comparison, fused))} {named(fused)}",
-                    f"{results.speed_up(comparison):.2f} ({results.speed_up(comparison, min):.2f})",
-                    milliseconds(results.time(comparison, f"gemm-{fused.split('-')[1]}")),
-                    milliseconds(results.outside(comparison)),
-                    milliseconds(results.time(comparison, "copy")),
-                    milliseconds(results.time(comparison, "copy_fresh")),
-                ]
+                (
+                    f"{mode.replace('_', ' + ')} {label(shape)}",
+                    _named(peer),
+                    _ms(results.time(comparison, peer)),
+                    _named(fused),
+                    _ms(results.time(comparison, fused)),
+                    f"{results.speed_up(comparison):.1f} ({results.speed_up(comparison, min):.1f})",
+                    _ms(results.time(comparison, gemm)),
+                    _ms(results.outside(comparison)),
+                    _ms(results.time(comparison, "copy")),
+                    _ms(results.time(comparison, "copy_fresh")),
+                )
             )
-    return table(
-        ["output shape", "best peer, ms", "fused, ms", "speed-up", "GEMMs, ms", "the rest", "copy", "copy, fresh"], rows
-    )
+    headers = ("output", "best peer", "ms", "pixnorm", "ms", "speed-up", "GEMMs", "rest", "copy", "copy, fresh")
+    return _table(headers, rows)
 
 
-def step_table(results: Results) -> str:
+def _steps(results: Results) -> str:
     rows = []
-    for model, what in {"bn": "batch norm", "reference": "SPN, reference"}.items() | {
-        (impl, f"SPN, {impl}") for impl in KERNELS
-    }:
-        rows.append(...)
-    return table(["generator"], rows)
+    for model, title in STEPS.items():
+        times = [_ms(results.time("step", f"{model}-{layout}")) for layout in DENSE_LAYOUTS]
+        rows.append((title, *times, f"{results.step([model]):.2f} ({results.step([model], min):.2f})"))
+    return _table(("", *(LAYOUTS[layout] for layout in DENSE_LAYOUTS), "best, over batch norm"), rows)
+
+
+def _memory(results: Results) -> str:
+    columns = ("eager-contiguous", "compile-contiguous", FUSED[0])
+    rows = [
+        (title, *(f"{results.saved(head, contender):.2f}" for contender in columns))
+        for head, title in (("plain", "SPN"), ("up", "up → SPN → ReLU"))
+    ]
+    return _table(("", "eager", "torch.compile", "pixnorm"), rows)
+
+
+def _growth(results: Results) -> str:
+    figures = {
+        "pixnorm": lambda comparison: results.time(comparison, FUSED, min),
+        "pixnorm outside the GEMMs": lambda comparison: results.outside(comparison, min),
+        "eager": lambda comparison: results.time(comparison, "eager-channels_last", min),
+        "saved by pixnorm": lambda comparison: results.bytes(comparison, FUSED[0]),
+        "saved by eager": lambda comparison: results.bytes(comparison, "eager-channels_last"),
+    }
+    rows = []
+    for size, shapes in SWEEP.items():
+        ends = f"{size}: {label(shapes[0])} to {label(shapes[-1])}"
+        rows.append((ends, *(f"{results.growth(size, figure):.2f}" for figure in figures.values())))
+    return _table(("", *figures), rows)

@@ -1,6 +1,6 @@
 """One step of the SPN paper's 32x32 generator, forward and backward, with batch norm, SPN on the reference, SPN fused.
 
-``projections`` is what SPN's GEMMs alone take in it: no kernel beside them can make up for that.
+``gemm`` is what SPN's GEMMs alone take in it, which no kernel beside them can make up for.
 """
 
 from functools import lru_cache
@@ -8,11 +8,18 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks.contenders import DENSE_LAYOUTS, DEVICE, DTYPE, GEMMS, KERNELS, Contender, laps, projection
+from benchmarks.contenders import DEVICE, DTYPE, KERNELS, Contender, laps, projection
 from pixnorm.networks import Generator
+from pixnorm.testing import DENSE_LAYOUTS
 
 BATCH = 16
-MODELS = tuple(f"{model}-{layout}" for model in ("bn", "reference", *KERNELS) for layout in DENSE_LAYOUTS)
+STEPS = {  # impl in the names of contenders -> in words
+    "bn": "batch norm",
+    "reference": "SPN, eager",
+    **{impl: f"SPN, {impl}" for impl in KERNELS},
+    "gemm": "GEMMs of SPN alone",
+}
+CONTENDERS = tuple(f"{step}-{layout}" for step in STEPS for layout in DENSE_LAYOUTS)
 # Where SPN's inputs have their pixels: norm1 of each block (before its upsampling), norm2 of each block.
 SIDES = (4, 8, 16, 8, 16, 32)
 
@@ -25,7 +32,7 @@ def generator(impl: str, layout: str = "contiguous") -> Generator:
     return model.to(DEVICE, DTYPE, memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 
 
-@lru_cache(maxsize=len(MODELS) + len(GEMMS))
+@lru_cache(maxsize=len(CONTENDERS))
 def entrant(name: str) -> Contender:
     impl, layout = name.split("-")
     if impl == "gemm":
@@ -37,7 +44,7 @@ def entrant(name: str) -> Contender:
     return Contender(lambda: torch.autograd.grad(model(z), weights, grad))
 
 
-@pytest.mark.parametrize("contender", MODELS + GEMMS)
+@pytest.mark.parametrize("contender", CONTENDERS)
 @laps
 def test_step(race, lap, contender):
     race(entrant(contender))

@@ -1,4 +1,4 @@
-"""What tests and benchmarks know of each op: its arguments, the shapes that matter, its traffic, and how close is close.
+"""What tests and benchmarks know of each op: arguments, the shapes that matter, traffic, and how close is close.
 
 A new op is one more :class:`OpSpec` in ``SPECS``; a new backend is one more name from :func:`available_impls`. Every
 check of ``tests/test_ops.py`` and every row of the benchmarks is made from these.
@@ -19,11 +19,11 @@ from pixnorm.ops.spn import spn_bwd, spn_fwd, spn_reference
 
 # --- how close is close
 
-# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below so
-# many units in the last place of the largest value always passes: in half precision the final rounding, in float32 a few
-# roundings on the way. float64 is its own yardstick: what shows there is any step that was taken in float32.
+# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below
+# so many units in the last place of the largest value always passes: in half precision one or two roundings, in float32
+# a few. float64 is its own yardstick: what shows there is any step that was taken in float32.
 FACTOR = 2.0
-TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:
@@ -33,7 +33,7 @@ def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.
 
     Args:
         actual: the result under test.
-        eager: the same in plain PyTorch, from the same inputs in the same dtype, maybe in several layouts; the worst counts.
+        eager: the same in plain PyTorch, from the same inputs in the same dtype, once or oftener; the worst counts.
         exact: the same in float64, from the same (already rounded) inputs.
         dtype: that of the activations, in whose units ``TOLERANCES`` is.
     """
@@ -52,8 +52,8 @@ def assert_close_as_eager(
 ) -> None:
     """Assert that results are about as close to float64 as those of plain PyTorch in the same dtype.
 
-    Rounding errors of a tensor of one number, or three, differ by more than ``FACTOR`` now and then by luck. So where the
-    first draw is too far off, the median over several decides. What is wrong is wrong in all of them, and by far.
+    Rounding errors of a tensor of one number, or three, differ by more than ``FACTOR`` now and then by luck. So where
+    the first draw is too far off, the median over several decides. What is wrong is wrong in all of them, and by far.
 
     Args:
         draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
@@ -287,8 +287,8 @@ def _spn_inputs(
     if case.values == "constant":
         x[:, 0] = 0.75  # no variance, and a mean that is exact in any order of summation
 
-    def draw(shape, scale=1.0, shift=0.0):
-        return (shift + scale * random(shape, generator)).to(parameter_dtype)
+    def draw(shape, scale=1.0):
+        return (scale * random(shape, generator)).to(parameter_dtype)
 
     taps = (channels, 1, 3, 3)
     tensors = {
@@ -328,26 +328,27 @@ def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
 def _spn_kernel_calls(tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     training = options.get("training", True)
     inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
-    statistics = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
+    given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
     settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu"
-    yield spn_fwd, (*inputs, *statistics, *settings)
-    y, *saved = spn_fwd(*inputs, *statistics, *settings)
+    yield spn_fwd, (*inputs, *given, *settings)
+    y, *saved = spn_fwd(*inputs, *given, *settings)
     yield spn_bwd, (torch.ones_like(y), *inputs, *saved, *settings, training)
 
 
 def _spn_cases() -> tuple[Case, ...]:
     shapes = {
         (2, 3, 5, 7): "odd everywhere: remainders on every side",
-        (5, 2, 1, 1): "one-pixel planes: only the centre tap is inside (two samples: a gradient of nothing but rounding)",
+        (5, 2, 1, 1): "one-pixel planes: only the middle tap is inside (of two, the gradient would be mere rounding)",
         (3, 2, 1, 5): "one row: top and bottom border at once",
         (3, 2, 5, 1): "one column: left and right border at once",
         (2, 3, 4, 2): "two columns: both are border, no interior",
         (2, 3, 3, 3): "one interior pixel",
         (1, 2, 2, 2): "one sample, planes smaller than the stencil",
-        (5, 6, 4, 4): "tiny planes: several of them are one piece of work",
+        (5, 6, 4, 4): "tiny planes: all of them are one piece of work",
+        (40, 3, 8, 8): "2560 pixels in small planes: two pieces of work, the second one smaller",
         (3, 17, 8, 8): "C = 16 + 1 in channels_last, W a full vector in NCHW",
-        (2, 32, 8, 8): "C a multiple of every vector, the usual width of the first blocks",
-        (2, 136, 2, 3): "C = 8 x 16 + 8: many blocks of channels, of which several make a group",
+        (2, 32, 8, 8): "C and W multiples of every vector: no remainders",
+        (2, 136, 2, 3): "C = 8 x 16 + 8: many blocks of channels, the last one half full",
         (2, 5, 6, 17): "W = 16 + 1 in NCHW",
         (2, 3, 3, 66): "W > 64: rows are long enough to be read one by one",
         (3, 2, 30, 70): "2100 pixels: a plane is summed in two runs, one image is a piece of work",

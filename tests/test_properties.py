@@ -246,7 +246,7 @@ def test_a_mask_of_one_channel_is_a_repeated_mask(impl, drawn):
 
 @given(spn_inputs(upsample=(2,), activation=(None, "relu"), training=(True, False)))
 def test_fused_upsampling_is_upsampling_first(impl, drawn):
-    """Output, gradients and buffers; the mask and both statistics commute with nearest upsampling, so it can be fused."""
+    """Output, gradients and buffers; mask and statistics commute with nearest upsampling, so it can be fused."""
     tensors, options = drawn
     fused = evaluate(SPN, SPN.call(impl), tensors, options)
 

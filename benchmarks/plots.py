@@ -1,0 +1,127 @@
+"""The results as one picture."""
+
+from math import prod
+from pathlib import Path
+from statistics import geometric_mean
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.contenders import FUSED, GEMMS, PEERS
+from benchmarks.results import GOALS, NAMES, Results, layers
+from benchmarks.test_generator import STEPS
+from benchmarks.test_spn import SHAPES, SWEEP, label
+
+GREY, BLUE, TEAL, ORANGE, PALE = "#9aa5b1", "#2f6fb0", "#2a9d8f", "#e07a2f", "#c8d6e5"
+COLOURS = dict(zip(NAMES, ("#9ec5e8", "#2f6fb0", "#f3b98a", "#d9662b"), strict=True))
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def draw(results: Results, path: Path) -> None:
+    """Write the picture: speed-ups above; time, the generator step, memory and growth below."""
+    matplotlib.use("agg")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplot_mosaic(
+            [["speed_up"] * 2 + ["step"], ["time", "memory", "growth"]], figsize=(13, 8), layout="constrained"
+        )
+        figure.suptitle(f"pixnorm on {results.facts['machine']} · {results.facts['commit']}", x=0.01, ha="left")
+        _speed_up(axes["speed_up"], results)
+        _step(axes["step"], results)
+        _time(axes["time"], results)
+        _memory(axes["memory"], results)
+        _growth(axes["growth"], results)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def _bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form: str) -> None:
+    """Groups of bars, one colour for each series, each bar with its value."""
+    width = 0.84 / len(series)
+    for i, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
+        at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        axis.bar_label(axis.bar(at, values, 0.92 * width, color=colour, label=name), fmt=form, fontsize=7, padding=1)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.tick_params(axis="x", length=0)
+
+
+def _speed_up(axis: Axes, results: Results) -> None:
+    series = {}
+    for (head, mode), name in NAMES.items():
+        values = [results.speed_up(comparison) for comparison in layers(head, mode)]
+        series[f"{name} (goal {GOALS[head, mode]})"] = [*values, geometric_mean(values)]
+    _bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
+    for goal in sorted(set(GOALS.values())):
+        axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
+    axis.set_title("Speed-up over the best of eager and torch.compile, NCHW and channels_last")
+    axis.legend(ncols=2, loc="upper left")
+    axis.margins(y=0.25)
+
+
+def _step(axis: Axes, results: Results) -> None:
+    steps = {title: results.step([impl]) for impl, title in STEPS.items() if impl != "gemm"}
+    bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, PALE, *[BLUE] * (len(steps) - 2)])
+    axis.bar_label(bars, fmt="%.2f", padding=1)
+    axis.axhline(1.05, color="black", linewidth=0.6, linestyle=":")
+    axis.tick_params(axis="x", length=0)
+    axis.set_title("Generator step, batch norm = 1 (goal 1.05)")
+    axis.margins(y=0.15)
+
+
+def _time(axis: Axes, results: Results) -> None:
+    series = {
+        "best peer": lambda comparison: results.time(comparison, PEERS),
+        "pixnorm": lambda comparison: results.time(comparison, FUSED),
+        "its GEMMs alone": lambda comparison: results.time(comparison, GEMMS),
+        "copy of the other bytes": lambda comparison: results.time(comparison, "copy"),
+    }
+    comparisons = layers("plain", "forward_backward")
+    times = {name: [1000 * figure(comparison) for comparison in comparisons] for name, figure in series.items()}
+    _bars(axis, [label(shape).replace("x", "x\n", 0) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE], "%.3g")
+    axis.set_yscale("log")
+    axis.set_title("SPN forward + backward, ms")
+    axis.tick_params(axis="x", labelsize=7.5)
+    axis.legend(ncols=2, loc="upper left")
+    axis.margins(y=0.3)
+
+
+def _memory(axis: Axes, results: Results) -> None:
+    contenders = {"eager": "eager-contiguous", "torch.compile": "compile-contiguous", "pixnorm": FUSED[0]}
+    saved = {name: [results.saved(head, contender) for head in ("plain", "up")] for name, contender in contenders.items()}
+    _bars(axis, ["SPN", "up → SPN → ReLU"], saved, [GREY, PALE, BLUE], "%.2f")
+    axis.set_title("Saved for backward, in tensors like the output")
+    axis.legend(loc="upper left")
+    axis.margins(y=0.25)
+
+
+def _growth(axis: Axes, results: Results) -> None:
+    figures = {
+        "eager": (lambda comparison: results.time(comparison, "eager-channels_last", min), GREY),
+        "pixnorm": (lambda comparison: results.time(comparison, FUSED, min), BLUE),
+        "pixnorm outside the GEMMs": (lambda comparison: results.outside(comparison, min), ORANGE),
+    }
+    for (size, shapes), marker in zip(SWEEP.items(), "osD", strict=True):
+        elements = [prod(shape) for shape in shapes]
+        for figure, colour in figures.values():
+            times = [1e9 * figure(f"sweep {size}-{label(shape)}") / prod(shape) for shape in shapes]
+            axis.plot(elements, times, marker=marker, markersize=4, linewidth=1, color=colour)
+    for name, (_, colour) in figures.items():
+        axis.plot([], [], color=colour, label=name)
+    for size, marker in zip(SWEEP, "osD", strict=True):
+        axis.plot([], [], color="black", marker=marker, markersize=4, linestyle="", label=f"{size} grows")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("elements of x")
+    axis.set_title("Growth: ns per element, forward + backward")
+    axis.legend(ncols=2, loc="upper right", fontsize=7)
+    axis.margins(y=0.3)
