@@ -1,1 +1,1 @@
-"""Benchmarks: cases for pytest-benchmark (``test_*.py``), and ``python -m benchmarks.report``, which ``make bench`` runs."""
+"""Cases for pytest-benchmark (``test_*.py``), and the report that ``make bench`` writes of them."""

@@ -1,5 +1,6 @@
 """Who runs against whom: eager PyTorch, torch.compile, every backend; and the floors, GEMMs alone and copies alone."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +14,7 @@ from pixnorm.testing import DENSE_LAYOUTS, Case, OpSpec, available_impls
 DEVICE = "cpu"
 DTYPE = torch.float32
 MODES = ("forward", "forward_backward")
-# The contenders of a match take turns, so that a machine that slows down slows them all.
+# The contenders of a race take turns, so that a machine that slows down slows them all.
 LAPS = 3
 laps = pytest.mark.parametrize("lap", range(LAPS), ids="lap{}".format)
 
@@ -32,16 +33,16 @@ class Contender:
     Attributes:
         run: one round.
         info: what else is known of it; stored beside the times.
-        seconds: of the shortest round so far; 0 before the first.
+        seconds: of the shortest round so far.
     """
 
     run: Callable[[], object]
     info: dict = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = math.inf
 
 
-class Match:
-    """One call of an op, and those that run it. They share the inputs; each is made when it is first asked for.
+class Race:
+    """One call of an op, and the contenders that run it: by name, each made when it is first asked for.
 
     Args:
         spec: the op.
@@ -50,7 +51,7 @@ class Match:
     """
 
     def __init__(self, spec: OpSpec, case: Case, mode: str):
-        torch._dynamo.reset()  # every match compiles for its own shape
+        torch._dynamo.reset()  # every race compiles for its own shape
         self.spec, self.case, self.backward = spec, case, mode == "forward_backward"
         self.contenders: dict[str, Contender] = {}
         self.inputs = cache(self._inputs)
@@ -140,7 +141,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tupl
 
 
 def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
-    """The products of a 1x1 convolution from C to C channels as SPN's kernels do them: p = W x; dx += Wᵀ dp, dW = dp xᵀ."""
+    """The products with SPN's projection, done as its kernels do them: p = W x; then dx += Wᵀ dp and dW = dp xᵀ."""
     n, c, h, w = shape
     weight, grad_weight = torch.randn(c, c, dtype=DTYPE), torch.zeros(c, c, dtype=DTYPE)
     size = (n * h * w, c) if layout == "channels_last" else (n, c, h * w)

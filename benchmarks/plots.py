@@ -96,9 +96,12 @@ def _time(axis: Axes, results: Results) -> None:
 
 
 def _memory(axis: Axes, results: Results) -> None:
-    contenders = {"eager": "eager-contiguous", "torch.compile": "compile-contiguous", "pixnorm": FUSED[0]}
-    saved = {name: [results.saved(head, contender) for head in ("plain", "up")] for name, contender in contenders.items()}
-    _bars(axis, ["SPN", "up → SPN → ReLU"], saved, [GREY, PALE, BLUE], "%.2f")
+    heads = {"SPN": "plain", "up → SPN → ReLU": "up"}
+    saved = {
+        name: [results.saved(head, contender) for head in heads.values()]
+        for name, contender in (("eager", PEERS[0]), ("pixnorm", FUSED[0]))
+    }
+    _bars(axis, list(heads), saved, [GREY, BLUE], "%.2f")
     axis.set_title("Saved for backward, in tensors like the output")
     axis.legend(loc="upper left")
     axis.margins(y=0.25)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-from benchmarks.contenders import FUSED, PEERS
+from benchmarks.contenders import COPIES, FUSED, PEERS
 from benchmarks.results import Results, layers, targets
 from benchmarks.test_generator import BATCH, STEPS
 from benchmarks.test_spn import SHAPES, SWEEP, label
@@ -16,27 +16,28 @@ LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels_last"}
 def markdown(results: Results, picture: str) -> str:
     """The page: what ran, the goals, the measurements."""
     agreement = [
-        f"- SPN on `{impl}`, {what}: {distance['float64']:.0e} in float64; {distance['float32']:.0e} in float32, where the "
-        f"reference itself is off by {distance['float32, reference']:.0e}"
+        f"- SPN on `{impl}`, {what}: {distance['float64']:.0e} in float64; {distance['float32']:.0e} in float32, where "
+        f"the reference itself is off by {distance['float32, reference']:.0e}"
         for impl, found in results.agreement.items()
         for what, distance in found.items()
     ]
     parts = [
         f"# Benchmarks on {results.facts['machine']}",
         _table(("", ""), results.facts.items(), "left"),
-        "Medians over all rounds, with the ratio of the minima in brackets. Contenders took turns. Times are in ms, sizes in "
-        "float32. Best: the faster of NCHW and channels_last, for peers (eager PyTorch, `torch.compile`) and for pixnorm.",
+        "In float32. Medians over all rounds, and in brackets ratios of minima; contenders took turns. Peers are eager "
+        "PyTorch and `torch.compile` (which sits out up → SPN → ReLU, forward + backward). Peers and pixnorm each run "
+        "in NCHW and in channels_last, and the fastest is shown.",
         f"![plots]({picture})",
         "## Goals",
         _goals(results),
-        '"At the floor" is the figure of a layer that takes its GEMMs and one copy of the bytes it must move, and no time '
-        "else; for the generator, of batch norm plus SPN's GEMMs.",
+        '"At the floor": the figure of a layer that takes the time of its GEMMs and of one copy of the bytes that it '
+        "must move besides; for the generator, that of batch norm plus SPN's GEMMs.",
     ]
     for head, title in (("plain", "SPN"), ("up", "up → SPN → ReLU")):
         parts += [f"## {title}", _layers(results, head)]
     parts += [
-        '"Rest" is the fused time less that of its GEMMs. "Copy" moves the bytes that the rest must move, in memory that was '
-        "used before; in the last column the share that the layer allocates (outputs, and what backward needs) is fresh.",
+        'Times in ms. "Rest" is that of pixnorm less that of its GEMMs. "Copy" moves the bytes that the rest must '
+        'move, in memory that was used before; "fresh copy" writes as much to fresh memory as the layer allocates.',
         f"## Generator step, batch {BATCH}",
         _steps(results),
         "## Saved for backward beyond the input, in tensors of the output's size",
@@ -90,11 +91,10 @@ def _layers(results: Results, head: str) -> str:
                     f"{results.speed_up(comparison):.1f} ({results.speed_up(comparison, min):.1f})",
                     _ms(results.time(comparison, gemm)),
                     _ms(results.outside(comparison)),
-                    _ms(results.time(comparison, "copy")),
-                    _ms(results.time(comparison, "copy_fresh")),
+                    *(f"{results.over_copy(comparison, copy):.2f}" for copy in COPIES),
                 )
             )
-    headers = ("output", "best peer", "ms", "pixnorm", "ms", "speed-up", "GEMMs", "rest", "copy", "copy, fresh")
+    headers = ("output", "best peer", "ms", "pixnorm", "ms", "speed-up", "GEMMs", "rest", "/ copy", "/ fresh copy")
     return _table(headers, rows)
 
 
@@ -107,12 +107,11 @@ def _steps(results: Results) -> str:
 
 
 def _memory(results: Results) -> str:
-    columns = ("eager-contiguous", "compile-contiguous", FUSED[0])
     rows = [
-        (title, *(f"{results.saved(head, contender):.2f}" for contender in columns))
+        (title, *(f"{results.saved(head, contender):.2f}" for contender in (PEERS[0], FUSED[0])))
         for head, title in (("plain", "SPN"), ("up", "up → SPN → ReLU"))
     ]
-    return _table(("", "eager", "torch.compile", "pixnorm"), rows)
+    return _table(("", "eager", "pixnorm"), rows)
 
 
 def _growth(results: Results) -> str:

@@ -46,5 +46,5 @@ def entrant(name: str) -> Contender:
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @laps
-def test_step(race, lap, contender):
-    race(entrant(contender))
+def test_step(time_lap, lap, contender):
+    time_lap(entrant(contender))

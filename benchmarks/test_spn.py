@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pytest
 
-from benchmarks.contenders import COPIES, FUSED, GEMMS, MODES, PEERS, Match, laps
+from benchmarks.contenders import COPIES, FUSED, GEMMS, MODES, PEERS, Race, laps
 from pixnorm.testing import SPN, Case
 
 HEADS = {"plain": {}, "up": {"upsample": 2, "activation": "relu"}}
@@ -18,18 +18,18 @@ SHAPES = {  # of the output
     (8, 64, 128, 128): "last block of a 128x128 generator: large planes, a small GEMM",
 }
 SWEEP = {  # one size grows, the others stay
-    "N": [(n, 64, 32, 32) for n in (2, 8, 32, 128)],
+    "N": [(n, 64, 32, 32) for n in (4, 8, 16, 32, 64)],
     "C": [(16, c, 32, 32) for c in (16, 32, 64, 128, 256)],
     "HW": [(16, 64, side, side) for side in (8, 16, 32, 64)],
 }
 
 
-@lru_cache(maxsize=1)  # all cases of one match stand together
-def match(head: str, mode: str, shape: tuple[int, ...]) -> Match:
+@lru_cache(maxsize=1)  # all cases of one race stand together
+def race(head: str, mode: str, shape: tuple[int, ...]) -> Race:
     options = HEADS[head]
     n, c, h, w = shape
     scale = options.get("upsample", 1)
-    return Match(SPN, Case((n, c, h // scale, w // scale), SHAPES.get(shape, "sweep"), options), mode)
+    return Race(SPN, Case((n, c, h // scale, w // scale), SHAPES.get(shape, "sweep"), options), mode)
 
 
 def label(shape: tuple[int, ...]) -> str:
@@ -41,9 +41,12 @@ def label(shape: tuple[int, ...]) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", HEADS)
-def test_layer(race, head, mode, shape, lap, contender):
-    game = match(head, mode, shape)
-    race(game[contender], [game.contenders.get(peer) for peer in PEERS if contender in PEERS])
+def test_layer(time_lap, head, mode, shape, lap, contender):
+    if contender.startswith("compile") and (head, mode) == ("up", "forward_backward"):
+        pytest.skip("torch.compile takes longer over this backward than all other cases together")
+    field = race(head, mode, shape)
+    rivals = [field.contenders[peer] for peer in PEERS if peer in field.contenders] if contender in PEERS else []
+    time_lap(field[contender], rivals)
 
 
 @pytest.mark.parametrize("contender", ("eager-channels_last", *FUSED, *GEMMS))
@@ -52,5 +55,5 @@ def test_layer(race, head, mode, shape, lap, contender):
     ("size", "shape"),
     [pytest.param(size, shape, id=f"{size}-{label(shape)}") for size in SWEEP for shape in SWEEP[size]],
 )
-def test_sweep(race, size, shape, lap, contender):
-    race(match("plain", "forward_backward", shape)[contender])
+def test_sweep(time_lap, size, shape, lap, contender):
+    time_lap(race("plain", "forward_backward", shape)[contender])
