@@ -103,7 +103,7 @@ GOALS = dict(zip(NAMES, (4, 3, 8, 8), strict=True))  # speed-ups
 
 def layers(head: str, mode: str) -> list[str]:
     """The comparisons of a layer, one for each shape."""
-    return [f"layer {head}-{mode}-{label(shape)}" for shape in SHAPES]
+    return [f"layer {head}-{label(shape)}-{mode}" for shape in SHAPES]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def entrant(name: str) -> Contender:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@laps
+@laps(5)
 def test_step(time_lap, lap, contender):
+    if lap > 1 and contender.startswith("reference"):
+        pytest.skip("not a rival: two laps are enough")
     time_lap(entrant(contender))

@@ -94,8 +94,8 @@ def test_every_remainder(spec, kernel, layout, upsample):
 @pytest.mark.parametrize("upsample", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_more_than_the_cache_holds(spec, kernel, dtype, upsample):
-    """Tensors of several MB are worked on a few samples at a time; here four, and the one that is left."""
-    case = Case((5, 16, 120, 120), "4.6 MB in float32", {"upsample": upsample})
+    """Tensors above 1 MB are worked on a few samples at a time; here four, and the one that is left."""
+    case = Case((5, 16, 60, 64), "1.2 MB in float32", {"upsample": upsample})
     for layout in DENSE_LAYOUTS:
         # Plain PyTorch takes seconds over this in channels_last, and only there.
         check_against_eager(spec, kernel, case, dtype, layout=layout, eager_layouts=("contiguous",))

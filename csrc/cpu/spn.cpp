@@ -31,7 +31,7 @@ namespace {
 
 // Images whose activations are taken through a GEMM and the passes beside it while they are in the last-level cache.
 int64_t images_per_chunk(const Shape& s, size_t element) {
-  constexpr int64_t kChunkBytes = 4 << 20;
+  constexpr int64_t kChunkBytes = 1 << 20;
   return std::clamp<int64_t>(kChunkBytes / static_cast<int64_t>(s.image() * element), 1, s.n);
 }
 
