@@ -145,7 +145,10 @@ struct Values {
 
   void set_statistics(const Tensor (&given)[4]) {
     std::vector<A>* const to[4] = {&mean, &var, &mask_mean, &mask_var};
-    for (int i = 0; i < 4; ++i) *to[i] = to_vector<A>(given[i]);
+    for (int i = 0; i < 4; ++i) {
+      check_sizes(given[i], "a statistic", {static_cast<int64_t>(mask_weight.size())});
+      *to[i] = to_vector<A>(given[i]);
+    }
   }
 
   Params<A> params(double eps) {

@@ -20,7 +20,7 @@ _EXTENSIONS = {
     "cuda": ("pixnorm._cuda", "pixnorm has no CUDA kernels yet; use impl='reference'"),
 }
 _missing: dict[str, str] = {}  # device type -> why its extension is not loaded
-_fallbacks: dict[str, str] = {}  # op -> why auto last ran the reference
+_fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
 
 
 def define_op(schema: str, fake) -> torch._ops.OpOverload:
@@ -42,7 +42,7 @@ def load_extensions() -> None:
 
 def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:
     if device.type == "meta":
-        return None  # the op's fake runs
+        return refusal  # the op's fake runs
     if device.type in _missing:
         return _missing[device.type]
     if device.type not in _EXTENSIONS:
@@ -65,8 +65,8 @@ def choose(op: str, impl: str, device: torch.device, refusal: str | None = None)
         return "native"
     if impl == "native":
         raise RuntimeError(f"{op}: impl='native' cannot run here: {obstacle}")
-    if not torch.compiler.is_compiling() and _fallbacks.get(op) != obstacle:
-        _fallbacks[op] = obstacle
+    if not torch.compiler.is_compiling() and obstacle not in _fallbacks.setdefault(op, []):
+        _fallbacks[op].append(obstacle)
         warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=3)
     return "reference"
 
@@ -84,6 +84,6 @@ def backends() -> dict[str, str]:
             info = importlib.import_module(module).build_info()
             details = ", ".join(f"{key} {value}" for key, value in info.items())
             report[f"native ({device})"] = f"available ({details})"
-    for op, reason in _fallbacks.items():
-        report[f"auto: {op}"] = f"ran on the reference: {reason}"
+    for op, reasons in _fallbacks.items():
+        report[f"auto: {op}"] = f"ran on the reference: {'; '.join(reasons)}"
     return report

@@ -11,6 +11,8 @@ The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is t
 the image. The bias that the 1x1 convolution might have would be cancelled by BN_m, so there is none.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,6 +107,13 @@ spn_bwd = define_op(
 )
 
 
+def _without_autocast(device: torch.device):
+    """As in batch norm, the dtype of x decides."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class SPNFunction(torch.autograd.Function):
     """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
 
@@ -139,9 +148,10 @@ def _reference_grads(grad_y, inputs, used, needs, training, eps, upsample, relu)
     # A view each: the same tensor given twice must not receive the sum of both gradients twice.
     inputs = [t.view_as(t) for t in inputs]
     statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
-    y = spn_reference(
-        *inputs, *statistics, training=training, eps=eps, upsample=upsample, activation="relu" if relu else None
-    )
+    with _without_autocast(grad_y.device):
+        y = spn_reference(
+            *inputs, *statistics, training=training, eps=eps, upsample=upsample, activation="relu" if relu else None
+        )
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
     return [next(grads) if need else None for need in needs]
@@ -210,7 +220,7 @@ def spn(
     if chosen == "reference":
         # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             y = spn_reference(
                 *inputs,
                 *copies,
@@ -296,6 +306,8 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
             if not training:
                 raise RuntimeError(f"Expected {name} to be defined when training=False")
             continue
+        if is_buffer and tensor.dtype != x.dtype and not (tensor.dtype == torch.float32 and x.dtype in _HALF):
+            raise TypeError(f"{name} must have dtype {x.dtype} for input of that dtype, got {tensor.dtype}")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
                 f"{name} must have shape {tuple(shape)} for input of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
@@ -307,5 +319,8 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
     weight_dtype = inputs[2].dtype
     if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in _HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")
+    for mean, var in ((8, 9), (10, 11)):
+        if (buffers[mean - 8] is None) != (buffers[var - 8] is None):
+            raise ValueError(f"{_NAMES[mean]} and {_NAMES[var]} must either both be None or neither be None")
     if training and x.numel() * upsample * upsample == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
