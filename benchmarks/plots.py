@@ -33,7 +33,9 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("agg")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
-            [["speed_up"] * 2 + ["step"], ["time", "memory", "growth"]], figsize=(13, 8), layout="constrained"
+            [["speed_up"] * 8 + ["step"] * 4, ["time"] * 5 + ["memory"] * 3 + ["growth"] * 4],
+            figsize=(13, 8),
+            layout="constrained",
         )
         figure.suptitle(f"pixnorm on {results.facts['machine']} · {results.facts['commit']}", x=0.01, ha="left")
         _speed_up(axes["speed_up"], results)
@@ -45,7 +47,11 @@ def draw(results: Results, path: Path) -> None:
         plt.close(figure)
 
 
-def _bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form: str) -> None:
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form=_short) -> None:
     """Groups of bars, one colour for each series, each bar with its value."""
     width = 0.84 / len(series)
     for i, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
@@ -70,12 +76,12 @@ def _speed_up(axis: Axes, results: Results) -> None:
 
 def _step(axis: Axes, results: Results) -> None:
     steps = {title: results.step([impl]) for impl, title in STEPS.items() if impl != "gemm"}
-    bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, PALE, *[BLUE] * (len(steps) - 2)])
-    axis.bar_label(bars, fmt="%.2f", padding=1)
+    bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, ORANGE, *[BLUE] * (len(steps) - 2)])
+    axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=12, fontweight="bold")
     axis.axhline(1.05, color="black", linewidth=0.6, linestyle=":")
     axis.tick_params(axis="x", length=0)
     axis.set_title("Generator step, batch norm = 1 (goal 1.05)")
-    axis.margins(y=0.15)
+    axis.margins(y=0.08)
 
 
 def _time(axis: Axes, results: Results) -> None:
@@ -87,10 +93,9 @@ def _time(axis: Axes, results: Results) -> None:
     }
     comparisons = layers("plain", "forward_backward")
     times = {name: [1000 * figure(comparison) for comparison in comparisons] for name, figure in series.items()}
-    _bars(axis, [label(shape).replace("x", "x\n", 0) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE], "%.3g")
+    _bars(axis, [label(shape) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE])
     axis.set_yscale("log")
     axis.set_title("SPN forward + backward, ms")
-    axis.tick_params(axis="x", labelsize=7.5)
     axis.legend(ncols=2, loc="upper left")
     axis.margins(y=0.3)
 
@@ -102,7 +107,7 @@ def _memory(axis: Axes, results: Results) -> None:
         for name, contender in (("eager", PEERS[0]), ("pixnorm", FUSED[0]))
     }
     _bars(axis, list(heads), saved, [GREY, BLUE], "%.2f")
-    axis.set_title("Saved for backward, in tensors like the output")
+    axis.set_title("Saved for backward, in outputs")
     axis.legend(loc="upper left")
     axis.margins(y=0.25)
 
