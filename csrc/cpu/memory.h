@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -14,11 +13,9 @@
 #endif
 
 #include "dispatch.h"
+#include "tensor.h"
 
 namespace pixnorm {
-
-using torch::headeronly::MemoryFormat;
-using torch::stable::Tensor;
 
 // A fresh large tensor costs as much in page faults as the kernel that fills it, and PyTorch keeps no CPU memory back:
 // 64 MB take 40 ms in pages of 4 KB and 8 ms in pages of 2 MB (EPYC 7003). So ask for those; but only for blocks that
@@ -56,33 +53,12 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
-inline bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (t.size(dim) != 1) {
-      if (t.stride(dim) != expected) return false;
-      expected *= t.size(dim);
-    }
-  }
-  return true;
-}
-
-// The layout that a 4-D tensor is worked on in: its own if it is dense in one of the two, else NCHW (at one copy).
-inline MemoryFormat layout_of(const Tensor& t) {
-  return !t.is_contiguous() && is_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
                     MemoryFormat layout = MemoryFormat::Contiguous) {
   Tensor t =
       torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, std::nullopt, std::nullopt, layout);
   use_huge_pages(t.data_ptr(), t.numel() * t.element_size());
   return t;
-}
-
-template <class T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
 }
 
 }  // namespace pixnorm

@@ -224,7 +224,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
                       const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
-                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample, bool relu) {
+                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample, bool relu, bool) {
   const Shape s = shape_of(x, upsample, relu);
   const ParameterTensors parameters{
       mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
@@ -275,14 +275,7 @@ struct Gradients {
     for (int of = 0; of < 2; ++of) {
       const double* sum = sums + of * kSumsOf;
       for (int k = 0; k < kTaps; ++k) {
-        const int ky = k / 3, kx = k % 3;
-        // Over the outputs whose tap k lies inside the image.
-        double inside = sum[kAll];
-        if (ky != 1) inside -= sum[ky == 0 ? kTop : kBottom];
-        if (kx != 1) inside -= sum[kx == 0 ? kLeft : kRight];
-        if (ky != 1 && kx != 1)
-          inside += sum[ky == 0 ? (kx == 0 ? kTopLeft : kTopRight) : (kx == 0 ? kBottomLeft : kBottomRight)];
-        const double with_mask = sum[kWithMask + k], with_inverse = inside - with_mask;
+        const double with_mask = sum[kWithMask + k], with_inverse = sum_inside(sum, k) - with_mask;
         const int64_t i = c * kTaps + k;
         taps[2 * of][i] = static_cast<A>(with_mask);
         taps[2 * of + 1][i] = static_cast<A>(with_inverse);
@@ -371,7 +364,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
                        const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                        const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
                        const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
-                       bool relu, bool training) {
+                       bool relu, bool, bool training) {
   const Shape s = shape_of(x, upsample, relu);
   const ParameterTensors parameters{
       mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};

@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "spn_sums.h"
+
 namespace pixnorm {
 
 constexpr int kBlock = 16;  // channels that are worked on together, as the lanes of one or more vectors
 
 namespace spn {
-
-constexpr int kTaps = 9;
 
 struct Shape {
   int64_t n, c, h, w;  // of x; y is `upsample` times as high and wide
@@ -37,24 +37,6 @@ struct Params {
 struct Tile {
   int64_t n0, n1, h0, h1;
 };
-
-// What backward reduce sums per channel. `of` is 0 for the sums of dγ = dy x̂ (gamma's), 1 for those of dβ = dy.
-// kWithMask + k: with the mask under tap k. The rest, over the output: all, and what a tap that reaches over an edge
-// misses.
-enum Sum {
-  kWithMask = 0,
-  kAll = kTaps,
-  kTop,
-  kBottom,
-  kLeft,
-  kRight,
-  kTopLeft,
-  kTopRight,
-  kBottomLeft,
-  kBottomRight,
-  kSumsOf
-};
-constexpr int kSumQ = 2 * kSumsOf, kSumQp = kSumQ + 1, kSums = kSumQp + 1;
 
 }  // namespace spn
 }  // namespace pixnorm

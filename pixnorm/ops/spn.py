@@ -65,6 +65,7 @@ def spn_reference(
 
 # The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
 # The forward op returns copies of those that it used, biased, of x and of p = conv1x1(x) at the resolution of x.
+# `allow_tf32` is PyTorch's flag for convolutions on GPUs, which C++ cannot read; the CPU has no such mode.
 _PARAMETERS = (
     "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
     "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv"
@@ -84,7 +85,7 @@ def _statistics_like(x: Tensor) -> Tensor:
 
 
 def _spn_fwd_fake(x, *args):
-    upsample = args[-2]
+    upsample = args[-3]
     return _dense_like(x, upsample), _dense_like(x), *(_statistics_like(x) for _ in range(4))
 
 
@@ -94,13 +95,13 @@ def _spn_bwd_fake(grad_y, x, *args):
 
 spn_fwd = define_op(
     f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
-    "float eps, int upsample, bool relu) "
+    "float eps, int upsample, bool relu, bool allow_tf32) "
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
     _spn_fwd_fake,
 )
 spn_bwd = define_op(
     f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
-    "Tensor mask_var, float eps, int upsample, bool relu, bool training) "
+    "Tensor mask_var, float eps, int upsample, bool relu, bool allow_tf32, bool training) "
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
     _spn_bwd_fake,
@@ -114,6 +115,13 @@ def _without_autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
+def _convolutions_allow_tf32() -> bool:
+    """Whether the projection, a 1x1 convolution, may round its float32 operands to TF32 (on GPUs that can)."""
+    if torch.compiler.is_compiling():
+        return torch.backends.cudnn.allow_tf32  # the compiler can guard on this one
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 class SPNFunction(torch.autograd.Function):
     """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
 
@@ -122,9 +130,10 @@ class SPNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, training, eps, upsample, relu, statistics, *inputs):
-        y, p, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu)
+    def forward(ctx, training, eps, upsample, relu, allow_tf32, statistics, *inputs):
+        y, p, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu, allow_tf32)
         ctx.options = training, eps, upsample, relu
+        ctx.allow_tf32 = allow_tf32
         ctx.save_for_backward(*inputs, p, *used)
         ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
@@ -133,14 +142,14 @@ class SPNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 13
+            return (None,) * 14
         training, eps, upsample, relu = ctx.options
         inputs, (p, *used) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():
-            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[5:], *ctx.options)
+            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[6:], *ctx.options)
         else:
-            grads = spn_bwd(grad_y, *inputs, p, *used, eps, upsample, relu, training)
-        return None, None, None, None, None, *grads
+            grads = spn_bwd(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
+        return None, None, None, None, None, None, *grads
 
 
 def _reference_grads(grad_y, inputs, used, needs, training, eps, upsample, relu):
@@ -236,12 +245,12 @@ def spn(
                     buffer.copy_(copy)
         return y
 
-    relu = activation == "relu"
+    relu, allow_tf32 = activation == "relu", _convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, *used = SPNFunction.apply(training, eps, upsample, relu, statistics, *inputs)
+        y, *used = SPNFunction.apply(training, eps, upsample, relu, allow_tf32, statistics, *inputs)
     else:
-        y, _, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu)
+        y, _, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu, allow_tf32)
     if training and x.numel() > 0:
         # The running variances are unbiased, and count the pixels that the plain layers would see: the upsampled ones.
         count = y.numel() // y.shape[1]
@@ -306,21 +315,21 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
             if not training:
                 raise RuntimeError(f"Expected {name} to be defined when training=False")
             continue
-        if is_buffer and tensor.dtype != x.dtype and not (tensor.dtype == torch.float32 and x.dtype in _HALF):
-            raise TypeError(f"{name} must have dtype {x.dtype} for input of that dtype, got {tensor.dtype}")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
                 f"{name} must have shape {tuple(shape)} for input of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
             )
         if tensor.device != x.device:
             raise RuntimeError(f"expected all tensors on one device, got x on {x.device} and {name} on {tensor.device}")
-        if not is_buffer and index > 0 and tensor.dtype != inputs[2].dtype:
-            raise TypeError(f"expected parameters of one dtype, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
+        if index > 0 and tensor.dtype != inputs[2].dtype:
+            what = "running statistics of the parameters' dtype" if is_buffer else "parameters of one dtype"
+            raise TypeError(f"expected {what}, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
     weight_dtype = inputs[2].dtype
     if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in _HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")
     for mean, var in ((8, 9), (10, 11)):
         if (buffers[mean - 8] is None) != (buffers[var - 8] is None):
             raise ValueError(f"{_NAMES[mean]} and {_NAMES[var]} must either both be None or neither be None")
-    if training and x.numel() * upsample * upsample == channels:
+    n, _, h, w = x.shape
+    if training and n * h * w * upsample**2 == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -1,0 +1,56 @@
+// Launching kernels, and the memory that a block shares.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#ifdef PIXNORM_CUDA_EMULATION
+#include "cuda_emulation.h"
+#endif
+
+namespace pixnorm {
+
+constexpr int kWarp = 32;
+
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "pixnorm: CUDA error: ", cudaGetErrorString(error));
+}
+
+// The stream that PyTorch works on now, on the device of a tensor.
+inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+// All kernels are launched here.
+template <class... P>
+void launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = how.stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// The block's dynamic shared memory.
+template <class A>
+__device__ __forceinline__ A* shared_memory() {
+#ifdef PIXNORM_CUDA_EMULATION
+  return static_cast<A*>(cuda_emulation::shared_memory());
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<A*>(memory);
+#endif
+}
+
+}  // namespace pixnorm

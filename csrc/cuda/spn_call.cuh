@@ -1,0 +1,135 @@
+// The host's side of SPN's kernels: arguments, instances, matrices.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <climits>
+#include <initializer_list>
+
+#include "check.h"
+#include "cuda/gemm.cuh"
+#include "cuda/spn_walk.cuh"
+#include "tensor.h"
+
+namespace pixnorm::spn {
+namespace {
+
+// ---- arguments ----
+
+inline Shape shape_of(const Tensor& x, int64_t upsample) {
+  STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
+  STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
+  // Offsets within an image of y, the number of strips and the sizes of matrices are 32-bit; nothing else is.
+  constexpr int64_t kMost = INT_MAX;
+  STD_TORCH_CHECK(
+      x.size(1) * x.size(2) * x.size(3) <= kMost / (upsample * upsample) && x.size(0) * x.size(2) * x.size(3) <= kMost,
+      "pixnorm: an image, or the pixels of a channel, are more than 2^31");
+  return {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)),
+          static_cast<int>(x.size(3))};
+}
+
+// The parameters in the order of the schema, dense.
+struct ParameterTensors {
+  Tensor mask_projection, mask_weight, mask_bias, taps[4];
+
+  ParameterTensors(const Shape& s, const Tensor& projection, const Tensor& weight, const Tensor& bias,
+                   std::array<const Tensor*, 4> kernels)
+      : mask_projection(torch::stable::contiguous(projection)),
+        mask_weight(torch::stable::contiguous(weight)),
+        mask_bias(torch::stable::contiguous(bias)) {
+    check_sizes(projection, "mask_projection", {s.c, s.c, 1, 1});
+    check_sizes(weight, "mask_weight", {s.c});
+    check_sizes(bias, "mask_bias", {s.c});
+    for (int i = 0; i < 4; ++i) {
+      check_sizes(*kernels[i], "a depthwise weight", {s.c, 1, 3, 3});
+      taps[i] = torch::stable::contiguous(*kernels[i]);
+    }
+  }
+
+  template <class T>
+  void to(Call<T>& call) const {
+    const auto parameter = [](const Tensor& t) {
+      const bool wide = t.scalar_type() == dtype_of<acc_t<T>>;
+      STD_TORCH_CHECK(wide || t.scalar_type() == dtype_of<T>, "pixnorm: a parameter has the wrong dtype");
+      return Parameter<T>{t.data_ptr(), wide};
+    };
+    call.mask_weight = parameter(mask_weight);
+    call.mask_bias = parameter(mask_bias);
+    for (int i = 0; i < 4; ++i) call.taps[i] = parameter(taps[i]);
+  }
+};
+
+// A vector of statistics in the dtype that kernels reduce in.
+template <class A>
+Tensor statistic(const Tensor& t, const Shape& s) {
+  check_sizes(t, "a statistic", {s.c});
+  return torch::stable::contiguous(torch::stable::to(t, dtype_of<A>));
+}
+
+// ---- choosing an instance of a kernel ----
+
+template <bool kValue>
+using Bool = std::bool_constant<kValue>;
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
+template <class F>
+void dispatch_bool(bool value, const F& f) {
+  value ? f(Bool<true>{}) : f(Bool<false>{});
+}
+
+// Columns of x that a thread owns: in NCHW, 16 bytes of y; else one, where the width or an address does not allow it.
+template <class T, int U, bool kChannelsLast>
+constexpr int kColumns = std::is_same_v<T, double> ? 1
+                         : kChannelsLast           ? 4 / U
+                                                   : static_cast<int>(16 / sizeof(T)) / U;
+
+template <class T, int U, bool kChannelsLast, class F>
+void dispatch_columns(const Shape& s, std::initializer_list<const void*> like_x, const void* like_y, const F& f) {
+  constexpr int kMost = kColumns<T, U, kChannelsLast>;
+  bool fits = s.w % kMost == 0;
+  if (!kChannelsLast) {
+    for (const void* data : like_x) fits = fits && is_aligned(data, kMost * sizeof(T));
+    fits = fits && is_aligned(like_y, U * kMost * sizeof(T));
+  }
+  kMost > 1 && fits ? f(Int<kMost>{}) : f(Int<1>{});
+}
+
+// f(Bool<channels_last>, Int<upsample>)
+template <class F>
+void dispatch_layout(bool channels_last, int64_t upsample, const F& f) {
+  dispatch_bool(channels_last,
+                [&](auto last) { dispatch_bool(upsample == 2, [&](auto twice) { f(last, Int<twice() ? 2 : 1>{}); }); });
+}
+
+template <class T, int V, int U, bool kChannelsLast, int kExchanged>
+int shared_numbers(const Plan& plan) {
+  return Table<T, U, kChannelsLast>::kNumbers + Neighbours<acc_t<T>, kExchanged, kChannelsLast>::numbers(plan.threads);
+}
+
+inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stream) {
+  return {dim3(plan.blocks, plan.splits), dim3(plan.threads), shared_bytes, stream};
+}
+
+// ---- matrices of the projection's products ----
+
+// Activations as matrices: NCHW, a batch of (C, HW); channels_last, one (pixels, C).
+inline Matrices as_matrices(const Tensor& t, const Shape& s, bool channels_last) {
+  const int64_t pixels = s.pixels();
+  if (channels_last) return {t.data_ptr(), t.scalar_type(), 1, s.n * pixels, s.c, 0, s.c, 1};
+  return {t.data_ptr(), t.scalar_type(), s.n, s.c, pixels, s.c * pixels, pixels, 1};
+}
+
+inline Matrices as_matrix(const Tensor& weight, const Shape& s) {
+  return {weight.data_ptr(), weight.scalar_type(), 1, s.c, s.c, 0, s.c, 1};
+}
+
+inline Matrices repeated(Matrices m, int64_t batch) {
+  m.batch = batch;
+  return m;
+}
+
+}  // namespace
+}  // namespace pixnorm::spn

@@ -1,0 +1,17 @@
+// Scalar maths for host and device. (Not "math.h": in an include folder that name would hide the C library's.)
+#pragma once
+
+#ifdef __CUDACC__
+#define PIXNORM_HOST_DEVICE __host__ __device__
+#else
+#define PIXNORM_HOST_DEVICE
+#endif
+
+namespace pixnorm {
+
+template <class I>
+PIXNORM_HOST_DEVICE constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace pixnorm
