@@ -29,7 +29,7 @@ test: build  ## run the tests
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 	$(PY) -m benchmarks.report --results $(RESULTS)
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 lint: $(READY)  ## check the style of all code
 	$(BIN)ruff check .

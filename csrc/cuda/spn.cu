@@ -188,7 +188,7 @@ __device__ void statistics_of_pixels(const StatisticsCall<T>& call, acc_t<T>* sc
 }
 
 template <class T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kStatisticsThreads) spn_statistics_kernel(const StatisticsCall<T> call) {
+__global__ void __launch_bounds__(kStatisticsThreads, 3) spn_statistics_kernel(const StatisticsCall<T> call) {
   if constexpr (kChannelsLast) {
     statistics_of_pixels<T, V>(call, shared_memory<acc_t<T>>());
   } else {
@@ -239,7 +239,8 @@ struct ForwardCall : Call<T> {
 };
 
 template <class T, int V, int U, bool kChannelsLast>
-__global__ void __launch_bounds__(256) spn_fwd_modulate_kernel(const ForwardCall<T> call) {
+__global__ void __launch_bounds__(kMostThreads<kChannelsLast>, kBlocksAtOnce<T, kChannelsLast>)
+    spn_fwd_modulate_kernel(const ForwardCall<T> call) {
   using A = acc_t<T>;
   const Shape& s = call.shape;
   const Plan& plan = call.plan;

@@ -389,12 +389,13 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
 }
 
 template <class T, int V, int U, bool kChannelsLast, bool kRelu>
-__global__ void __launch_bounds__(256) spn_bwd_reduce_kernel(const BackwardCall<T> call) {
+__global__ void __launch_bounds__(kMostThreads<kChannelsLast>) spn_bwd_reduce_kernel(const BackwardCall<T> call) {
   backward<T, V, U, kChannelsLast, kRelu, false>(call);
 }
 
 template <class T, int V, int U, bool kChannelsLast>
-__global__ void __launch_bounds__(256) spn_bwd_apply_kernel(const BackwardCall<T> call) {
+__global__ void __launch_bounds__(kMostThreads<kChannelsLast>, kBlocksAtOnce<T, kChannelsLast>)
+    spn_bwd_apply_kernel(const BackwardCall<T> call) {
   backward<T, V, U, kChannelsLast, true, true>(call);
 }
 

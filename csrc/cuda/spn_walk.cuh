@@ -39,13 +39,19 @@ struct Plan {
   int threads, blocks, splits;  // the grid is (blocks of channels, splits of their strips)
 };
 
+template <bool kChannelsLast>
+constexpr int kMostThreads = kChannelsLast ? 256 : 128;  // of a block
+// Blocks that a multiprocessor shall hold at least: 16 warps, so 128 registers. (double has twice as many.)
+template <class T, bool kChannelsLast>
+constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 512 / kMostThreads<kChannelsLast>;
+
 constexpr int kMaxSplits = 64;  // the partial sums that a thread adds up for itself
 
 template <int kColumns, bool kChannelsLast>
 Plan make_plan(const Shape& s) {
   constexpr int kTargetThreads = 1 << 17;  // fill any GPU
   constexpr int kTargetBlocks = 1 << 10;
-  constexpr int kWarps = kChannelsLast ? 8 : 4;
+  constexpr int kWarps = kMostThreads<kChannelsLast> / kWarp;
   Plan plan{};
   const int most = kChannelsLast ? kWarps : kWarp;
   const int vectors = ceil_div(s.w, kColumns);

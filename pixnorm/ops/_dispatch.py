@@ -5,6 +5,7 @@ kernels register themselves with the schemas defined here when their extension i
 traces and runs (on the reference) without any of them.
 """
 
+import functools
 import importlib
 import warnings
 
@@ -17,7 +18,7 @@ _library = torch.library.Library("pixnorm", "DEF")
 # device type -> (extension module that registers the kernels, how to get it)
 _EXTENSIONS = {
     "cpu": ("pixnorm._C", "reinstall pixnorm where a C++17 compiler is on the path (`make build` in a clone)"),
-    "cuda": ("pixnorm._cuda", "pixnorm has no CUDA kernels yet; use impl='reference'"),
+    "cuda": ("pixnorm._cuda", "reinstall pixnorm where nvcc and a CUDA build of torch are (`make build` in a clone)"),
 }
 _missing: dict[str, str] = {}  # device type -> why its extension is not loaded
 _fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
@@ -40,6 +41,12 @@ def load_extensions() -> None:
             _missing[device] = f"{module} is not there ({error}); {remedy}"
 
 
+@functools.cache
+def _gpu_obstacle(index: int | None) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the CUDA kernels are for compute capability 8.0 and newer, this is {major}.{minor}"
+
+
 def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:
     if device.type == "meta":
         return refusal  # the op's fake runs
@@ -47,7 +54,7 @@ def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:
         return _missing[device.type]
     if device.type not in _EXTENSIONS:
         return f"there are no native kernels for device type '{device.type}'"
-    return refusal
+    return refusal or (_gpu_obstacle(device.index) if device.type == "cuda" else None)
 
 
 def choose(op: str, impl: str, device: torch.device, refusal: str | None = None) -> str:
