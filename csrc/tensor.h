@@ -30,6 +30,16 @@ inline MemoryFormat layout_of(const Tensor& t) {
   return !t.is_contiguous() && is_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// The tensor itself where it is so already (which PyTorch would find out too, at a microsecond a question).
+inline Tensor dense(const Tensor& t, MemoryFormat layout = MemoryFormat::Contiguous) {
+  const bool already = layout == MemoryFormat::ChannelsLast ? is_channels_last(t) : t.is_contiguous();
+  return already ? t : torch::stable::contiguous(t, layout);
+}
+
+inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
 // On the device of another tensor.
 inline Tensor empty_like(const Tensor& other, std::initializer_list<int64_t> sizes, ScalarType dtype,
                          MemoryFormat layout = MemoryFormat::Contiguous) {

@@ -179,7 +179,7 @@ class OpSpec:
         name: the op id.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
-        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name, x first; on the CPU.
+        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name, x first.
         differentiable: names of the arguments that have a gradient.
         buffers: names of the arguments that a training call updates in place.
         cases: the grid, each row with its reason.
@@ -209,12 +209,16 @@ class OpSpec:
         *,
         parameter_dtype: torch.dtype | None = None,
         layout: str = "contiguous",
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """The tensor arguments of a case, the same ones for the same seed on every device; x in the given layout."""
+        """The tensor arguments of a case, the same ones for the same seed on every device; x in the given layout.
+
+        The device is the default one (``torch.set_default_device``), if no other is given.
+        """
         generator = torch.Generator().manual_seed(seed)
         tensors = self.make_inputs(case, dtype, parameter_dtype or dtype, generator)
+        device = torch.get_default_device() if device is None else device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         return tensors | {"x": LAYOUTS[layout](tensors["x"])}
 
@@ -249,13 +253,14 @@ def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers in float64 on the CPU."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    """Normal numbers in float64 on the default device; drawn on the CPU, so that they are the same ones everywhere."""
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
-def available_impls(device: str = "cpu") -> list[str]:
-    """The impls that can run on a device here, the reference first."""
-    native = backends().get(f"native ({device})", "").startswith("available")
+def available_impls(device: str | None = None) -> list[str]:
+    """The impls that can run here on a device (the default one), the reference first."""
+    native = backends().get(f"native ({device or torch.get_default_device().type})", "").startswith("available")
     return ["reference", "native"] if native else ["reference"]
 
 
@@ -329,7 +334,7 @@ def _spn_kernel_calls(tensors: dict[str, Tensor], options: Mapping[str, Any]) ->
     training = options.get("training", True)
     inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
     given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
-    settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu"
+    settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu", True
     yield spn_fwd, (*inputs, *given, *settings)
     y, *saved = spn_fwd(*inputs, *given, *settings)
     yield spn_bwd, (torch.ones_like(y), *inputs, *saved, *settings, training)

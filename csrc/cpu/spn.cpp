@@ -102,10 +102,10 @@ void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* 
 
 template <class A>
 std::vector<A> to_vector(const Tensor& t) {
-  const Tensor dense = torch::stable::contiguous(t);
-  return dispatch_floating(dense.scalar_type(), [&](auto type) {
-    const auto* data = data_of<typename decltype(type)::type>(dense);
-    return std::vector<A>(data, data + dense.numel());
+  const Tensor from = dense(t);
+  return dispatch_floating(from.scalar_type(), [&](auto type) {
+    const auto* data = data_of<typename decltype(type)::type>(from);
+    return std::vector<A>(data, data + from.numel());
   });
 }
 
@@ -236,7 +236,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
   return dispatch_floating(x.scalar_type(), [&](auto type) -> ForwardResult {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    const Tensor x_dense = torch::stable::contiguous(x, layout);
+    const Tensor x_dense = dense(x, layout);
     const Tensor y = empty({s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
     const Tensor p = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     Values<A> values(parameters);
@@ -377,8 +377,8 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
   return dispatch_floating(x.scalar_type(), [&](auto type) -> BackwardResult {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    const Tensor x_dense = torch::stable::contiguous(x, layout), p_dense = torch::stable::contiguous(p, layout);
-    const Tensor dy_dense = torch::stable::contiguous(grad_y, layout);
+    const Tensor x_dense = dense(x, layout), p_dense = dense(p, layout);
+    const Tensor dy_dense = dense(grad_y, layout);
     const Tensor dx = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     Values<A> values(parameters);
     values.set_statistics({mean, var, mask_mean, mask_var});

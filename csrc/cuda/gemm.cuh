@@ -29,7 +29,8 @@ struct Matrices {
 
 namespace cublas {
 
-constexpr int kNotTransposed = 0, kTransposed = 1, kDefaultMath = 0, kDefaultAlgorithm = -1;
+constexpr int kNotTransposed = 0, kTransposed = 1, kDefaultAlgorithm = -1;
+constexpr int kDefaultMath = 0, kNoReducedPrecisionReduction = 16;
 constexpr int kCompute32F = 68, kCompute32FFastTf32 = 77, kCompute64F = 70;
 
 inline int type_of(ScalarType dtype) {
@@ -70,8 +71,9 @@ inline void gemm(const Matrices& out, const Matrices& a, const Matrices& b, doub
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   // PyTorch's flag for matrix products is in the handle's mode (and put there again whenever it asks for the handle).
-  // Ours follows the flag for convolutions, as the projection is one.
-  int status = cublasSetMathMode(handle, kDefaultMath);
+  // Ours follows the flag for convolutions, as the projection is one; and half precision is never added up in half.
+  const bool half = a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16;
+  int status = cublasSetMathMode(handle, half ? kNoReducedPrecisionReduction : kDefaultMath);
   const bool wide = out.dtype == ScalarType::Double;
   const int compute = wide                                         ? kCompute64F
                       : allow_tf32 && a.dtype == ScalarType::Float ? kCompute32FFastTf32

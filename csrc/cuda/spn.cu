@@ -371,7 +371,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
   return dispatch_floating(x.scalar_type(), [&](auto type) -> ForwardResult {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    const Tensor x_dense = torch::stable::contiguous(x, layout);
+    const Tensor x_dense = dense(x, layout);
     const Tensor y = empty_like(x, {s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
     const Tensor p = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     Tensor used[4], statistics[4];
@@ -385,7 +385,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
       return {y, p, used[0], used[1], used[2], used[3]};
     }
 
-    project(s, channels_last, torch::stable::to(parameters.mask_projection, dtype_of<T>), x_dense, p, allow_tf32);
+    project(s, channels_last, in_dtype(parameters.mask_projection, dtype_of<T>), x_dense, p, allow_tf32);
     ForwardCall<T> call{};
     call.shape = s;
     call.relu = relu;

@@ -478,8 +478,8 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
   return dispatch_floating(x.scalar_type(), [&](auto type) -> BackwardResult {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    const Tensor x_dense = torch::stable::contiguous(x, layout), p_dense = torch::stable::contiguous(p, layout);
-    const Tensor dy_dense = torch::stable::contiguous(grad_y, layout);
+    const Tensor x_dense = dense(x, layout), p_dense = dense(p, layout);
+    const Tensor dy_dense = dense(grad_y, layout);
     const Tensor dx = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     const ScalarType parameter_dtype = mask_weight.scalar_type();
     Tensor d_projection = empty_like(x, {s.c, s.c, 1, 1}, parameter_dtype);
@@ -518,7 +518,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       call.d_mask_bias = {d_mask_bias.data_ptr(), wide};
       for (int i = 0; i < 4; ++i) call.d_taps[i] = {d_taps[i].data_ptr(), wide};
       launch_backward(call, channels_last, upsample, x, stream);
-      const Tensor weight = torch::stable::to(parameters.mask_projection, dtype_of<T>);
+      const Tensor weight = in_dtype(parameters.mask_projection, dtype_of<T>);
       add_grad_input(s, channels_last, weight, dp, dx, allow_tf32);
       grad_weight(s, channels_last, dp, x_copy, d_projection, allow_tf32);
     }

@@ -36,15 +36,13 @@ struct ParameterTensors {
 
   ParameterTensors(const Shape& s, const Tensor& projection, const Tensor& weight, const Tensor& bias,
                    std::array<const Tensor*, 4> kernels)
-      : mask_projection(torch::stable::contiguous(projection)),
-        mask_weight(torch::stable::contiguous(weight)),
-        mask_bias(torch::stable::contiguous(bias)) {
+      : mask_projection(dense(projection)), mask_weight(dense(weight)), mask_bias(dense(bias)) {
     check_sizes(projection, "mask_projection", {s.c, s.c, 1, 1});
     check_sizes(weight, "mask_weight", {s.c});
     check_sizes(bias, "mask_bias", {s.c});
     for (int i = 0; i < 4; ++i) {
       check_sizes(*kernels[i], "a depthwise weight", {s.c, 1, 3, 3});
-      taps[i] = torch::stable::contiguous(*kernels[i]);
+      taps[i] = dense(*kernels[i]);
     }
   }
 
@@ -65,7 +63,7 @@ struct ParameterTensors {
 template <class A>
 Tensor statistic(const Tensor& t, const Shape& s) {
   check_sizes(t, "a statistic", {s.c});
-  return torch::stable::contiguous(torch::stable::to(t, dtype_of<A>));
+  return dense(in_dtype(t, dtype_of<A>));
 }
 
 // ---- choosing an instance of a kernel ----

@@ -122,7 +122,7 @@ struct Place {
   // Of the image's or plane's first pixel, in a tensor `scale` times as high and wide as x.
   __device__ int64_t base(const Shape& s, int scale) const {
     const int64_t pixels = int64_t{s.pixels()} * scale * scale;
-    return kChannelsLast ? n * s.c * pixels + c : (int64_t{n} * s.c + c) * pixels;
+    return kChannelsLast ? int64_t{n} * s.c * pixels + c : (int64_t{n} * s.c + c) * pixels;
   }
 };
 

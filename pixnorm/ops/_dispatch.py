@@ -24,11 +24,16 @@ _missing: dict[str, str] = {}  # device type -> why its extension is not loaded
 _fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
 
 
-def define_op(schema: str, fake) -> torch._ops.OpOverload:
-    """Define ``pixnorm::<schema>`` and its fake (shapes, dtypes and strides of the outputs); return the op."""
+def define_op(schema: str, fake, everywhere=None) -> torch._ops.OpOverload:
+    """Define ``pixnorm::<schema>`` and its fake (shapes, dtypes and strides of the outputs); return the op.
+
+    ``everywhere`` is what runs on devices that no compiled kernel is registered for.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema)
     torch.library.register_fake(f"pixnorm::{name}", fake, lib=_library)
+    if everywhere is not None:
+        _library.impl(name, everywhere, "CompositeExplicitAutograd")
     return getattr(torch.ops.pixnorm, name).default
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.running import update_running
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOAT = (torch.float64, torch.float32, *_HALF)
@@ -254,9 +255,11 @@ def spn(
     if training and x.numel() > 0:
         # The running variances are unbiased, and count the pixels that the plain layers would see: the upsampled ones.
         count = y.numel() // y.shape[1]
-        for running, batch, correction in zip(buffers, used, (1, count / (count - 1)) * 2, strict=True):
-            if running is not None:
-                running.mul_(1 - momentum).add_(batch, alpha=momentum * correction)
+        corrections = (1, count / (count - 1)) * 2
+        kept = [(r, b, f) for r, b, f in zip(buffers, used, corrections, strict=True) if r is not None]
+        if kept:
+            running, batch, corrections = zip(*kept, strict=True)
+            update_running(running, batch, momentum, corrections)
     return y
 
 
