@@ -48,6 +48,15 @@ def draw(spec: OpSpec, case: Case, layout: str) -> dict[str, Tensor]:
     return spec.inputs(case, DTYPE, layout=layout, device=DEVICE)
 
 
+def implementation(spec: OpSpec, name: str) -> Callable[..., Tensor]:
+    """The function of a contender: plain PyTorch, eager or compiled, or one impl."""
+    if name == "eager":
+        return spec.reference
+    if name == "compile":
+        return torch.compile(spec.reference, dynamic=False)
+    return spec.call(name)
+
+
 class Race:
     """One call of an op, and the contenders that run it: by name, each made when it is first asked for.
 
@@ -82,12 +91,7 @@ class Race:
         impl, layout = name.split("-")
         if impl == "gemm":
             return Contender(projection(self.case.shape, layout, self.backward))
-        if impl == "eager":
-            function = self.spec.reference
-        elif impl == "compile":
-            function = torch.compile(self.spec.reference, dynamic=False)
-        else:
-            function = self.spec.call(impl)
+        function = implementation(self.spec, impl)
         tensors, leaves, grad = self.inputs(layout)
 
         def forward() -> Tensor:

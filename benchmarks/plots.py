@@ -47,11 +47,11 @@ def draw(results: Results, path: Path) -> None:
         plt.close(figure)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form=_short) -> None:
+def bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form=short) -> None:
     """Groups of bars, one colour for each series, each bar with its value."""
     width = 0.84 / len(series)
     for i, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
@@ -66,7 +66,7 @@ def _speed_up(axis: Axes, results: Results) -> None:
     for (head, mode), name in NAMES.items():
         values = [results.speed_up(comparison) for comparison in layers(head, mode)]
         series[f"{name} (goal {GOALS[head, mode]})"] = [*values, geometric_mean(values)]
-    _bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
+    bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
     for goal in sorted(set(GOALS.values())):
         axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
     axis.set_title("Speed-up over the best of eager and torch.compile, NCHW and channels_last")
@@ -93,7 +93,7 @@ def _time(axis: Axes, results: Results) -> None:
     }
     comparisons = layers("plain", "forward_backward")
     times = {name: [1000 * figure(comparison) for comparison in comparisons] for name, figure in series.items()}
-    _bars(axis, [label(shape) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE])
+    bars(axis, [label(shape) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE])
     axis.set_yscale("log")
     axis.set_title("SPN forward + backward, ms")
     axis.legend(ncols=2, loc="upper left")
@@ -106,7 +106,7 @@ def _memory(axis: Axes, results: Results) -> None:
         name: [results.saved(head, contender) for head in heads.values()]
         for name, contender in (("eager", PEERS[0]), ("pixnorm", FUSED[0]))
     }
-    _bars(axis, list(heads), saved, [GREY, BLUE], "%.2f")
+    bars(axis, list(heads), saved, [GREY, BLUE], "%.2f")
     axis.set_title("Saved for backward, in outputs")
     axis.legend(loc="upper left")
     axis.margins(y=0.25)

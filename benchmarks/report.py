@@ -3,11 +3,9 @@
 import argparse
 import json
 import platform
-import re
 import shlex
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from tqdm import tqdm
 import pixnorm
 from benchmarks.contenders import DEVICE, KERNELS
 from benchmarks.plots import draw
-from benchmarks.results import Results
+from benchmarks.results import Results, file_stem, provenance
 from benchmarks.tables import markdown
 from benchmarks.test_generator import generator
 
@@ -122,15 +120,12 @@ def merge_laps(raw: dict) -> list[dict]:
 
 def facts(raw: dict) -> dict[str, str]:
     """The machine, the versions, the run."""
-    cpu, commit = raw["machine_info"]["cpu"], raw["commit_info"]
+    cpu = raw["machine_info"]["cpu"]
     model = cpu.get("brand_raw", platform.machine())
     return {
         "machine": f"{model}, {cpu['count']} cores, {torch.get_num_threads()} threads",
         "kernels": pixnorm.backends()[f"native ({DEVICE})"],
-        "versions": f"pixnorm {pixnorm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "commit": commit["id"][:12] + ("+dirty" if commit["dirty"] else ""),
-        "command": shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **provenance(raw["commit_info"], shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])),
     }
 
 
@@ -146,7 +141,7 @@ def main() -> None:
 
     cpu = raw["machine_info"]["cpu"]
     machine = f"{DEVICE} {cpu.get('brand_raw', platform.machine())} {cpu['count']} cores"
-    base = folder / re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    base = folder / file_stem(machine)
     folder.mkdir(parents=True, exist_ok=True)
     results.save(base.with_suffix(".json"))
     draw(results, base.with_suffix(".png"))

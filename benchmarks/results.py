@@ -1,17 +1,43 @@
 """What a run has measured, and the figures that follow from it."""
 
 import json
+import platform
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from math import log, prod
 from pathlib import Path
 from statistics import geometric_mean, linear_regression, median
 
+import torch
+
+import pixnorm
 from benchmarks.contenders import DTYPE, FUSED, GEMMS, KERNELS, PEERS
 from benchmarks.test_spn import SHAPES, SWEEP, label
 from pixnorm.testing import DENSE_LAYOUTS
 
 Statistic = Callable[[Iterable[float]], float]
+
+
+def json_by_line(head: dict, name: str, entries: list[dict]) -> str:
+    """JSON of an object whose last value is a list, one entry a line."""
+    lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
+    return json.dumps(head | {name: []}, indent=2).replace(f'"{name}": []', f'"{name}": [\n{lines}\n  ]') + "\n"
+
+
+def provenance(commit: dict, command: str) -> dict[str, str]:
+    """The versions and the run; ``commit`` as pytest-benchmark tells it."""
+    return {
+        "versions": f"pixnorm {pixnorm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "commit": commit["id"][:12] + ("+dirty" if commit["dirty"] else ""),
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def file_stem(machine: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 class Results:
@@ -29,9 +55,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write JSON, one case a line."""
-        cases = ",\n".join("    " + json.dumps(case) for case in self.cases)
-        text = json.dumps({"facts": self.facts, "agreement": self.agreement, "cases": []}, indent=2)
-        path.write_text(text.replace('"cases": []', f'"cases": [\n{cases}\n  ]') + "\n")
+        path.write_text(json_by_line({"facts": self.facts, "agreement": self.agreement}, "cases", self.cases))
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -108,19 +132,27 @@ def layers(head: str, mode: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A goal and what was measured: by the medians, by the minima, and what the floor would give (None: not apt)."""
+    """A goal and what was measured: by the medians, by the minima, and what the floor would give; None: unknown."""
 
     what: str
     goal: float
     at_least: bool
-    median: float
-    minimum: float
+    median: float | None
+    minimum: float | None = None
     floor: float | None = None
 
     @property
     def shortfall(self) -> float:
         """How far the goal is missed, as a fraction of it; 0 or less if it is met."""
         return 1 - self.median / self.goal if self.at_least else self.median / self.goal - 1
+
+    @property
+    def bound(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.goal:g}"
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.shortfall <= 0 else f"**missed by {self.shortfall:.0%}**"
 
 
 def targets(results: Results) -> list[Target]:

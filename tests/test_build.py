@@ -11,6 +11,8 @@ import pytest
 import pixnorm
 from pixnorm import _C
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = ["baseline", "avx2", "avx512"]  # from least to most
 
@@ -62,7 +64,7 @@ def test_extension_needs_nothing_but_the_stable_abi():
 BUILD = """
 import runpy, sys
 sys.argv = ["setup.py", "build_ext", "-b", {out!r}, "-t", {out!r}]
-runpy.run_path("setup.py")
+runpy.run_path("setup.py", run_name="__main__")
 """
 HIDE_TORCH = "import sys; sys.modules['torch'] = None"
 NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}

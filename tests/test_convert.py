@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 import pixnorm
 from pixnorm import SPN2d, convert_batchnorm
 from pixnorm.nn import convert
+from pixnorm.testing import random
 
 backends = pytest.mark.parametrize("backend", ["reference", "auto"])
 
@@ -40,7 +41,7 @@ def make():
 
 
 def batch(channels=3, seed=1):
-    return torch.randn(4, channels, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return random((4, channels, 6, 5), torch.Generator().manual_seed(seed))
 
 
 def use(model, impl):

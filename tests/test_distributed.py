@@ -10,7 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pixnorm
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo"),
+]
 
 WORLD = 2
 BACKENDS = ["reference", "auto"]

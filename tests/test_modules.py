@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pixnorm
 from pixnorm.nn.spn import start_as_batchnorm_
+from pixnorm.testing import random
 
 # Kernel sizes and masks that only the reference computes.
 pytestmark = pytest.mark.filterwarnings("ignore:pixnorm.spn runs on the reference. the native kernel")
@@ -49,7 +50,7 @@ def make(channels=6, **options):
 def batch(channels=6, seed=1, dtype=torch.float64, shape=(3, 5, 4)):
     generator = torch.Generator().manual_seed(seed)
     n, h, w = shape
-    return (2 * torch.randn(n, channels, h, w, generator=generator, dtype=torch.float64) + 1).to(dtype)
+    return (2 * random((n, channels, h, w), generator) + 1).to(dtype)
 
 
 def buffers_of(layer):
@@ -347,7 +348,7 @@ def test_meta_device():
     layer = pixnorm.SPN2d(6, device="meta", dtype=torch.float64)
     assert all(t.is_meta for t in layer.state_dict().values())
     torch.manual_seed(0)
-    layer.to_empty(device="cpu").reset_parameters()
+    layer.to_empty(device=torch.get_default_device()).reset_parameters()
     torch.manual_seed(0)
     fresh = pixnorm.SPN2d(6, dtype=torch.float64)
     assert all(torch.equal(layer.state_dict()[name], t) for name, t in fresh.state_dict().items())
@@ -418,7 +419,7 @@ def test_half_types(backend, dtype, whole, training):
 @backends
 def test_autocast(backend):
     model = nn.Sequential(nn.Conv2d(6, 6, 1), make(impl=backend, dtype=torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = model(batch(dtype=torch.float32))
         assert y.dtype == torch.bfloat16
         # As in batch norm, the input decides: float32 stays float32, and is computed in it.
@@ -437,7 +438,9 @@ def test_channels_last_model(backend, options):
     layer = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     x = batch().to(memory_format=torch.channels_last)
     y, expected = layer(x), plain(batch())
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    # On a GPU the depthwise convolutions of float64, of which the reference is made, are NCHW alone.
+    if y.device.type == "cpu" or (backend == "auto" and layer.kernel_size == 3 and layer.mask_channels == 6):
+        assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected, **CLOSE)
     y.sin().sum().backward()
     expected.sin().sum().backward()

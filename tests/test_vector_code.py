@@ -4,7 +4,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from torch.utils.cpp_extension import include_paths
+
+pytestmark = pytest.mark.cpu
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,191 @@
+"""Clocks for work on a GPU. They run on the CPU too, where they show that code works, and not how fast."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MAX_ROUNDS = 40
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a profiler's trace
+
+
+class Timed(NamedTuple):
+    """What is timed is ``run(prepare())``, without the ``prepare()``."""
+
+    run: Callable[[object], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+class Spread(NamedTuple):
+    """Seconds: the middle of all rounds, and the quarters below and above."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Spread":
+        low, _, high = quantiles(seconds, n=4, method="inclusive")
+        return cls(*(float(f"{s:.4g}") for s in (median(seconds), low, high)), len(seconds))
+
+
+class Launch(NamedTuple):
+    """One piece of device work in a profile: a kernel, a copy or a fill."""
+
+    name: str
+    seconds: float
+    details: dict
+
+
+class Stopwatch:
+    """Measures calls on one device.
+
+    Args:
+        device: where the calls put their work.
+        seconds: roughly how long each contender of a comparison is run for.
+    """
+
+    def __init__(self, device: torch.device, seconds: float = 0.05):
+        self.device, self.seconds, self.on_gpu = device, seconds, device.type == "cuda"
+        self.least_rounds = 7 if self.on_gpu else 2
+        # Larger than every L2, and a multiple of this one.
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
+        self.other_data = torch.zeros(max(64 << 20, l2) if self.on_gpu else 1, device=device)
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def _empty_l2(self) -> None:
+        # By a kernel that nothing else here uses, so that a profile can leave it out.
+        self.other_data.cos_()
+
+    def device_times(self, contenders: Mapping[str, Timed]) -> dict[str, Spread]:
+        """Seconds on the device, from a cold L2; the contenders take turns."""
+        rounds, queueing = {}, {}
+        for name, contender in contenders.items():
+            start = perf_counter()
+            state = contender.prepare()
+            self.synchronize()
+            before = perf_counter()
+            contender.run(state)
+            queueing[name] = perf_counter() - before
+            self.synchronize()
+            cost = perf_counter() - start + queueing[name] + 5e-4
+            rounds[name] = max(self.least_rounds, min(MAX_ROUNDS, int(self.seconds / cost)))
+        seconds = {name: [] for name in contenders}
+        for turn in range(max(rounds.values(), default=0)):
+            for name, contender in contenders.items():
+                if turn < rounds[name]:
+                    seconds[name].append(self._device_time(contender, queueing[name]))
+        return {name: Spread.of(found) for name, found in seconds.items()}
+
+    def _device_time(self, contender: Timed, queueing: float) -> float:
+        state = contender.prepare()
+        self._empty_l2()
+        if not self.on_gpu:
+            before = perf_counter()
+            contender.run(state)
+            return perf_counter() - before
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The device waits (2 GHz) until all work is queued: it is to be timed, not the calls that queue it.
+        torch.cuda._sleep(int(2e9 * 1.5 * queueing) + 20_000)
+        start.record()
+        contender.run(state)
+        end.record()
+        self.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def wall_times(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, Spread]:
+        """Seconds per call on the host's clock, of many calls one after the other; the contenders take turns."""
+        calls = {}
+        for name, run in contenders.items():
+            run()
+            self.synchronize()
+            start = perf_counter()
+            run()
+            self.synchronize()
+            calls[name] = max(1, min(500, int(self.seconds / self.least_rounds / (perf_counter() - start))))
+        seconds = {name: [] for name in contenders}
+        for _ in range(self.least_rounds):
+            for name, run in contenders.items():
+                start = perf_counter()
+                for _ in range(calls[name]):
+                    run()
+                self.synchronize()
+                seconds[name].append((perf_counter() - start) / calls[name])
+        return {name: Spread.of(found) for name, found in seconds.items()}
+
+    def copy_bandwidth(self, size: int = 2 << 30) -> float:
+        """Bytes per second, read and written, of a copy that is far larger than any cache."""
+        source = torch.ones(size if self.on_gpu else 1 << 24, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        target.copy_(source)
+        return 2 * source.nbytes / self.device_times({"copy": Timed(lambda _: target.copy_(source))})["copy"].median
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        """The most memory that a call held at once, beyond what was held before; None on the CPU."""
+        if not self.on_gpu:
+            return None
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def graph(self, run: Callable[[], object]) -> Callable[[], object] | None:
+        """The replay of a call captured in a CUDA graph; None on the CPU."""
+        if not self.on_gpu:
+            return None
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def launches(self, run: Callable[[], object], rounds: int) -> list[list[Launch]]:
+        """The device work of each of some calls, from a cold L2; nothing where the profiler sees none."""
+        run()
+        self.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            with self._profile() as recorded:
+                for _ in range(rounds):
+                    self._empty_l2()
+                    run()
+                    self.synchronize()
+            recorded.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        return calls_in(events)
+
+    def _profile(self) -> AbstractContextManager:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
+        return profile(activities=activities)
+
+
+def calls_in(events: list[dict]) -> list[list[Launch]]:
+    """Cut a trace into its calls, each of which follows the kernel that empties the L2."""
+    work = sorted((event for event in events if event.get("cat") in DEVICE_WORK), key=lambda event: event["ts"])
+    calls: list[list[Launch]] = []
+    for event in work:
+        if "cos_kernel" in event["name"]:
+            calls.append([])
+        elif calls:
+            calls[-1].append(Launch(event["name"], event["dur"] / 1e6, event.get("args", {})))
+    if work and not calls:
+        raise RuntimeError(f"the profile has no kernel that empties the L2, but {work[0]['name']}")
+    return calls

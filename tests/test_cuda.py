@@ -1,0 +1,194 @@
+"""What only a GPU can show: streams, graphs, synchronisation, memory, TF32, and tensors of more than 2^31 elements."""
+
+import pytest
+import torch
+from test_ops import assert_same_bits, check_against_eager, name_of
+
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, evaluate
+
+pytestmark = pytest.mark.cuda
+
+HEADS = [{}, {"upsample": 2, "activation": "relu"}]
+
+
+def leaves_of(spec, tensors):
+    return {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_tf32_follows_the_flag_of_convolutions(spec, kernel, upsample, layout):
+    """With it, as close to float64 as plain PyTorch with it; every other test is without."""
+    shape, options = (4, 64, 16, 16), {"upsample": upsample}
+    tensors = spec.inputs(Case(shape, ""), layout=layout)
+    strict = spec.function(**tensors, **options, impl=kernel)
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        check_against_eager(spec, kernel, Case(shape, "TF32", options), layout=layout)
+        rounded = spec.function(**tensors, **options, impl=kernel)
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert not torch.equal(rounded, strict)
+    assert torch.equal(spec.function(**tensors, **options, impl=kernel), strict)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_work_is_queued_on_the_current_stream(spec, kernel, options, layout):
+    """On a stream that is late the inputs are NaN until its turn comes; the default stream would read that."""
+    tensors = spec.inputs(Case((4, 16, 12, 20), "", options), layout=layout)
+    grad_y = torch.randn_like(spec.reference(**tensors, **options))
+    expected = evaluate(spec, spec.call(kernel), tensors, options, grad_y)
+    late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    late_grad = torch.full_like(grad_y, torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+        for name, tensor in tensors.items():
+            late[name].copy_(tensor)
+        late_grad.copy_(grad_y)
+        actual = evaluate(spec, spec.call(kernel), late, options, late_grad)
+    torch.cuda.synchronize()
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_no_call_waits_for_the_gpu(spec, kernel, options):
+    tensors = spec.inputs(Case((4, 16, 8, 8), "", options))
+    leaves, buffers = leaves_of(spec, tensors), {name: tensors[name] for name in spec.buffers}
+
+    def step():
+        y = spec.function(**leaves, **buffers, **options, impl=kernel)
+        return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+
+    step()  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("shape", [(4, 16, 4, 4), (4, 64, 32, 32)], ids=str)
+def test_a_graph_replays_the_same_bits(spec, kernel, shape, options, layout, dtype):
+    """Forward, backward and running statistics, captured once and replayed on other numbers."""
+    first, second = (spec.inputs(Case(shape, "", options), dtype, layout=layout, seed=seed) for seed in (0, 1))
+    grad_y = torch.randn_like(spec.reference(**first, **options))
+    inputs = {name: tensor.clone() for name, tensor in first.items()}
+    leaves, buffers = leaves_of(spec, inputs), {name: inputs[name] for name in spec.buffers}
+
+    def step():
+        y = spec.function(**leaves, **buffers, **options, impl=kernel)
+        return y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_y)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, *grads = step()
+    for name, tensor in second.items():
+        inputs[name].copy_(tensor)
+    graph.replay()
+
+    expected = evaluate(spec, spec.call(kernel), second, options, grad_y)
+    for name, actual in zip(leaves, grads, strict=True):
+        assert torch.equal(actual, expected.grads[name]), name
+    for name, actual in buffers.items():
+        assert torch.equal(actual, expected.buffers[name]), name
+    assert torch.equal(y, expected.y)
+
+
+def peak_bytes(function):
+    """The most memory that a call held at once, beyond what was held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+@pytest.mark.parametrize(
+    "layout, upsample, dtype, copies",
+    [
+        ("contiguous", 1, torch.float32, 0),
+        ("contiguous", 2, torch.bfloat16, 0),
+        ("channels_last", 2, torch.float32, 0),
+        ("channels_last", 1, torch.bfloat16, 0),
+        ("padded_pixels", 1, torch.float32, 1),
+    ],
+    ids=name_of,
+)
+def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
+    """Forward holds y and p; backward the gradients of x and p, and in NCHW a transposed x for a GEMM.
+
+    The copy of an input with other strides is the one exception, and shows that a copy would be seen.
+    """
+    options = {"upsample": upsample, "activation": "relu"}
+    tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
+    leaves = leaves_of(spec, tensors)
+    one, small = tensors["x"].numel() * dtype.itemsize, 2 * 2**20
+    transposed = int(layout != "channels_last")
+
+    def forward():
+        return spec.function(**leaves, **options, impl=kernel)
+
+    y = forward()
+    grad_y = torch.randn_like(y)
+
+    def backward():
+        return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
+
+    backward()  # what the library allocates once and for all
+    assert abs(peak_bytes(forward) - (upsample**2 + 1 + copies) * one) <= small
+    assert peak_bytes(backward) <= (2 + transposed + copies) * one + small
+
+
+def assert_about_equal(actual, expected):
+    """A wrong offset makes a difference as large as the numbers; other GEMMs, and rounding, make a small one."""
+    assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.gpu_memory(60)
+@pytest.mark.parametrize("layout, upsample", [("contiguous", 1), ("channels_last", 1), ("contiguous", 2)])
+def test_more_elements_than_32_bits_count(spec, kernel, layout, upsample):
+    """Samples from either side of the 2^31st element, and sums over all, agree with calls on fewer samples."""
+    n, part, side = 36, 12, 2736
+    assert n * 8 * side**2 > 2**31 > part * 8 * side**2
+    options = {"upsample": upsample}
+    tensors = spec.inputs(Case((1, 8, 2, 2), "the parameters"), torch.float16, parameter_dtype=torch.float32)
+    x, grad_y = (
+        LAYOUTS[layout](torch.randn(n, 8, size, size, dtype=torch.float16)) for size in (side // upsample, side)
+    )
+    tensors["x"] = x
+    grad_y *= 0.01  # sums of so many products leave float16
+
+    y = spec.function(**tensors, **options, momentum=1.0, impl=kernel)
+    means = torch.stack([sample.float().mean((1, 2)) for sample in x]).mean(0)
+    squares = torch.stack([sample.float().square().mean((1, 2)) for sample in x]).mean(0)
+    torch.testing.assert_close(tensors["running_mean"], means, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tensors["running_var"], squares - means.square(), rtol=0, atol=1e-3)
+
+    # With these statistics given, samples do not see each other, and the gradients of parameters add up.
+    options["training"] = False
+    whole = evaluate(spec, spec.call(kernel), tensors, options, grad_y)
+    assert_about_equal(y[-1], whole.y[-1])
+    del y
+    sums = dict.fromkeys(spec.differentiable[1:], 0)
+    for start in range(0, n, part):
+        of = slice(start, start + part)
+        some = evaluate(spec, spec.call(kernel), tensors | {"x": x[of]}, options, grad_y[of])
+        assert_about_equal(whole.y[of], some.y)
+        assert_about_equal(whole.grads["x"][of], some.grads["x"])
+        sums = {name: value + some.grads[name] for name, value in sums.items()}
+    for name, value in sums.items():
+        assert_about_equal(whole.grads[name], value)
