@@ -14,7 +14,7 @@ PY := $(PYTHON)
 endif
 BUILT := build/$(subst /,-,$(PY)).built
 
-.PHONY: help build test bench lint format clean
+.PHONY: help build test bench kernels gpu lint format clean
 .PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # with no extension there, the stamp is wrong
 
 help:  ## list the targets
@@ -29,17 +29,23 @@ test: build  ## run the tests
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 	$(PY) -m benchmarks.report --results $(RESULTS)
 
+kernels: $(READY)  ## compile the CUDA kernels (no GPU needed) and check what their machine code says
+	$(PY) -m benchmarks.kernels
+
+gpu: $(READY)  ## on a machine with a GPU: build, test and measure there; results go to RESULTS
+	$(PY) -m benchmarks.gpu --results $(RESULTS)
+
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 lint: $(READY)  ## check the style of all code
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
-	$(BIN)clang-format --dry-run -Werror $(CXX_FILES) tests/*.cpp
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES) tests/*.cpp tests/*.cu
 
 format: $(READY)  ## put all code in that style
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
-	$(BIN)clang-format -i $(CXX_FILES) tests/*.cpp
+	$(BIN)clang-format -i $(CXX_FILES) tests/*.cpp tests/*.cu
 
 clean:  ## remove what was built (not VENV)
 	rm -rf build *.egg-info pixnorm/*.so

@@ -105,4 +105,5 @@ def extensions() -> dict:
     return {"ext_modules": [kernels, *cuda_extensions()], "cmdclass": {"build_ext": BuildOrGoWithout}}
 
 
-setup(license="BSD-3-Clause", **extensions())
+if __name__ == "__main__":
+    setup(license="BSD-3-Clause", **extensions())

@@ -1,0 +1,84 @@
+"""What the machine code of the CUDA kernels shows, without a GPU: see benchmarks.kernels."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernels as report
+from benchmarks import machine_code
+from benchmarks.kernels import APPLY, MODULATE, REDUCE, STATISTICS, WARPS, kernels
+from benchmarks.machine_code import missing
+from benchmarks.model import GPUS, KB
+
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+RTX_3090, H200 = GPUS.values()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return kernels()
+
+
+def test_all_kernels_pass_the_gates(found):
+    assert [f"{kernel}: {violation}" for kernel in found for violation in kernel.violations()] == []
+
+
+def test_every_kernel_has_aligned_paths_for_all_fast_dtypes(found):
+    archs, dtypes = {gpu.arch for gpu in GPUS.values()}, {"float", "BFloat16", "Half"}
+    assert {(kernel.gpu.arch, kernel.name) for kernel in found} == set(product(archs, WARPS))
+    aligned = {(k.gpu.arch, k.name, k.dtype, k.upsample) for k in found if k.columns > 1 and not k.channels_last}
+    assert aligned >= set(product(archs, (MODULATE, REDUCE, APPLY), dtypes, (1, 2)))
+    assert aligned >= set(product(archs, (STATISTICS,), dtypes | {"double"}, (1,)))
+
+
+def test_predictions_follow_from_bytes_and_instructions(found):
+    """Reading x and p of (64, 256, 32, 32) in float32, by hand: 128 MB at 4.3 TB/s, fewer than 31 instructions each."""
+    (statistics,) = (k for k in found if (k.gpu, *k[2:6]) == (H200, STATISTICS, "float", 4, 1) and not k.channels_last)
+    by_bytes, by_instructions = statistics.seconds((64, 256, 32, 32))
+    assert by_bytes == pytest.approx(31.2e-6, rel=0.01)
+    assert statistics.instructions < 31
+    assert by_instructions == pytest.approx(by_bytes * statistics.instructions / 31.1, rel=0.01)
+    aligned = [kernel for kernel in found if kernel.columns > 1]
+    assert report.predictions(aligned).count("\n") == 1 + len(aligned)
+    assert report.layers(aligned).count("\n") == 1 + 2 * 3 * 4
+
+
+def test_each_gate_can_fail():
+    """A loop that is not the one of the design fails too, so most of these kernels have more than one fault."""
+    for gpu in GPUS.values():
+        at_fault = kernels([Path(__file__).with_name("kernels_at_fault.cu")])
+        faults = {(k.name, k.channels_last): " ".join(k.violations()) for k in at_fault if k.gpu == gpu}
+        assert faults[STATISTICS, True] == ""
+        assert "4 LDG of 4 bytes, not 4 LDG of 16 bytes" in faults[STATISTICS, False]
+        assert "256 bytes of local memory: {'STL" in faults[MODULATE, False]  # an array
+        assert "'LDL" in faults[REDUCE, False]  # spills
+        assert f"room for {2 if gpu == RTX_3090 else 4} warps, not 8" in faults[APPLY, False]
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(machine_code, "CUDA_HOME", None)
+    monkeypatch.setattr("sys.argv", ["kernels"])
+    with pytest.raises(SystemExit, match=r"nvcc \(comes with the CUDA toolkit\)"):
+        report.main()
+
+
+@pytest.mark.parametrize(
+    "gpu, threads, registers, shared, warps",
+    [
+        (RTX_3090, 256, 32, 0, 48),
+        (RTX_3090, 256, 64, 0, 32),
+        (RTX_3090, 128, 96, 0, 20),
+        (RTX_3090, 256, 64, 24 * KB, 32),  # 25 KB each, with what the system takes: four times
+        (RTX_3090, 256, 64, 24 * KB + 1, 24),
+        (RTX_3090, 32, 16, 0, 16),
+        (H200, 256, 32, 0, 64),
+        (H200, 128, 128, 48 * KB, 16),
+        (H200, 128, 129, 0, 12),
+        (H200, 256, 255, 0, 8),
+    ],
+)
+def test_occupancy_as_nvidia_counts_it(gpu, threads, registers, shared, warps):
+    assert gpu.occupancy(threads, registers, shared) == warps
