@@ -10,10 +10,9 @@
 
 namespace pixnorm {
 
-inline void check_running(const std::vector<Tensor>& running, const std::vector<Tensor>& batch,
-                          const std::vector<double>& corrections) {
-  STD_TORCH_CHECK(running.size() == batch.size() && running.size() == corrections.size(),
-                  "pixnorm: as many running as new statistics, and as many corrections");
+inline void check_running(const std::vector<Tensor>& running, const std::vector<Tensor>& batch, int64_t count) {
+  STD_TORCH_CHECK(running.size() == batch.size(), "pixnorm: as many running as new statistics");
+  STD_TORCH_CHECK(count > 1, "pixnorm: an unbiased variance needs more than 1 value");
   for (size_t i = 0; i < running.size(); ++i) {
     check_sizes(batch[i], "a new statistic", {running[i].numel()});
     check_same_dtype(running[i], "a running statistic", running[0]);
@@ -22,10 +21,15 @@ inline void check_running(const std::vector<Tensor>& running, const std::vector<
   }
 }
 
+// The weight of new statistic i: of means and biased variances in turn.
+inline double weight_of(size_t i, double momentum, int64_t count) {
+  return i % 2 ? momentum * (static_cast<double>(count) / static_cast<double>(count - 1)) : momentum;
+}
+
 // In the dtype that statistics are reduced in.
 template <class A>
-PIXNORM_HOST_DEVICE A moved(A running, A batch, double momentum, double correction) {
-  return static_cast<A>(1 - momentum) * running + static_cast<A>(momentum * correction) * batch;
+PIXNORM_HOST_DEVICE A moved(A running, A batch, double momentum, double weight) {
+  return static_cast<A>(1 - momentum) * running + static_cast<A>(weight) * batch;
 }
 
 }  // namespace pixnorm

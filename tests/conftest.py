@@ -1,27 +1,95 @@
-"""Seeds, memory that is never accidentally right, and the parameters that tests ask for by name.
+"""The device, seeds, memory that is never accidentally right, and the parameters that tests ask for by name.
+
+``--device cuda`` runs the tests on CUDA tensors: that is then the default device of PyTorch. Nothing may be skipped
+there. ``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for what concerns one device alone.
 
 ``spec``, ``case``     every op of pixnorm.testing, with each row of its grid
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
+
+With ``@pytest.mark.emulated`` those include the CUDA kernels, on CPU tensors (see cuda_emulation); as impl "native".
 """
+
+import os
 
 import pytest
 import torch
-from hypothesis import Phase, settings
 
 from pixnorm.testing import SPECS, available_impls
 
-# With no kernel built, the tests ask for the native one all the same: they fail, and say how to get it.
-KERNELS = available_impls()[1:] or ["native"]
+try:
+    from hypothesis import HealthCheck, Phase, settings
+except ImportError:
+    pass  # test_properties.py fails for it, and everything else runs
+else:
+    # The same examples on every run; no deadline, as the first call of anything is slow; and examples are small as they
+    # are drawn, while a search for smaller ones takes minutes.
+    settings.register_profile(
+        "pixnorm",
+        derandomize=True,
+        deadline=None,
+        max_examples=40,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=[HealthCheck.function_scoped_fixture],  # `impl` is the same for all examples
+    )
+    settings.load_profile("pixnorm")
 
-# The same examples on every run; no deadline, as the first call of anything is slow; and examples are small as they are
-# drawn, while a search for smaller ones takes minutes.
-settings.register_profile(
-    "pixnorm", derandomize=True, deadline=None, max_examples=40, phases=(Phase.explicit, Phase.generate)
-)
-settings.load_profile("pixnorm")
+DEVICES = {
+    "cpu": "is about the CPU: its threads, its memory, its vector code",
+    "cuda": "is about GPUs: their streams, their memory, their graphs",
+}
+
+EMULATED = "native-cuda-emulated"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=DEVICES, default="cpu", help="where the tensors of the tests are (cpu)")
+
+
+def pytest_configure(config):
+    for device, meaning in DEVICES.items():
+        config.addinivalue_line("markers", f"{device}: the test {meaning}; deselected elsewhere")
+    config.addinivalue_line("markers", "emulated(runs=True): whether the test also runs the emulated CUDA kernels")
+    config.addinivalue_line("markers", "gpu_memory(gigabytes): what the test needs; deselected on a smaller GPU")
+    # The yardstick is float32 itself; what TF32 changes has a test of its own.
+    torch.backends.cudnn.allow_tf32 = False
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: PyTorch sees no GPU here")
+        # Before cuBLAS starts: without it, deterministic algorithms are not to be had.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is about another device, or needs a larger one."""
+    device = config.getoption("--device")
+
+    def fits(item):
+        needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
+        return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
+
+    kept, left_out = [], []
+    for item in items:
+        elsewhere = any(item.get_closest_marker(other) for other in DEVICES.keys() - {device})
+        (left_out if elsewhere or not fits(item) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """On a GPU a skip is an error: that run is there to try everything."""
+    report = yield
+    if item.config.getoption("--device") == "cuda" and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, on a GPU: {report.longrepr}"
+    return report
 
 
 def pytest_generate_tests(metafunc):
+    # With no kernel built, the tests ask for the native one all the same: they fail, and say how to get it.
+    kernels = available_impls()[1:] or ["native"]
+    if _runs_emulated(metafunc):
+        kernels.append(EMULATED)
     wanted = set(metafunc.fixturenames)
     for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose for itself
         names = mark.args[0]
@@ -32,9 +100,35 @@ def pytest_generate_tests(metafunc):
     elif "spec" in wanted:
         metafunc.parametrize("spec", SPECS, ids=str)
     if "impl" in wanted:
-        metafunc.parametrize("impl", ["reference", *KERNELS])
+        metafunc.parametrize("impl", ["reference", *kernels], indirect=True)
     if "kernel" in wanted:
-        metafunc.parametrize("kernel", KERNELS)
+        metafunc.parametrize("kernel", kernels, indirect=True)
+
+
+def _runs_emulated(metafunc):
+    mark = metafunc.definition.get_closest_marker("emulated")
+    here = metafunc.config.getoption("--device") == "cpu" and not metafunc.definition.get_closest_marker("cpu")
+    return here and mark is not None and mark.kwargs.get("runs", True)
+
+
+def _reach(impl):
+    if impl != EMULATED:
+        yield impl
+        return
+    from cuda_emulation import emulated
+
+    with emulated():
+        yield "native"
+
+
+@pytest.fixture
+def impl(request):
+    yield from _reach(request.param)
+
+
+@pytest.fixture
+def kernel(request):
+    yield from _reach(request.param)
 
 
 @pytest.fixture(autouse=True)

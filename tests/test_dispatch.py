@@ -15,6 +15,8 @@ from pixnorm.ops import _dispatch
 from pixnorm.testing import SPECS, SPN, Case, available_impls
 
 ROOT = Path(__file__).parents[1]
+DEVICE = torch.get_default_device().type
+MODULE, REMEDY = _dispatch._EXTENSIONS[DEVICE]
 
 
 def arguments(spec=SPN):
@@ -53,8 +55,9 @@ class OpsCalled(TorchDispatchMode):
 
 def test_the_native_kernels_are_built():
     """Every other test of a kernel would be worth nothing without it, so their absence is a failure, not a skip."""
-    assert pixnorm.backends()["native (cpu)"].startswith("available"), pixnorm.backends()["native (cpu)"]
-    assert available_impls("cpu") == ["reference", "native"]
+    report = pixnorm.backends()[f"native ({DEVICE})"]
+    assert report.startswith("available"), report
+    assert available_impls() == ["reference", "native"]
 
 
 def test_the_report_says_what_can_run_and_why_the_rest_cannot():
@@ -66,10 +69,11 @@ def test_the_report_says_what_can_run_and_why_the_rest_cannot():
         assert len(text) > len("unavailable: ") or text == "available"
 
 
-@pytest.mark.skipif("available" in available_impls("cuda"), reason="CUDA kernels are built here")
+@pytest.mark.cpu
+@pytest.mark.skipif("native" in available_impls("cuda"), reason="CUDA kernels are built here")
 def test_a_missing_backend_comes_with_its_remedy():
     reason = pixnorm.backends()["native (cuda)"]
-    assert "pixnorm._cuda" in reason and "impl='reference'" in reason
+    assert "pixnorm._cuda" in reason and "nvcc" in reason
 
 
 # --- the choice
@@ -169,8 +173,9 @@ def test_meta_tensors_are_refused_like_real_ones(which):
 
 
 def run_without_kernels(code):
-    """Run code in a Python where importing pixnorm._C fails, as it does where it was not built."""
-    prelude = "import sys; sys.modules['pixnorm._C'] = None\nimport torch, pixnorm\nfrom pixnorm.testing import *\n"
+    """Run code in a Python where importing the kernels of this device fails, as it does where they were not built."""
+    prelude = f"import sys; sys.modules[{MODULE!r}] = None\nimport torch, pixnorm\nfrom pixnorm.testing import *\n"
+    prelude += f"torch.set_default_device({DEVICE!r})\n"
     prelude += "from pixnorm.testing import SPN\nt = SPN.inputs(Case((2, 3, 4, 5), ''))\n"
     return subprocess.run([sys.executable, "-c", prelude + code], cwd=ROOT, capture_output=True, text=True)
 
@@ -181,21 +186,21 @@ def test_without_kernels_auto_runs_the_reference_and_says_so_once():
         "pixnorm.functional.spn(**t).sum().backward()\n"
         "pixnorm.functional.spn(**t)\n"
         "assert leaf.grad is not None\n"
-        "print(pixnorm.backends()['native (cpu)'])\n"
+        f"print(pixnorm.backends()['native ({DEVICE})'])\n"
         "print(available_impls())\n"
     )
     assert result.returncode == 0, result.stderr
     report, impls = result.stdout.splitlines()
-    assert report.startswith("unavailable: pixnorm._C") and "make build" in report
+    assert report.startswith(f"unavailable: {MODULE}") and REMEDY in report
     assert impls == "['reference']"
-    assert result.stderr.count("runs on the reference") == 1 and "make build" in result.stderr
+    assert result.stderr.count("runs on the reference") == 1 and REMEDY in result.stderr
 
 
 def test_without_kernels_native_says_how_to_get_it():
     result = run_without_kernels("pixnorm.functional.spn(**t, impl='native')")
     assert result.returncode != 0
-    assert "RuntimeError: spn: impl='native' cannot run here: pixnorm._C" in result.stderr
-    assert "make build" in result.stderr
+    assert f"RuntimeError: spn: impl='native' cannot run here: {MODULE}" in result.stderr
+    assert REMEDY in result.stderr
 
 
 def test_without_kernels_the_op_can_be_traced():

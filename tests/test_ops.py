@@ -15,7 +15,7 @@ from torch import nn
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, assert_close_as_eager, evaluate, in_double, random
 
 # Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 HALF = (torch.bfloat16, torch.float16)
 # dtype of x, dtype of the parameters
@@ -91,6 +91,7 @@ def test_every_remainder(spec, kernel, layout, upsample):
         check_against_eager(spec, kernel, Case(shape, "sweep", {"upsample": upsample}), layout=layout)
 
 
+@pytest.mark.emulated(runs=False)
 @pytest.mark.parametrize("upsample", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_more_than_the_cache_holds(spec, kernel, dtype, upsample):
@@ -310,6 +311,7 @@ def test_compile(spec, impl, layout):
         check_compiled(spec, impl, compiled, tensors, options)
 
 
+@pytest.mark.emulated(runs=False)
 def test_compile_to_machine_code(spec, kernel):
     """What Inductor makes of the op and of the code around it, in training and in inference."""
     torch.compiler.reset()
@@ -340,6 +342,7 @@ class Wrapped(nn.Module):
         return self.function(x, **dict(self.named_buffers()), **self.options)
 
 
+@pytest.mark.emulated(runs=False)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("upsample", [1, 2])
 def test_export(spec, impl, layout, upsample):
@@ -361,7 +364,7 @@ def test_autocast(spec, impl, dtype):
     tensors = spec.inputs(Case((2, 4, 5, 6), ""))
     conv = nn.Conv2d(3, 4, 3, padding=1)
     leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable[1:]}
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(conv.weight.device.type, dtype=dtype):
         x = conv(torch.randn(2, 3, 5, 6))
         assert x.dtype == dtype
         y = spec.function(x, **leaves, impl=impl)
@@ -380,7 +383,7 @@ def test_autocast_changes_nothing_inside(spec, impl, dtype, parameter_dtype):
     case = Case((2, 4, 5, 6), "")
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
     plain = evaluate(spec, spec.call(impl), tensors, {})
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(tensors["x"].device.type, dtype=torch.bfloat16):
         if impl == "reference":
             assert torch.equal(spec.function(**tensors, impl=impl), plain.y)
         else:
@@ -397,7 +400,7 @@ def test_autocast_changes_nothing_in_double_backward(spec, kernel):
         return torch.autograd.grad(grad_x.square().sum(), leaves)
 
     plain = penalty()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(leaves[0].device.type, dtype=torch.bfloat16):
         under_autocast = penalty()
     for a, b in zip(under_autocast, plain, strict=True):
         assert torch.equal(a, b)
@@ -406,6 +409,7 @@ def test_autocast_changes_nothing_in_double_backward(spec, kernel):
 # --- the same bits
 
 
+@pytest.mark.emulated(runs=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (16, 33, 4, 4), (1, 3, 150, 131)], ids=str)
@@ -419,6 +423,7 @@ def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype, threads)
             assert_same_bits(evaluate(spec, spec.call(kernel), copies, options), first)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 150, 131), (3, 5, 33, 40)], ids=str)
@@ -519,6 +524,7 @@ def peak_bytes(function):
     return peak
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
 @pytest.mark.parametrize(
     "layout, upsample, dtype, copies",
@@ -559,6 +565,7 @@ def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
 # --- vector code for other machines
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_cpu_capability(capability):
     """The core checks again with the vector code that a lesser machine would run."""

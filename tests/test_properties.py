@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pixnorm.functional import spn
 from pixnorm.ops.spn import spn_reference
-from pixnorm.testing import LAYOUTS, SPN, Case, evaluate
+from pixnorm.testing import LAYOUTS, SPN, Case, evaluate, random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,8 +205,8 @@ def test_swapping_the_mask_and_its_inverse_changes_nothing(impl, drawn):
 @given(spn_inputs(activation=(None, "relu")), st.integers(0, 2**31))
 def test_a_shift_of_each_channel_changes_nothing(impl, drawn, seed):
     tensors, options = drawn
-    shift = torch.randn(tensors["x"].shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    shifted = tensors | {"x": tensors["x"] + shift[:, None, None]}
+    shift = random((tensors["x"].shape[1], 1, 1), torch.Generator().manual_seed(seed))
+    shifted = tensors | {"x": tensors["x"] + shift}
     assert_equal(forward(impl, shifted, options), forward(impl, tensors, options), 1e-7)
 
 

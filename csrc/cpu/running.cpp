@@ -8,8 +8,8 @@ namespace pixnorm {
 namespace {
 
 void update_running(const std::vector<Tensor>& running, const std::vector<Tensor>& batch, double momentum,
-                    const std::vector<double>& corrections) {
-  check_running(running, batch, corrections);
+                    int64_t count) {
+  check_running(running, batch, count);
   for (size_t i = 0; i < running.size(); ++i) {
     dispatch_floating(running[i].scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
@@ -20,7 +20,8 @@ void update_running(const std::vector<Tensor>& running, const std::vector<Tensor
       const int64_t step = running[i].stride(0), from_step = batch[i].stride(0);
       for (int64_t c = 0; c < running[i].numel(); ++c) {
         T& value = to[c * step];
-        value = static_cast<T>(moved<A>(static_cast<A>(value), from[c * from_step], momentum, corrections[i]));
+        value = static_cast<T>(
+            moved<A>(static_cast<A>(value), from[c * from_step], momentum, weight_of(i, momentum, count)));
       }
     });
   }

@@ -15,6 +15,7 @@ namespace pixnorm {
 constexpr int kWarp = 32;
 
 inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // it is told here, and not to whoever asks next
   STD_TORCH_CHECK(error == cudaSuccess, "pixnorm: CUDA error: ", cudaGetErrorString(error));
 }
 
@@ -39,6 +40,10 @@ void launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
+  if (how.shared_bytes >= 48 << 10) {  // as much and more must be asked for
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)));
+  }
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

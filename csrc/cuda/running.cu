@@ -17,7 +17,7 @@ struct RunningCall {
     T* running;
     const acc_t<T>* batch;
     int64_t running_step, batch_step;
-    double correction;
+    double weight;
   } of[kMost];
   int size[kMost];
   double momentum;
@@ -31,12 +31,12 @@ __global__ void __launch_bounds__(kThreads) update_running_kernel(const RunningC
   const int c = blockIdx.x * kThreads + threadIdx.x;
   if (c >= call.size[blockIdx.y]) return;
   T& value = of.running[c * of.running_step];
-  value = static_cast<T>(moved<A>(static_cast<A>(value), of.batch[c * of.batch_step], call.momentum, of.correction));
+  value = static_cast<T>(moved<A>(static_cast<A>(value), of.batch[c * of.batch_step], call.momentum, of.weight));
 }
 
 void update_running(const std::vector<Tensor>& running, const std::vector<Tensor>& batch, double momentum,
-                    const std::vector<double>& corrections) {
-  check_running(running, batch, corrections);
+                    int64_t count) {
+  check_running(running, batch, count);
   STD_TORCH_CHECK(running.size() <= kMost, "pixnorm: more than ", kMost, " running statistics");
   if (running.empty()) return;
   const torch::stable::accelerator::DeviceGuard guard(running[0].get_device_index());
@@ -49,7 +49,7 @@ void update_running(const std::vector<Tensor>& running, const std::vector<Tensor
     for (size_t i = 0; i < running.size(); ++i) {
       STD_TORCH_CHECK(batch[i].scalar_type() == dtype_of<A>, "pixnorm: new statistics have the wrong dtype");
       call.of[i] = {static_cast<T*>(running[i].data_ptr()), data_of<A>(batch[i]), running[i].stride(0),
-                    batch[i].stride(0), corrections[i]};
+                    batch[i].stride(0), weight_of(i, momentum, count)};
       call.size[i] = static_cast<int>(running[i].numel());
       most = call.size[i] > most ? call.size[i] : most;
     }

@@ -31,35 +31,37 @@ struct ShiftedSums {
   }
 };
 
-// [tensor: x, p][split][count, mean, sum of squares about it][C]
+// Statistics of parts of a channel, which add up to those of the channel by the formula for groups:
+// [tensor: x, p][part][count, mean, sum of squares about it][C].
 template <class A>
 struct Partials {
   A* data;
-  int splits, c;
+  int parts, c;
 
-  __device__ __forceinline__ A* at(int tensor, int split, int channel) const {
-    return data + (int64_t{tensor * splits + split} * 3) * c + channel;
+  __device__ __forceinline__ A* at(int tensor, int part, int channel) const {
+    return data + (int64_t{tensor * parts + part} * 3) * c + channel;
   }
-  __device__ void set(int tensor, int split, int channel, A count, A mean, A m2) const {
-    A* to = at(tensor, split, channel);
+  __device__ void set(int tensor, int part, int channel, A count, A mean, A m2) const {
+    A* to = at(tensor, part, channel);
     to[0] = count, to[c] = mean, to[2 * c] = m2;
   }
-  // Mean and biased variance of a channel, by the formula for groups.
-  __device__ void finish(int tensor, int channel, A& mean, A& var) const {
-    const A about = at(tensor, 0, channel)[c];
-    A count = 0, sum = 0, m2 = 0;
-    for (int split = 0; split < splits; ++split) {
-      const A* from = at(tensor, split, channel);
+  // Of parts [begin, end): none have count 0.
+  __device__ void add_up(int tensor, int channel, int begin, int end, A& count, A& mean, A& m2) const {
+    count = 0, mean = 0, m2 = 0;
+    if (begin >= end) return;
+    const A about = at(tensor, begin, channel)[c];
+    A sum = 0;
+    for (int part = begin; part < end; ++part) {
+      const A* from = at(tensor, part, channel);
       count += from[0];
       sum += from[0] * (from[c] - about);
     }
     mean = about + sum / count;
-    for (int split = 0; split < splits; ++split) {
-      const A* from = at(tensor, split, channel);
+    for (int part = begin; part < end; ++part) {
+      const A* from = at(tensor, part, channel);
       const A d = from[c] - mean;
       m2 += fma(from[0] * d, d, from[2 * c]);
     }
-    var = m2 / count;
   }
 };
 
@@ -69,10 +71,12 @@ template <class T>
 struct StatisticsCall {
   Shape shape;
   const T *x, *p;
-  Partials<acc_t<T>> partials;
-  int lanes;  // channels_last: threads side by side over the channels
+  Partials<acc_t<T>> partials;  // parts: splits
+  int lanes;                    // channels_last: threads side by side over the channels
 
-  __device__ const T* tensor() const { return blockIdx.z == 0 ? x : p; }
+  // p first: the product has just written it.
+  __device__ int which() const { return 1 - blockIdx.z; }
+  __device__ const T* tensor() const { return which() == 0 ? x : p; }
 };
 
 // A split of the vectors of one channel: the grid is (C, splits, 2).
@@ -122,14 +126,14 @@ __device__ void statistics_of_plane(const StatisticsCall<T>& call, acc_t<T>* scr
   const A mean = about + block_sum(mine * (mean_of_mine - about), scratch) / whole;
   const A d = mean_of_mine - mean;
   const A m2 = block_sum(count ? fma(mine * d, d, sums.squares_about_mean(mine)) : A(0), scratch);
-  if (threadIdx.x == 0) call.partials.set(blockIdx.z, blockIdx.y, c, whole, mean, m2);
+  if (threadIdx.x == 0) call.partials.set(call.which(), blockIdx.y, c, whole, mean, m2);
 }
 
 // A split of the pixels of `lanes` x V channels: the grid is (groups of channels, splits, 2).
 template <class T, int V>
 __device__ void statistics_of_pixels(const StatisticsCall<T>& call, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = V > 4 ? 2 : 4;  // registers: each of V channels has sums of its own
   const Shape& s = call.shape;
   const int lane = threadIdx.x % call.lanes, c = (blockIdx.x * call.lanes + lane) * V;
   const int64_t all = int64_t{s.n} * s.pixels();
@@ -183,12 +187,12 @@ __device__ void statistics_of_pixels(const StatisticsCall<T>& call, acc_t<T>* sc
       const A d = scratch[t * 2 * channels + i] - mean;
       m2 += fma(of_team(t) * d, d, scratch[(t * 2 + 1) * channels + i]);
     }
-    call.partials.set(blockIdx.z, blockIdx.y, channel, whole, mean, m2);
+    call.partials.set(call.which(), blockIdx.y, channel, whole, mean, m2);
   }
 }
 
 template <class T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kStatisticsThreads, 3) spn_statistics_kernel(const StatisticsCall<T> call) {
+__global__ void __launch_bounds__(kStatisticsThreads, 4) spn_statistics_kernel(const StatisticsCall<T> call) {
   if constexpr (kChannelsLast) {
     statistics_of_pixels<T, V>(call, shared_memory<acc_t<T>>());
   } else {
@@ -196,35 +200,41 @@ __global__ void __launch_bounds__(kStatisticsThreads, 3) spn_statistics_kernel(c
   }
 }
 
+// How the threads of a block lie over the channels of a channels_last tensor: `lanes` with `vector` channels each, runs
+// of 128 bytes.
+struct StatisticsPlan {
+  int vector, lanes, blocks, splits;
+};
+
 template <class T>
-void launch_statistics(StatisticsCall<T> call, bool channels_last, cudaStream_t stream) {
-  using A = acc_t<T>;
+StatisticsPlan statistics_plan(const Shape& s, bool channels_last, const T* x, const T* p) {
   constexpr int kMost = static_cast<int>(16 / sizeof(T));
-  const Shape& s = call.shape;
-  const bool fits = (channels_last ? s.c : s.pixels()) % kMost == 0 && is_aligned(call.x, 16) && is_aligned(call.p, 16);
-  dispatch_bool(channels_last, [&](auto last) {
-    dispatch_bool(fits, [&](auto vectors) {
-      constexpr int kVector = vectors() ? kMost : 1;
-      int blocks = s.c, threads = kStatisticsThreads, numbers = kStatisticsThreads / kWarp;
-      if (last()) {
-        call.lanes = 1;
-        while (call.lanes < kWarp && call.lanes * kVector < s.c) call.lanes *= 2;
-        blocks = ceil_div(s.c, call.lanes * kVector);
-        numbers = 2 * threads * kVector;
-      }
-      launch(spn_statistics_kernel<T, kVector, last()>,
-             {dim3(blocks, call.partials.splits, 2), dim3(threads), numbers * sizeof(A), stream}, call);
-    });
-  });
+  const bool fits = (channels_last ? s.c : s.pixels()) % kMost == 0 && is_aligned(x, 16) && is_aligned(p, 16);
+  StatisticsPlan plan{fits ? kMost : 1, 1, s.c, 1};
+  if (channels_last) {
+    while (plan.lanes * plan.vector * sizeof(T) < 128 && plan.lanes < kWarp && plan.lanes * plan.vector < s.c)
+      plan.lanes *= 2;
+    plan.blocks = ceil_div(s.c, plan.lanes * plan.vector);
+  }
+  // Blocks enough for any GPU, each with enough to do; but few to add up, above all where a block adds up 32 channels.
+  constexpr int64_t kElementsOfBlock = 1 << 13;
+  const int64_t elements = int64_t{s.n} * s.pixels() * (channels_last ? plan.lanes * plan.vector : 1);
+  const int64_t wanted = ceil_div<int64_t>(channels_last ? 256 : 512, plan.blocks);
+  plan.splits = static_cast<int>(std::min<int64_t>({wanted, ceil_div(elements, kElementsOfBlock), kMaxSplits}));
+  return plan;
 }
 
-// Splits of a channel's elements, each worth a block's while.
-int statistics_splits(const Shape& s, bool channels_last) {
-  constexpr int64_t kBlocks = 1 << 10, kElementsOfBlock = 1 << 13;
-  const int64_t channels = channels_last ? std::min(s.c, 128) : 1;  // of a block
-  const int64_t blocks = ceil_div<int64_t>(s.c, channels), elements = s.n * int64_t{s.pixels()} * channels;
-  const int64_t most = std::min<int64_t>(kMaxSplits, ceil_div(elements, kElementsOfBlock));
-  return static_cast<int>(std::clamp<int64_t>(ceil_div(kBlocks, 2 * blocks), 1, std::max<int64_t>(most, 1)));
+template <class T>
+void launch_statistics(StatisticsCall<T> call, const StatisticsPlan& plan, bool channels_last, cudaStream_t stream) {
+  call.lanes = plan.lanes;
+  dispatch_bool(channels_last, [&](auto last) {
+    dispatch_bool(plan.vector > 1, [&](auto vectors) {
+      constexpr int kVector = vectors() ? static_cast<int>(16 / sizeof(T)) : 1;
+      const int numbers = last() ? 2 * kStatisticsThreads * kVector : kStatisticsThreads / kWarp;
+      launch(spn_statistics_kernel<T, kVector, last()>,
+             {dim3(plan.blocks, plan.splits, 2), dim3(kStatisticsThreads), numbers * sizeof(acc_t<T>), stream}, call);
+    });
+  });
 }
 
 // ---- forward modulate ----
@@ -238,8 +248,32 @@ struct ForwardCall : Call<T> {
   T* y;
 };
 
+// Mean and biased variance of x and of p, of a thread's channel; by all threads of the block, each warp a share of the
+// parts.
+template <bool kChannelsLast, class A>
+__device__ void finish_statistics(const Partials<A>& partials, int c, bool channel, int lane_channel, A* scratch,
+                                  A (&statistics)[4]) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const Partials<A> shares{scratch, warps, kChannelsLast ? kWarp : 1};
+  // The first share is never empty.
+  const int share = ceil_div(partials.parts, warps), begin = min(share * warp, partials.parts);
+  const int end = channel ? min(begin + share, partials.parts) : begin;
+  for (int tensor = 0; tensor < 2; ++tensor) {
+    A count, mean, m2;
+    partials.add_up(tensor, c, begin, end, count, mean, m2);
+    if (kChannelsLast || threadIdx.x % kWarp == 0) shares.set(tensor, warp, lane_channel, count, mean, m2);
+  }
+  __syncthreads();
+  for (int tensor = 0; tensor < 2; ++tensor) {
+    A count, m2;
+    shares.add_up(tensor, lane_channel, 0, warps, count, statistics[2 * tensor], m2);
+    statistics[2 * tensor + 1] = m2 / count;
+  }
+  __syncthreads();
+}
+
 template <class T, int V, int U, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads<kChannelsLast>, kBlocksAtOnce<T, kChannelsLast>)
+__global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<T, kChannelsLast>)
     spn_fwd_modulate_kernel(const ForwardCall<T> call) {
   using A = acc_t<T>;
   const Shape& s = call.shape;
@@ -247,32 +281,27 @@ __global__ void __launch_bounds__(kMostThreads<kChannelsLast>, kBlocksAtOnce<T, 
   Place<V, kChannelsLast> place(s, plan);
   A* const memory = shared_memory<A>();
   using TableHere = Table<T, U, kChannelsLast>;
-  Affine<T, V, U, kChannelsLast> affine{TableHere(memory, place.lane_channel), {}};
+  Affine<T, V, U, kChannelsLast, U == 1> affine{TableHere(memory, place.lane_channel), {}};
   Neighbours<A, 1, kChannelsLast> neighbours(memory + TableHere::kNumbers, place.position, plan.positions);
 
   Channel<T> channel{};
+  A statistics[4] = {0, 1, 0, 1};
+  if (call.partials.data) {
+    finish_statistics<kChannelsLast>(call.partials, place.c, place.channel, place.lane_channel,
+                                     memory + TableHere::kNumbers, statistics);
+  } else if (place.channel) {
+    for (int i = 0; i < 4; ++i) statistics[i] = call.given[i][place.c];
+  }
   if (place.channel) {
-    A statistics[4];
-    if (call.partials.data) {
-      call.partials.finish(0, place.c, statistics[0], statistics[1]);
-      call.partials.finish(1, place.c, statistics[2], statistics[3]);
-    } else {
-      for (int i = 0; i < 4; ++i) statistics[i] = call.given[i][place.c];
-    }
     if (blockIdx.y == 0 && place.position == 0 && place.group == 0) {
       for (int i = 0; i < 4; ++i) call.used[i][place.c] = statistics[i];
     }
     channel.set(call, place.c, statistics[0], statistics[1], statistics[2], statistics[3]);
   }
   // y = gamma x̂ + beta = (rstd gamma) (x - mean) + beta
-  affine.table.fill(call, place.c, place.channel, channel.rstd);
-  if constexpr (U == 1) {
-    for (int k = 0; place.channel && k < kTaps; ++k) {
-      affine.taps[0][k] = channel.rstd * tap_on_mask(call, 0, place.c, k);
-      affine.taps[1][k] = tap_on_mask(call, 1, place.c, k);
-    }
-  }
+  affine.table.fill(call, place.lane_channel, channel.rstd);
   __syncthreads();
+  affine.take_taps();
 
   const int stride = s.c;  // between pixels, in channels_last
   const int pixel = kChannelsLast ? s.c : 1;
@@ -336,8 +365,11 @@ template <class T>
 void launch_forward(ForwardCall<T> call, bool channels_last, int64_t upsample, cudaStream_t stream) {
   dispatch_layout(channels_last, upsample, [&](auto last, auto u) {
     dispatch_columns<T, u(), last()>(call.shape, {call.x, call.p}, call.y, [&](auto columns) {
-      call.plan = make_plan<columns(), last()>(call.shape);
-      const size_t bytes = shared_numbers<T, columns(), u(), last(), 1>(call.plan) * sizeof(acc_t<T>);
+      call.plan = make_plan<T, columns(), last()>(call.shape);
+      using TableHere = Table<T, u(), last()>;
+      const int walking = Neighbours<acc_t<T>, 1, last()>::numbers(call.plan.threads);
+      const int finishing = 2 * 3 * call.plan.threads / kWarp * TableHere::kChannels;  // see finish_statistics
+      const size_t bytes = (TableHere::kNumbers + std::max(walking, finishing)) * sizeof(acc_t<T>);
       launch(spn_fwd_modulate_kernel<T, columns(), u(), last()>, launch_of(call.plan, bytes, stream), call);
     });
   });
@@ -394,15 +426,16 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
     call.p = data_of<T>(p);
     call.y = static_cast<T*>(y.data_ptr());
     parameters.to(call);
-    const int splits = given ? 0 : statistics_splits(s, channels_last);
-    const Tensor partials = empty_like(x, {2, splits, 3, s.c}, dtype_of<A>);
     for (int i = 0; i < 4; ++i) {
       call.used[i] = static_cast<A*>(used[i].data_ptr());
       if (given) call.given[i] = data_of<A>(statistics[i]);
     }
+    Tensor partials;
     if (!given) {
-      call.partials = {static_cast<A*>(partials.data_ptr()), splits, s.c};
-      launch_statistics(StatisticsCall<T>{s, call.x, call.p, call.partials, 0}, channels_last, stream);
+      const StatisticsPlan plan = statistics_plan(s, channels_last, call.x, call.p);
+      partials = empty_like(x, {2, plan.splits, 3, s.c}, dtype_of<A>);
+      call.partials = {static_cast<A*>(partials.data_ptr()), plan.splits, s.c};
+      launch_statistics(StatisticsCall<T>{s, call.x, call.p, call.partials, 0}, plan, channels_last, stream);
     }
     launch_forward(call, channels_last, upsample, stream);
     return {y, p, used[0], used[1], used[2], used[3]};

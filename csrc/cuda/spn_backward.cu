@@ -29,17 +29,22 @@ struct BackwardCall : Call<T> {
 // The means over a channel of dy γ, dy γ x̂, dq and dq p̂, by which the gradients of batch norm are centred.
 enum Mean { kMeanG, kMeanGx, kMeanQ, kMeanQp, kMeans };
 
-// By one warp: the sums of a channel, the means that follow, and (if `write`) the gradients of its parameters.
-// `scratch`: kSums numbers.
+// By all threads of a block: the sums of a channel, the means that follow, and (if `write`) the gradients of its
+// parameters. `scratch`: kSums numbers for each warp. The means are there after the block's next barrier.
 template <class T>
 __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, acc_t<T>* scratch, acc_t<T>* means) {
   using A = acc_t<T>;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const A* const sums = call.sums + int64_t{c} * call.splits * kSums;
   for (int i = lane; i < kSums; i += kWarp) {
     A total = 0;
-    for (int split = 0; split < call.splits; ++split) total += sums[split * kSums + i];
-    scratch[i] = total;
+    for (int split = warp; split < call.splits; split += warps) total += sums[split * kSums + i];
+    scratch[warp * kSums + i] = total;
+  }
+  __syncthreads();
+  if (warp > 0) return;
+  for (int i = lane; i < kSums; i += kWarp) {
+    for (int other = 1; other < warps; ++other) scratch[i] += scratch[other * kSums + i];
   }
   __syncwarp();
   // Half a warp for gamma, half for beta; a lane for each tap.
@@ -59,20 +64,23 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, a
   }
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2) d_bn += __shfl_xor_sync(kAllLanes, d_bn, offset);
-  if (k == 0) means[of == 0 ? kMeanGx : kMeanG] = d_bn * call.centre;
+  // With given statistics nothing is centred, not even by a sum that is not a number.
+  const auto mean = [&](A sum) { return call.centre == 0 ? A(0) : sum * call.centre; };
+  if (k == 0) means[of == 0 ? kMeanGx : kMeanG] = mean(d_bn);
   if (lane == 0) {
-    means[kMeanQ] = scratch[kSumQ] * call.centre;
-    means[kMeanQp] = scratch[kSumQp] * call.centre;
+    means[kMeanQ] = mean(scratch[kSumQ]);
+    means[kMeanQp] = mean(scratch[kSumQp]);
     if (write) {
       call.d_mask_bias.set(c, scratch[kSumQ]);
       call.d_mask_weight.set(c, scratch[kSumQp]);
     }
   }
-  __syncwarp();
 }
 
+constexpr int kFinishThreads = 256;
+
 template <class T>
-__global__ void __launch_bounds__(kWarp) spn_bwd_finish_kernel(const BackwardCall<T> call) {
+__global__ void __launch_bounds__(kFinishThreads) spn_bwd_finish_kernel(const BackwardCall<T> call) {
   finish_channel(call, blockIdx.x, true, shared_memory<acc_t<T>>(), call.means + int64_t{blockIdx.x} * kMeans);
 }
 
@@ -133,7 +141,9 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
   Place<V, kChannelsLast> place(s, plan);
   A* const memory = shared_memory<A>();
   A* const after_table = memory + TableHere::kNumbers;
-  Affine<T, V, U, kChannelsLast> affine{TableHere(memory, place.lane_channel), {}};
+  // Where the sums fill the registers that 16 warps can have, the taps stay in shared memory, and p is read twice.
+  constexpr bool kSpareRegisters = kApply || !kChannelsLast || std::is_same_v<T, double>;
+  Affine<T, V, U, kChannelsLast, kSpareRegisters> affine{TableHere(memory, place.lane_channel), {}};
   Exchange neighbours(after_table, place.position, plan.positions);
 
   Channel<T> channel{};
@@ -141,23 +151,23 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
   if (place.channel) {
     channel.set(call, place.c, call.used[0][place.c], call.used[1][place.c], call.used[2][place.c],
                 call.used[3][place.c]);
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
-      affine.taps[0][k] = tap_on_mask(call, 0, place.c, k);
-      affine.taps[1][k] = tap_on_mask(call, 1, place.c, k);
-    }
   }
-  affine.table.fill(call, place.c, place.channel, 1);
+  // Inside the loop neither x̂ nor p̂ are needed: rstd is in the taps of gamma, or comes to the sums at the end.
+  affine.table.fill(call, place.lane_channel, channel.rstd);
   if constexpr (kApply && !kChannelsLast) {
-    A* const shared_means = after_table + kSums;
-    if (threadIdx.x < kWarp) finish_channel(call, place.c, blockIdx.y == 0, after_table, shared_means);
-    __syncthreads();
-    for (int i = 0; i < kMeans; ++i) means[i] = shared_means[i];
-  } else if constexpr (kApply) {
-    for (int i = 0; place.channel && i < kMeans; ++i) means[i] = call.means[int64_t{place.c} * kMeans + i];
+    A* const scratch = after_table + kMeans;
+    finish_channel(call, place.c, blockIdx.y == 0, scratch, after_table);
   }
   __syncthreads();
+  affine.take_taps();
+  if constexpr (kApply) {
+    const A* const from = kChannelsLast ? call.means + int64_t{place.c} * kMeans : after_table;
+    for (int i = 0; place.channel && i < kMeans; ++i) means[i] = from[i];
+  }
+  // dx = dy γ rstd - (x - mean) dx_slope - dx_shift, and likewise dp from dq and p.
   const A dp_scale = place.channel ? call.mask_weight[place.c] * channel.mask_rstd : A(0);
+  const A dx_slope = channel.rstd * channel.rstd * means[kMeanGx], dx_shift = channel.rstd * means[kMeanG];
+  const A dp_slope = dp_scale * channel.mask_rstd * means[kMeanQp], dp_shift = dp_scale * means[kMeanQ];
 
   A sums[kApply ? 1 : kSums] = {};
   const int pixel = kChannelsLast ? s.c : 1;
@@ -165,7 +175,9 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
   const bool relu = kRelu && call.relu;
   using XRow = Row<T, V, kChannelsLast>;
   using YRow = Row<T, U * V, kChannelsLast>;
-  for (int round = blockIdx.y; round * plan.groups < plan.strips; round += gridDim.y) {
+  // Apply goes through the strips the other way, from those that reduce has left in the L2 cache.
+  const int rounds = ceil_div(plan.strips, plan.groups), step = kApply ? -static_cast<int>(gridDim.y) : gridDim.y;
+  for (int round = kApply ? rounds - 1 - blockIdx.y : blockIdx.y; round >= 0 && round < rounds; round += step) {
     place.enter(round * plan.groups + place.group, s, plan);
     const int64_t base = place.base(s, 1);
     const T* const x = call.x + base;
@@ -178,7 +190,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
     };
 
     // Row t of p arrives, row h = t - 1 of x and dy is worked on, and with it row h - 1 of dm is complete.
-    XRow p_next{}, p_rows[3] = {}, x_next{};
+    XRow p_next{}, p_rows[kSpareRegisters ? 3 : 1] = {}, x_next{};  // p_rows: up to row t
     YRow dy_next[U] = {};
     A mask[3][V + 2] = {};                // rows h - 1, h, t
     A dm[2][V] = {};                      // rows h - 1, h, as far as they are known
@@ -188,11 +200,14 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
     for (int i = begin; i <= plan.rows + 1; ++i) {
       const int t = place.row + i, h = t - 1;
       slide<A, V>(mask);
-      p_rows[0] = p_rows[1], p_rows[1] = p_rows[2], p_rows[2] = p_next;
+      constexpr int kLast = kSpareRegisters ? 2 : 0;
+#pragma unroll
+      for (int row = 0; row < kLast; ++row) p_rows[row] = p_rows[row + 1];
+      p_rows[kLast] = p_next;
       if (i <= plan.rows && inside(t + 1)) load_x(p_next, p, t + 1);
       {
         A values[V];
-        unpack(p_rows[2], values);
+        unpack(p_rows[kLast], values);
 #pragma unroll
         for (int j = 0; j < V; ++j) mask[2][j + 1] = inside(t) ? channel.mask(values[j]) : A(0);
         if constexpr (kNeedGamma) {
@@ -215,9 +230,9 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
       }
       if (i < (whole ? 1 : 0)) continue;
 
-      // dβ = dy (where ReLU lets it through) and dγ = dy x̂
-      A x_hat[V], d[2][U][U * V], d_gamma_sum[V] = {};
-      unpack(x_row, x_hat);
+      // dβ = dy (where ReLU lets it through) and dγ = dy x̂ (here without rstd)
+      A centred[V], d[2][U][U * V], d_gamma_sum[V] = {};
+      unpack(x_row, centred);
       if constexpr (kApply && !kChannelsLast) {
         if (owned(h)) {
           T* const to = call.x_copy + (int64_t{place.c} * s.n + place.n) * s.pixels();
@@ -225,7 +240,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
         }
       }
 #pragma unroll
-      for (int j = 0; j < V; ++j) x_hat[j] = (x_hat[j] - channel.mean) * channel.rstd;
+      for (int j = 0; j < V; ++j) centred[j] -= channel.mean;
 #pragma unroll
       for (int a = 0; a < U; ++a) {
         unpack(dy_rows[a], d[1][a]);
@@ -237,7 +252,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
             affine.template row<1>(a, h, s.h, place.first, place.last, mask, beta);
 #pragma unroll
             for (int j = 0; j < U * V; ++j) {
-              if (fma(gamma[j], x_hat[j / U], beta[j]) <= 0) d[1][a][j] = 0;  // NaN stays
+              if (fma(gamma[j], centred[j / U], beta[j]) <= 0) d[1][a][j] = 0;  // NaN stays
             }
           }
 #pragma unroll
@@ -246,7 +261,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
 #pragma unroll
         for (int j = 0; j < U * V; ++j) {
           if (!here) d[1][a][j] = 0;
-          d[0][a][j] = here ? d[1][a][j] * x_hat[j / U] : A(0);
+          d[0][a][j] = here ? d[1][a][j] * centred[j / U] : A(0);
         }
       }
 
@@ -255,7 +270,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
           A dx[V];
 #pragma unroll
           for (int j = 0; j < V; ++j) {
-            dx[j] = channel.rstd * (d_gamma_sum[j] - fma(x_hat[j], means[kMeanGx], means[kMeanG]));
+            dx[j] = d_gamma_sum[j] - fma(centred[j], dx_slope, dx_shift);
           }
           store<kChannelsLast, V>(call.dx + base + (h * s.w + place.column) * pixel, dx, s.c);
         }
@@ -288,7 +303,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
         }
       }
       const auto meet = [&](int of, int ky, int kx, int row, int j, A z, A& dm_of_row) {
-        dm_of_row = fma(affine.taps[of][ky * 3 + kx], z, dm_of_row);
+        dm_of_row = fma(affine.tap(of, ky * 3 + kx), z, dm_of_row);
         if constexpr (!kApply) {
           A& sum = sums[of * kSumsOf + kWithMask + ky * 3 + kx];
           sum = fma(own_mask[row][j], z, sum);
@@ -302,9 +317,9 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
 #pragma unroll
         for (int of = 0; of < 2; ++of) {
 #pragma unroll
-          for (int j = 0; j < V; ++j) {
+          for (int kx = 0; kx < 3; ++kx) {
 #pragma unroll
-            for (int kx = 0; kx < 3; ++kx) {
+            for (int j = 0; j < V; ++j) {
               // The output whose tap kx falls on column j.
               const int from = j + 1 - kx;
               const A z = from < 0 ? left[of] : from >= V ? right[of] : d[of][0][from < 0 || from >= V ? 0 : from];
@@ -334,26 +349,24 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
         }
         neighbours.exchange(first, last, left, right);
 #pragma unroll
-        for (int of = 0; of < 2; ++of) {
+        for (int i = 0; i < 4; ++i) {
+          const int of = i / 2, pair = i % 2;
+          const A(&row)[2 * V] = pairs[of][pair];
+          A between[V + 1];  // boxes that straddle columns j - 1 and j
+          between[0] = left[i] + row[0];
+          between[V] = row[2 * V - 1] + right[i];
 #pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
-            const A(&row)[2 * V] = pairs[of][pair];
-            A between[V + 1];  // boxes that straddle columns j - 1 and j
-            between[0] = left[2 * of + pair] + row[0];
-            between[V] = row[2 * V - 1] + right[2 * of + pair];
+          for (int j = 1; j < V; ++j) between[j] = row[2 * j - 1] + row[2 * j];
 #pragma unroll
-            for (int j = 1; j < V; ++j) between[j] = row[2 * j - 1] + row[2 * j];
+          for (int kx = 0; kx < 3; ++kx) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-              const A z[3] = {between[j + 1], row[2 * j] + row[2 * j + 1], between[j]};
-#pragma unroll
-              for (int kx = 0; kx < 3; ++kx) {
-                if (pair == 0) {
-                  meet(of, 0, kx, 0, j, z[kx], dm[0][j]);
-                  meet(of, 2, kx, 1, j, z[kx], dm[1][j]);
-                } else {
-                  meet(of, 1, kx, 1, j, z[kx], dm[1][j]);
-                }
+              const A z = kx == 0 ? between[j + 1] : kx == 1 ? row[2 * j] + row[2 * j + 1] : between[j];
+              if (pair == 0) {
+                meet(of, 0, kx, 0, j, z, dm[0][j]);
+                meet(of, 2, kx, 1, j, z, dm[1][j]);
+              } else {
+                meet(of, 1, kx, 1, j, z, dm[1][j]);
               }
             }
           }
@@ -362,16 +375,18 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
 
       if (owned(h - 1)) {
         A values[V];
-        unpack(p_rows[0], values);
+        XRow p_row = p_rows[0];
+        if constexpr (!kSpareRegisters) load_x(p_row, p, h - 1);
+        unpack(p_row, values);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const A p_hat = (values[j] - channel.mask_mean) * channel.mask_rstd;
+          const A p_centred = values[j] - channel.mask_mean;
           const A dq = dm[0][j] * Mask<T>::derivative(mask[0][j + 1]);
           if constexpr (kApply) {
-            values[j] = dp_scale * (dq - fma(p_hat, means[kMeanQp], means[kMeanQ]));
+            values[j] = fma(dp_scale, dq, -fma(p_centred, dp_slope, dp_shift));
           } else {
             sums[kSumQ] += dq;
-            sums[kSumQp] = fma(dq, p_hat, sums[kSumQp]);
+            sums[kSumQp] = fma(dq, p_centred, sums[kSumQp]);
           }
         }
         if constexpr (kApply) {
@@ -384,17 +399,29 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
     }
   }
   if constexpr (!kApply) {
+#pragma unroll
+    for (int i = 0; i < kSumsOf; ++i) sums[i] *= channel.rstd;
+    sums[kSumQp] *= channel.mask_rstd;
     write_sums<A, kChannelsLast>(sums, place.c, place.channel, memory, call.sums, call.splits);
   }
 }
 
+// 38 sums are registers too: in NCHW, where a walk takes more of them, 12 warps.
+template <class T, bool kChannelsLast>
+constexpr int kReduceBlocks = kChannelsLast || std::is_same_v<T, double> ? kBlocksAtOnce<T, kChannelsLast> : 3;
+
 template <class T, int V, int U, bool kChannelsLast, bool kRelu>
-__global__ void __launch_bounds__(kMostThreads<kChannelsLast>) spn_bwd_reduce_kernel(const BackwardCall<T> call) {
+__global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kReduceBlocks<T, kChannelsLast>)
+    spn_bwd_reduce_kernel(const BackwardCall<T> call) {
   backward<T, V, U, kChannelsLast, kRelu, false>(call);
 }
 
+// 16 warps, as kBlocksAtOnce says, but where a thread has 8 columns of y in two rows: they take more registers.
 template <class T, int V, int U, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads<kChannelsLast>, kBlocksAtOnce<T, kChannelsLast>)
+constexpr int kApplyBlocks = U * U * V == 16 ? 3 : kBlocksAtOnce<T, kChannelsLast>;
+
+template <class T, int V, int U, bool kChannelsLast>
+__global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kApplyBlocks<T, V, U, kChannelsLast>)
     spn_bwd_apply_kernel(const BackwardCall<T> call) {
   backward<T, V, U, kChannelsLast, true, true>(call);
 }
@@ -408,28 +435,37 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
     dispatch_columns<T, u(), last()>(
         call.shape, {call.x, call.p, call.dx, call.dp, call.x_copy}, call.dy, [&](auto columns) {
           constexpr int kExchanged = u() == 2 ? 4 : 2;
-          const Plan& plan = call.plan = make_plan<columns(), last()>(call.shape);
-          call.splits = plan.splits;
-          const Tensor sums = empty_like(x, {call.shape.c, plan.splits, kSums}, dtype_of<A>);
-          const Tensor means = empty_like(x, {last() ? call.shape.c : 0, kMeans}, dtype_of<A>);
-          call.sums = static_cast<A*>(sums.data_ptr());
-          call.means = static_cast<A*>(means.data_ptr());
-
-          const int walk = shared_numbers<T, columns(), u(), last(), kExchanged>(plan), warps = plan.threads / kWarp;
-          const int adding = last() ? warps / 2 * kSums * kWarp : warps * kSums;
-          const Launch reduce = launch_of(plan, std::max(walk, adding) * sizeof(A), stream);
+          using TableHere = Table<T, u(), last()>;
+          // In channels_last with ReLU, reduce would need more registers than 16 warps can have.
+          constexpr bool kNarrow = last() && u() == 1 && columns() == 4;
+          const auto launch_reduce = [&](auto v, auto relu) {
+            Plan& plan = call.plan = make_plan<T, v(), last()>(call.shape);
+            if (plan.splits > kMaxSplits) plan.split(kMaxSplits * plan.blocks);
+            call.splits = plan.splits;
+            const Tensor sums = empty_like(x, {call.shape.c, call.splits, kSums}, dtype_of<A>);
+            call.sums = static_cast<A*>(sums.data_ptr());
+            const int warps = plan.threads / kWarp;
+            const int walking = TableHere::kNumbers + Neighbours<A, kExchanged, last()>::numbers(plan.threads);
+            const int adding = last() ? warps / 2 * kSums * kWarp : warps * kSums;  // see write_sums
+            launch(spn_bwd_reduce_kernel<T, v(), u(), last(), relu()>,
+                   launch_of(plan, std::max(walking, adding) * sizeof(A), stream), call);
+            return sums;
+          };
           // Where it matters, a kernel of its own for a layer without ReLU, which needs no gamma and beta here.
           constexpr bool kTwo = columns() > 1;
-          if (kTwo && !call.relu) {
-            launch(spn_bwd_reduce_kernel<T, columns(), u(), last(), !kTwo>, reduce, call);
-          } else {
-            launch(spn_bwd_reduce_kernel<T, columns(), u(), last(), true>, reduce, call);
-          }
+          const Tensor sums = kTwo && !call.relu ? launch_reduce(columns, Bool<!kTwo>{})
+                                                 : launch_reduce(Int<kNarrow ? 2 : columns()>{}, Bool<true>{});
+          const Tensor means = empty_like(x, {last() ? call.shape.c : 0, kMeans}, dtype_of<A>);
+          call.means = static_cast<A*>(means.data_ptr());
           if (last()) {
-            launch(spn_bwd_finish_kernel<T>, {dim3(call.shape.c), dim3(kWarp), kSums * sizeof(A), stream}, call);
+            const size_t bytes = kFinishThreads / kWarp * kSums * sizeof(A);
+            launch(spn_bwd_finish_kernel<T>, {dim3(call.shape.c), dim3(kFinishThreads), bytes, stream}, call);
           }
-          const int applying = walk + (last() ? 0 : kSums + kMeans);
-          launch(spn_bwd_apply_kernel<T, columns(), u(), last()>, launch_of(plan, applying * sizeof(A), stream), call);
+          const Plan& plan = call.plan = make_plan<T, columns(), last()>(call.shape);
+          const int walking = TableHere::kNumbers + Neighbours<A, kExchanged, last()>::numbers(plan.threads);
+          const int finishing = last() ? 0 : TableHere::kNumbers + kMeans + plan.threads / kWarp * kSums;
+          launch(spn_bwd_apply_kernel<T, columns(), u(), last()>,
+                 launch_of(plan, std::max(walking, finishing) * sizeof(A), stream), call);
         });
   });
 }
@@ -479,7 +515,10 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     const Tensor x_dense = dense(x, layout), p_dense = dense(p, layout);
-    const Tensor dy_dense = dense(grad_y, layout);
+    Tensor dy_dense = dense(grad_y, layout);
+    // Any gradient may begin at an odd address; it shall not decide how x is cut into columns, and so the order of
+    // sums.
+    if (!channels_last && !is_aligned(dy_dense.data_ptr(), 16)) dy_dense = torch::stable::clone(dy_dense);
     const Tensor dx = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     const ScalarType parameter_dtype = mask_weight.scalar_type();
     Tensor d_projection = empty_like(x, {s.c, s.c, 1, 1}, parameter_dtype);

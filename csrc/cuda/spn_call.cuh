@@ -68,6 +68,8 @@ Tensor statistic(const Tensor& t, const Shape& s) {
 
 // ---- choosing an instance of a kernel ----
 
+constexpr int kMaxSplits = 64;  // partial sums of a channel that a later kernel adds up
+
 template <bool kValue>
 using Bool = std::bool_constant<kValue>;
 template <int kValue>
@@ -100,11 +102,6 @@ template <class F>
 void dispatch_layout(bool channels_last, int64_t upsample, const F& f) {
   dispatch_bool(channels_last,
                 [&](auto last) { dispatch_bool(upsample == 2, [&](auto twice) { f(last, Int<twice() ? 2 : 1>{}); }); });
-}
-
-template <class T, int V, int U, bool kChannelsLast, int kExchanged>
-int shared_numbers(const Plan& plan) {
-  return Table<T, U, kChannelsLast>::kNumbers + Neighbours<acc_t<T>, kExchanged, kChannelsLast>::numbers(plan.threads);
 }
 
 inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stream) {

@@ -37,23 +37,32 @@ struct Plan {
   int strips;                   // of one channel: n x strips_down x windows
   int channels;                 // of one block
   int threads, blocks, splits;  // the grid is (blocks of channels, splits of their strips)
+
+  // At most so many blocks in all, each with as many rounds as the others or one less.
+  void split(int most_blocks) {
+    const int rounds = ceil_div(strips, groups), most = std::clamp(ceil_div(most_blocks, blocks), 1, rounds);
+    splits = ceil_div(rounds, ceil_div(rounds, most));
+  }
 };
 
-template <bool kChannelsLast>
-constexpr int kMostThreads = kChannelsLast ? 256 : 128;  // of a block
-// Blocks that a multiprocessor shall hold at least: 16 warps, so 128 registers. (double has twice as many.)
+// A block is one warp or more, up to 4 in NCHW. In channels_last it is 8, or 16 where a row has work for them; of
+// double, which takes twice the registers and shared memory, never more than 8.
 template <class T, bool kChannelsLast>
-constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 512 / kMostThreads<kChannelsLast>;
+constexpr int kMostWarps = !kChannelsLast              ? 4
+                           : std::is_same_v<T, double> ? 8
+                                                       : 16;
+template <class T, bool kChannelsLast>
+constexpr int kMostThreads = kMostWarps<T, kChannelsLast> * kWarp;
+// Blocks that a multiprocessor shall hold at least: 16 warps, so at most 128 registers. (double goes without.)
+template <class T, bool kChannelsLast>
+constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 16 / kMostWarps<T, kChannelsLast>;
 
-constexpr int kMaxSplits = 64;  // the partial sums that a thread adds up for itself
-
-template <int kColumns, bool kChannelsLast>
+template <class T, int kColumns, bool kChannelsLast>
 Plan make_plan(const Shape& s) {
-  constexpr int kTargetThreads = 1 << 17;  // fill any GPU
-  constexpr int kTargetBlocks = 1 << 10;
-  constexpr int kWarps = kMostThreads<kChannelsLast> / kWarp;
+  constexpr int kTargetThreads = 1 << 16;  // fill any GPU
+  constexpr int kTargetBlocks = kChannelsLast ? 1 << 9 : 1 << 10;
   Plan plan{};
-  const int most = kChannelsLast ? kWarps : kWarp;
+  const int most = kChannelsLast ? kMostWarps<T, true> : kWarp;
   const int vectors = ceil_div(s.w, kColumns);
   plan.positions = 1;
   while (plan.positions < std::min(vectors, most)) plan.positions *= 2;
@@ -70,14 +79,11 @@ Plan make_plan(const Shape& s) {
   plan.strips_down = ceil_div(s.h, plan.rows);
   plan.strips = s.n * plan.strips_down * plan.windows;
 
-  const int most_groups = kChannelsLast ? kWarps / plan.positions : kWarps * kWarp / plan.positions;
+  const int most_groups = (kChannelsLast ? 8 : kMostThreads<T, false>) / plan.positions;
   plan.groups = kChannelsLast ? 1 : kWarp / plan.positions;
   while (plan.groups * 2 <= most_groups && plan.groups < plan.strips) plan.groups *= 2;
   plan.threads = plan.groups * plan.positions * (kChannelsLast ? kWarp : 1);
-
-  const int rounds = ceil_div(plan.strips, plan.groups);
-  const int splits = std::clamp(ceil_div(kTargetBlocks, plan.blocks), 1, std::min(rounds, kMaxSplits));
-  plan.splits = ceil_div(rounds, ceil_div(rounds, splits));
+  plan.split(kTargetBlocks);
   return plan;
 }
 
@@ -175,21 +181,21 @@ __device__ __forceinline__ void store(T* to, const acc_t<T>* from, int stride) {
 
 // ---- the mask ----
 
-// The mask as a number v with m = kScale v + kShift, whichever costs fewer instructions: m itself from one exponential
-// and one reciprocal, or for half precision tanh(q / 2), one instruction. Taps then act on v, and `argument` is the
-// factor by which q must be scaled.
+// The mask as a number v with m = kScale v + kShift; taps act on v, and kArgument is the factor by which q must be
+// scaled. v is m itself, from one exponential and one reciprocal; for bfloat16 it is tanh(q / 2), one instruction. (Its
+// error of 2^-11 would show in float16, where rounding leaves a saturated mask at 1.)
 template <class T>
 struct Mask {
-  static constexpr float kScale = 0.5f, kShift = 0.5f, kArgument = 0.5f;
-  static __device__ __forceinline__ float value(float argument) { return tanh_approx(argument); }
-  static __device__ __forceinline__ float derivative(float v) { return fmaf(-0.5f * v, v, 0.5f); }  // dv / dq
+  static constexpr float kScale = 1, kShift = 0, kArgument = -1.4426950408889634f;  // -log2 e
+  static __device__ __forceinline__ float value(float argument) { return rcp_approx(1 + ex2_approx(argument)); }
+  static __device__ __forceinline__ float derivative(float v) { return fmaf(-v, v, v); }  // dv / dq
 };
 
 template <>
-struct Mask<float> {
-  static constexpr float kScale = 1, kShift = 0, kArgument = -1.4426950408889634f;  // -log2 e
-  static __device__ __forceinline__ float value(float argument) { return rcp_approx(1 + ex2_approx(argument)); }
-  static __device__ __forceinline__ float derivative(float v) { return fmaf(-v, v, v); }
+struct Mask<BFloat16> {
+  static constexpr float kScale = 0.5f, kShift = 0.5f, kArgument = 0.5f;
+  static __device__ __forceinline__ float value(float argument) { return tanh_approx(argument); }
+  static __device__ __forceinline__ float derivative(float v) { return fmaf(-0.5f * v, v, 0.5f); }
 };
 
 template <>
@@ -240,7 +246,7 @@ struct Call {
   Parameter<T> taps[4];  // gamma, gamma_inv, beta, beta_inv, each (C, 9)
 };
 
-// Statistics of a channel, and the 3x3 kernels as they act on the mask's v (times `gamma_factor` for gamma).
+// Statistics of a channel.
 template <class T>
 struct Channel {
   using A = acc_t<T>;
@@ -258,12 +264,8 @@ struct Channel {
   __device__ __forceinline__ A mask(A p) const { return Mask<T>::value(fma(scale, p - mask_mean, shift)); }
 };
 
-template <class T>
-__device__ __forceinline__ acc_t<T> tap_on_mask(const Call<T>& call, int of, int c, int k) {
-  return Mask<T>::kScale * (call.taps[2 * of][c * kTaps + k] - call.taps[2 * of + 1][c * kTaps + k]);
-}
-
-// Numbers of each channel in shared memory. For gamma (0) and beta (1):
+// Numbers of each channel in shared memory. For gamma (0; all of them times `gamma_factor`) and beta (1):
+// - the taps as they act on the mask's v;
 // - what the taps inside the image add whatever the mask is, for outputs at the first (1) and last (2) row and column,
 //   both (3) or neither (0);
 // - with upsampling, the taps that fall on the same pixel of x, merged: for the output's row and column within its
@@ -272,48 +274,56 @@ template <class T, int U, bool kChannelsLast>
 class Table {
  public:
   using A = acc_t<T>;
-  static constexpr int kBorder = 2 * 4 * 4, kMerged = U == 2 ? 2 * 16 : 0, kEntries = kBorder + kMerged;
   static constexpr int kChannels = kChannelsLast ? kWarp : 1;
-  static constexpr int kNumbers = kEntries * kChannels;
+  static constexpr int kBorder = 2 * kTaps, kMerged = kBorder + 2 * 4 * 4, kEntries = kMerged + (U == 2 ? 2 * 16 : 0);
+  static constexpr int kRaw = 4 * kTaps * kChannels, kNumbers = kEntries * kChannels + kRaw;
 
-  __device__ Table(A* memory, int lane_channel) : at_(memory + lane_channel) {}
+  __device__ Table(A* memory, int lane_channel) : raw_(memory + kEntries * kChannels), at_(memory + lane_channel) {}
 
-  __device__ void fill(const Call<T>& call, int c, bool channel, A gamma_factor) {
+  // By all threads of a block; the numbers are there after its next barrier.
+  __device__ void fill(const Call<T>& call, int lane_channel, A gamma_factor) {
+    const int first = blockIdx.x * kChannels;
+    for (int i = threadIdx.x; i < kRaw; i += blockDim.x) {
+      const int kernel = i / (kTaps * kChannels), j = i % (kTaps * kChannels);
+      raw_[i] = first + j / kTaps < call.shape.c ? call.taps[kernel][first * kTaps + j] : A(0);
+    }
+    __syncthreads();
     const int worker = kChannelsLast ? threadIdx.x / kWarp : threadIdx.x;
     const int workers = kChannelsLast ? blockDim.x / kWarp : blockDim.x;
-    if (!channel) return;
     for (int entry = worker; entry < kEntries; entry += workers) {
+      const int of = entry < kBorder ? entry / kTaps : (entry - kBorder) / 16 % 2, within = (entry - kBorder) % 16;
+      const A* const tap = raw_ + (2 * of * kChannels + lane_channel) * kTaps;
+      const A* const tap_inv = tap + kChannels * kTaps;
       A value = 0;
-      const int within = entry < kBorder ? entry : entry - kBorder;
-      const int of = within / 16;
       for (int k = 0; k < kTaps; ++k) {
         const int ky = k / 3, kx = k % 3;
+        const A on_mask = Mask<T>::kScale * (tap[k] - tap_inv[k]);
         if (entry < kBorder) {
-          const int row = within / 4 % 4, column = within % 4;
+          if (entry % kTaps == k) value = on_mask;
+        } else if (entry < kMerged) {
+          const int row = within / 4, column = within % 4;
           const bool outside =
               (ky == 0 && row & 1) || (ky == 2 && row & 2) || (kx == 0 && column & 1) || (kx == 2 && column & 2);
-          if (!outside) {
-            value += Mask<T>::kShift * call.taps[2 * of][c * kTaps + k] +
-                     (1 - Mask<T>::kShift) * call.taps[2 * of + 1][c * kTaps + k];
-          }
+          if (!outside) value += Mask<T>::kShift * tap[k] + (1 - Mask<T>::kShift) * tap_inv[k];
         } else {
-          const int a = within / 8 % 2, b = within / 4 % 2, i = within / 2 % 2, j = within % 2;
-          if ((a + ky + 1) / 2 - a == i && (b + kx + 1) / 2 - b == j) value += tap_on_mask(call, of, c, k);
+          const int a = within / 8, b = within / 4 % 2, i = within / 2 % 2, j = within % 2;
+          if ((a + ky + 1) / 2 - a == i && (b + kx + 1) / 2 - b == j) value += on_mask;
         }
       }
       at_[entry * kChannels] = of == 0 ? gamma_factor * value : value;
     }
   }
 
+  __device__ __forceinline__ A tap(int of, int k) const { return at_[(of * kTaps + k) * kChannels]; }
   __device__ __forceinline__ A border(int of, int row, int column) const {
-    return at_[((of * 4 + row) * 4 + column) * kChannels];
+    return at_[(kBorder + (of * 4 + row) * 4 + column) * kChannels];
   }
   __device__ __forceinline__ A merged(int of, int a, int b, int i, int j) const {
-    return at_[(kBorder + (((of * 2 + a) * 2 + b) * 2 + i) * 2 + j) * kChannels];
+    return at_[(kMerged + (((of * 2 + a) * 2 + b) * 2 + i) * 2 + j) * kChannels];
   }
 
  private:
-  A* at_;
+  A *raw_, *at_;
 };
 
 // ---- what a thread does for a row ----
@@ -366,12 +376,18 @@ class Neighbours {
 };
 
 // gamma and beta of a row of x: kOf of the two, in U rows of U V columns, from three rows of the mask with a column
-// more on either side.
-template <class T, int V, int U, bool kChannelsLast>
+// more on either side. The taps are in registers, or where these are needed for other things, in the table.
+template <class T, int V, int U, bool kChannelsLast, bool kTapsInRegisters>
 struct Affine {
   using A = acc_t<T>;
   Table<T, U, kChannelsLast> table;
-  A taps[2][kTaps];  // on v; without upsampling, gamma's times gamma_factor
+  A taps[2][kTaps];
+
+  __device__ void take_taps() {
+#pragma unroll
+    for (int k = 0; kTapsInRegisters && k < kTaps; ++k) taps[0][k] = table.tap(0, k), taps[1][k] = table.tap(1, k);
+  }
+  __device__ __forceinline__ A tap(int of, int k) const { return kTapsInRegisters ? taps[of][k] : table.tap(of, k); }
 
   template <int kOf>
   __device__ __forceinline__ void row(int a, int h, int height, bool first, bool last, const A (&mask)[3][V + 2],
@@ -388,8 +404,9 @@ struct Affine {
     if constexpr (U == 1) {
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) {
+        const A weight = tap(kOf, k);
 #pragma unroll
-        for (int j = 0; j < V; ++j) to[j] = fma(taps[kOf][k], mask[k / 3][j + k % 3], to[j]);
+        for (int j = 0; j < V; ++j) to[j] = fma(weight, mask[k / 3][j + k % 3], to[j]);
       }
     } else {
 #pragma unroll

@@ -43,13 +43,23 @@ struct Vec {
   Bits bits;
 };
 
+// As the hardware does, the emulation insists on it.
+template <class T, int N>
+__device__ __forceinline__ void check_alignment([[maybe_unused]] const T* at) {
+#ifdef PIXNORM_CUDA_EMULATION
+  cuda_emulation::check_alignment(at, N * sizeof(T));
+#endif
+}
+
 template <class T, int N>
 __device__ __forceinline__ void load(Vec<T, N>& to, const T* from) {
+  check_alignment<T, N>(from);
   to.bits = *reinterpret_cast<const typename Vec<T, N>::Bits*>(from);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Vec<T, N>& from) {
+  check_alignment<T, N>(to);
   *reinterpret_cast<typename Vec<T, N>::Bits*>(to) = from.bits;
 }
 

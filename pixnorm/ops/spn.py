@@ -253,13 +253,11 @@ def spn(
     else:
         y, _, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu, allow_tf32)
     if training and x.numel() > 0:
-        # The running variances are unbiased, and count the pixels that the plain layers would see: the upsampled ones.
-        count = y.numel() // y.shape[1]
-        corrections = (1, count / (count - 1)) * 2
-        kept = [(r, b, f) for r, b, f in zip(buffers, used, corrections, strict=True) if r is not None]
+        kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
-            running, batch, corrections = zip(*kept, strict=True)
-            update_running(running, batch, momentum, corrections)
+            # The plain layers would see the upsampled pixels.
+            running, batch = zip(*kept, strict=True)
+            update_running(running, batch, momentum, y.numel() // y.shape[1])
     return y
 
 
