@@ -36,16 +36,17 @@ gpu: $(READY)  ## on a machine with a GPU: build, test and measure there; result
 	$(PY) -m benchmarks.gpu --results $(RESULTS)
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+CXX_TESTS = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 lint: $(READY)  ## check the style of all code
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
-	$(BIN)clang-format --dry-run -Werror $(CXX_FILES) tests/*.cpp tests/*.cu
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 
 format: $(READY)  ## put all code in that style
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
-	$(BIN)clang-format -i $(CXX_FILES) tests/*.cpp tests/*.cu
+	$(BIN)clang-format -i $(CXX_FILES) $(CXX_TESTS)
 
 clean:  ## remove what was built (not VENV)
 	rm -rf build *.egg-info pixnorm/*.so

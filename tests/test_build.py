@@ -74,7 +74,7 @@ NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     "prelude, env, reason",
     [
         ("", {"PIXNORM_BUILD": "0"}, "PIXNORM_BUILD=0"),
-        ("", NO_COMPILER, "compiling them failed"),
+        ("", NO_COMPILER, "compiling pixnorm._C failed"),
         (HIDE_TORCH, {}, "the build needs torch"),
     ],
     ids=["not wanted", "no compiler", "no torch"],

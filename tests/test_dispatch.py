@@ -85,14 +85,14 @@ def test_the_impl_that_was_named_runs(spec, impl, native):
     leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
     with OpsCalled() as called:
         spec.function(**tensors, impl=impl).sum().backward()
-    assert called.names == ({f"{spec.name}_fwd", f"{spec.name}_bwd"} if native else set())
+    assert called.names == ({f"{spec.name}_fwd", f"{spec.name}_bwd", "update_running"} if native else set())
     assert all(leaf.grad is not None for leaf in leaves.values())
 
 
 def test_auto_is_the_default(spec):
     with OpsCalled() as called:
         spec.function(**arguments(spec))
-    assert called.names == {f"{spec.name}_fwd"}
+    assert called.names == {f"{spec.name}_fwd", "update_running"}
 
 
 FALLBACKS = {

@@ -54,7 +54,7 @@ def test_each_gate_can_fail():
         assert "4 LDG of 4 bytes, not 4 LDG of 16 bytes" in faults[STATISTICS, False]
         assert "256 bytes of local memory: {'STL" in faults[MODULATE, False]  # an array
         assert "'LDL" in faults[REDUCE, False]  # spills
-        assert f"room for {2 if gpu == RTX_3090 else 4} warps, not 8" in faults[APPLY, False]
+        assert f"room for {2 if gpu == RTX_3090 else 4} warps, not 12" in faults[APPLY, False]
 
 
 def test_what_is_missing_is_said(monkeypatch):

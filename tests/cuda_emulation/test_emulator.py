@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
 from . import VARIANT, load, set_seed
-from .build import environment
+from .build import ROOT, environment
 
 pytestmark = pytest.mark.cpu
 
@@ -334,8 +333,8 @@ def test_the_sanitizers_stop_an_overrun_by_one_element():
     script = "from cuda_emulation import test_emulator; test_emulator.run_sanitizer_cases()"
     process = subprocess.run(
         [sys.executable, "-c", script],
-        env=environment("sanitized"),
-        cwd=Path(__file__).parent.parent,
+        env=environment("sanitized") | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT / "tests",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
