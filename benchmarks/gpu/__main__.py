@@ -115,14 +115,14 @@ def parts(device: str, results: Path) -> tuple[Part, list[Part]]:
     if device == "cpu":
         tests += ["-k", "test_errors"]
     report = [*python, "-m", "benchmarks.gpu.report", "--records", str(FOLDER), "--results", str(results)]
-    return section("peers", 330), [
-        Part("build", [*python, "setup.py", "build_ext", "--inplace"], 180),
-        Part("tests", tests, 330),
-        section("kernels", 375),
-        section("layers", 460),
-        section("step", 490),
-        section("small", 515),
-        Part("report", report, 530),
+    return section("peers", 300), [
+        Part("build", [*python, "setup.py", "build_ext", "--inplace"], 150),
+        Part("tests", tests, 300),
+        section("kernels", 340),
+        section("layers", 422),
+        section("step", 446),
+        section("small", 465),
+        Part("report", report, 478),
     ]
 
 
