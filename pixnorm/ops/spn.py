@@ -207,14 +207,15 @@ def spn(
         upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
             that is saved for backward stay at the resolution of x.
         activation: None or ``"relu"``, applied to the result.
-        impl: ``"auto"``, ``"native"`` (compiled; k = 3, Cm = C) or ``"reference"`` (plain PyTorch).
+        impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C) or ``"reference"`` (plain PyTorch).
 
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
 
-    Parameters have x's dtype, or float32 where x is float16 or bfloat16; statistics are float32 for those (float64 for
-    float64). As with batch norm, autocast changes nothing here: x's dtype decides. Gradients of gradients are right in
-    eager mode (computed by the reference); ``torch.compile`` cannot differentiate twice.
+    Parameters and running statistics have x's dtype, or float32 where x is float16 or bfloat16; the statistics of a
+    batch are float32 for those (float64 for float64). As with batch norm, autocast changes nothing here: x's dtype
+    decides. Gradients of gradients are right in eager mode (computed by the reference); ``torch.compile`` cannot
+    differentiate twice.
 
     Raises:
         ValueError: wrong rank, shape, or value of an option; one value per channel in training.
