@@ -18,4 +18,6 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) { m.def("build_info", &build_info, "What this extension was built with, and for which GPUs"); }
+PYBIND11_MODULE(_cuda, m) {
+  m.def("build_info", &build_info, "What this extension was built with, and for which GPUs");
+}
