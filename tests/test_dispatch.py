@@ -169,6 +169,23 @@ def test_meta_tensors_are_refused_like_real_ones(which):
         spn(**{name: t.to("meta") for name, t in make().items()}, impl="native")
 
 
+@pytest.mark.parametrize("capability, refused", [((7, 5), True), ((8, 0), False), ((12, 0), False)])
+def test_gpus_before_ampere_are_refused(monkeypatch, capability, refused):
+    """Asked of a pretended GPU; one that is refused has the reason told, also inside the compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(_dispatch, "_gpu_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_missing", {})
+    obstacle = _dispatch._native_obstacle(torch.device("cuda", 0), None)
+    assert (obstacle is not None and "8.0 and newer, this is 7.5" in obstacle) if refused else obstacle is None
+    assert _dispatch._native_obstacle(torch.device("cuda", 0), "another reason") == "another reason"
+
+    def fallen_back(x):
+        return x + bool(_dispatch._native_obstacle(torch.device("cuda", 1), None))
+
+    torch.compiler.reset()
+    assert torch.compile(fallen_back, fullgraph=True, backend="eager")(torch.zeros(())) == refused
+
+
 # --- without compiled kernels
 
 

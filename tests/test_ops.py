@@ -311,6 +311,37 @@ def test_compile(spec, impl, layout):
         check_compiled(spec, impl, compiled, tensors, options)
 
 
+@pytest.fixture
+def convolution_precision():
+    """``torch.backends.cudnn.conv``, put back afterwards."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    yield torch.backends.cudnn.conv
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.emulated(runs=False)
+def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_precision):
+    """That of convolutions, by its older name (a change compiles again) and by its newer one."""
+    torch.compiler.reset()
+    tensors, allowed = spec.inputs(Case((2, 3, 4, 5), "")), []
+
+    def backend(graph, _):
+        allowed.extend(node.args[-1] for node in graph.graph.nodes if f"{spec.name}_fwd" in str(node.target))
+        return graph.forward
+
+    compiled = torch.compile(spec.call(kernel), fullgraph=True, backend=backend)
+    for flag in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", flag)
+        compiled(**tensors)
+    assert allowed == [False, True]
+    monkeypatch.undo()
+
+    torch.compiler.reset()
+    convolution_precision.fp32_precision = "tf32"
+    torch.compile(spec.call(kernel), fullgraph=True, backend=backend)(**tensors)
+    assert allowed[2:] == [True]
+
+
 @pytest.mark.emulated(runs=False)
 def test_compile_to_machine_code(spec, kernel):
     """What Inductor makes of the op and of the code around it, in training and in inference."""

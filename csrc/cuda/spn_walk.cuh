@@ -59,8 +59,7 @@ constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 16 / kMostWarps<T,
 
 template <class T, int kColumns, bool kChannelsLast>
 Plan make_plan(const Shape& s) {
-  constexpr int kTargetThreads = 1 << 16;  // fill any GPU
-  constexpr int kTargetBlocks = kChannelsLast ? 1 << 9 : 1 << 10;
+  constexpr int kTargetBlocks = kChannelsLast ? 1 << 9 : 1 << 11;
   Plan plan{};
   const int most = kChannelsLast ? kMostWarps<T, true> : kWarp;
   const int vectors = ceil_div(s.w, kColumns);
@@ -73,9 +72,13 @@ Plan make_plan(const Shape& s) {
   plan.channels = kChannelsLast ? kWarp : 1;
   plan.blocks = ceil_div(s.c, plan.channels);
   const int64_t threads_of_a_row = int64_t{s.n} * s.c * plan.windows * plan.positions;
-  plan.rows = s.h;  // the rows at the ends of a strip are worked on twice, so as few strips as fill the GPU
-  while (plan.rows > 8 && threads_of_a_row * ceil_div(s.h, plan.rows) < kTargetThreads)
-    plan.rows = ceil_div(plan.rows, 2);
+  // The rows at the ends of a strip are worked on twice, so as few strips as fill any GPU; but where strips are long,
+  // as many as fill it several times, so that the last ones do not leave most of it idle.
+  const auto too_few = [&] {
+    return threads_of_a_row * ceil_div(s.h, plan.rows) < (plan.rows > 32 ? 1 << 18 : 1 << 16);
+  };
+  plan.rows = s.h;
+  while (plan.rows > 8 && too_few()) plan.rows = ceil_div(plan.rows, 2);
   plan.strips_down = ceil_div(s.h, plan.rows);
   plan.strips = s.n * plan.strips_down * plan.windows;
 

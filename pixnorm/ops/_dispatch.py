@@ -5,7 +5,6 @@ kernels register themselves with the schemas defined here when their extension i
 traces and runs (on the reference) without any of them.
 """
 
-import functools
 import importlib
 import warnings
 
@@ -46,10 +45,16 @@ def load_extensions() -> None:
             _missing[device] = f"{module} is not there ({error}); {remedy}"
 
 
-@functools.cache
+_gpu_obstacles: dict[int | None, str | None] = {}  # device index -> why its GPU cannot run the kernels
+
+
+@torch.compiler.assume_constant_result
 def _gpu_obstacle(index: int | None) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the CUDA kernels are for compute capability 8.0 and newer, this is {major}.{minor}"
+    if index not in _gpu_obstacles:
+        major, minor = torch.cuda.get_device_capability(index)
+        found = f"the CUDA kernels are for compute capability 8.0 and newer, this is {major}.{minor}"
+        _gpu_obstacles[index] = None if major >= 8 else found
+    return _gpu_obstacles[index]
 
 
 def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:

@@ -116,11 +116,25 @@ def _without_autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
+@torch.compiler.assume_constant_result
+def _tf32_of_convolutions() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+@torch.compiler.assume_constant_result
+def _one_tf32_flag() -> bool:
+    """Whether convolutions and recurrent networks share a flag; otherwise PyTorch refuses to tell the older one."""
+    try:
+        return torch.backends.cudnn.allow_tf32 is not None
+    except RuntimeError:
+        return False
+
+
 def _convolutions_allow_tf32() -> bool:
     """Whether the projection, a 1x1 convolution, may round its float32 operands to TF32 (on GPUs that can)."""
-    if torch.compiler.is_compiling():
-        return torch.backends.cudnn.allow_tf32  # the compiler can guard on this one
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    if torch.compiler.is_compiling() and _one_tf32_flag():
+        return torch.backends.cudnn.allow_tf32  # on this one the compiler puts a guard
+    return _tf32_of_convolutions()
 
 
 class SPNFunction(torch.autograd.Function):
