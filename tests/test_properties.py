@@ -1,6 +1,6 @@
 """What the mathematics promises of each op, in float64, on every impl, for shapes and strides that hypothesis draws.
 
-These need no second implementation; so they also check the reference.
+These need no second implementation (but `test_any_shape`, which is about kernels); so they also check the reference.
 """
 
 import pytest
@@ -381,6 +381,33 @@ def test_running_statistics_follow_those_of_batch_norm(impl, drawn, momentum):
         F.batch_norm(t, mean, var, training=True, momentum=momentum)
         assert_equal(buffers[f"{prefix}running_mean"], mean)
         assert_equal(buffers[f"{prefix}running_var"], var)
+
+
+# --- any shape
+
+
+@pytest.mark.emulated
+@given(
+    # Around the borders of a thread's columns, a warp's, a block's, and of the windows that wide rows are cut into.
+    shape=st.tuples(
+        st.integers(1, 3),
+        st.sampled_from([2, 3, 8, 31, 33, 40]),
+        st.integers(2, 40),
+        st.sampled_from([2, 3, 4, 8, 16, 31, 33, 64, 66, 68, 72, 128, 130, 132, 136, 260]),
+    ),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    upsample=st.sampled_from([1, 2]),
+    activation=st.sampled_from([None, "relu"]),
+    training=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(kernel, shape, layout, upsample, activation, training, seed):
+    options = {"upsample": upsample, "activation": activation, "training": training}
+    tensors = SPN.inputs(Case(shape, "drawn", options), torch.float64, layout=layout, seed=seed)
+    actual, exact = (evaluate(SPN, f, tensors, options) for f in (SPN.call(kernel), SPN.reference))
+    for (name, a), (_, b) in zip(actual.named(), exact.named(), strict=True):
+        atol = 1e-8 * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- structure
