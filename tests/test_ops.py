@@ -1,12 +1,9 @@
 """Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
 
-import ctypes
 import functools
 import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -512,85 +509,6 @@ def test_not_a_number_stays_where_it_is_in_inference(spec, impl):
     spoilt = torch.zeros_like(y, dtype=torch.bool)
     spoilt[1, :, 2:5, 8:11] = True  # the mask, hence the 3x3 stencil, of every channel sees it
     assert torch.equal(y.isnan(), spoilt)
-
-
-# --- memory
-
-
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("upsample", [1, 2])
-def test_saved_for_backward(spec, kernel, upsample, dtype, parameter_dtype, layout):
-    case = Case((4, 8, 16, 16), "", {"upsample": upsample, "activation": "relu"})
-    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        spec.function(**leaves, **case.options, impl=kernel)
-    assert sum(saved.values()) == spec.saved_bytes(case, dtype)
-
-
-def resident_bytes(which):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(which):
-            return 1024 * int(line.split()[1])
-
-
-def peak_bytes(function):
-    """The most memory that a call held at once, PyTorch's or not, beyond what the process held before."""
-    ctypes.CDLL(None).malloc_trim(0)  # no free memory that could be used without being seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident_bytes("VmRSS")
-    result = function()
-    peak = resident_bytes("VmHWM") - before
-    del result
-    return peak
-
-
-@pytest.mark.cpu
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
-@pytest.mark.parametrize(
-    "layout, upsample, dtype, copies",
-    [
-        ("contiguous", 1, torch.float32, 0),
-        ("channels_last", 2, torch.float32, 0),
-        ("channels_last", 1, torch.bfloat16, 0),
-        ("padded_pixels", 1, torch.float32, 1),
-    ],
-    ids=name_of,
-)
-def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
-    """Forward holds y and p, backward the gradient of x; beside them only what does not grow with the batch.
-
-    The copy of an input with other strides is the one exception, and shows that a copy would be seen.
-    """
-    options = {"upsample": upsample, "activation": "relu"}
-    tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    one, small = tensors["x"].numel() * dtype.itemsize, 14 * 2**20
-    assert one == 32 * 2**20
-
-    def forward():
-        return spec.function(**leaves, **options, impl=kernel)
-
-    y = forward()
-    grad_y = torch.randn_like(y)
-
-    def backward():
-        return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
-
-    backward()  # what the library allocates once and for all
-    peak = peak_bytes(forward)
-    assert abs(peak - (upsample**2 + 1 + copies) * one) <= small
-    assert peak_bytes(backward) <= (1 + copies) * one + small
 
 
 # --- vector code for other machines

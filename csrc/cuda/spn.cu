@@ -303,8 +303,7 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<
   __syncthreads();
   affine.take_taps();
 
-  const int stride = s.c;  // between pixels, in channels_last
-  const int pixel = kChannelsLast ? s.c : 1;
+  const int pixel = kChannelsLast ? s.c : 1;  // stride
   const bool whole = plan.rows >= s.h;
   for (int round = blockIdx.y; round * plan.groups < plan.strips; round += gridDim.y) {
     place.enter(round * plan.groups + place.group, s, plan);
@@ -316,7 +315,7 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<
     Row<T, V, kChannelsLast> p_next{}, x_row{};
     const auto inside = [&](int h) { return place.inside && h >= 0 && h < s.h; };
     const auto load_row = [&](Row<T, V, kChannelsLast>& row, const T* from, int h) {
-      load(row, from + (h * s.w + place.column) * pixel, stride);
+      load(row, from + (h * s.w + place.column) * pixel, s.c);
     };
     A mask[3][V + 2] = {};
     const int begin = whole ? 0 : -1;
@@ -355,7 +354,7 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<
           result[j] = fma(gamma[j], d[j / U], result[j]);
           if (call.relu && result[j] < 0) result[j] = 0;  // NaN stays
         }
-        store<kChannelsLast, U * V>(y + ((U * h + a) * U * s.w + U * place.column) * pixel, result, stride);
+        store<kChannelsLast, U * V>(y + ((U * h + a) * U * s.w + U * place.column) * pixel, result, s.c);
       }
     }
   }
@@ -419,13 +418,8 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
 
     project(s, channels_last, in_dtype(parameters.mask_projection, dtype_of<T>), x_dense, p, allow_tf32);
     ForwardCall<T> call{};
-    call.shape = s;
-    call.relu = relu;
-    call.eps = static_cast<A>(eps);
-    call.x = data_of<T>(x_dense);
-    call.p = data_of<T>(p);
+    parameters.set_up(call, s, eps, relu, x_dense, p);
     call.y = static_cast<T*>(y.data_ptr());
-    parameters.to(call);
     for (int i = 0; i < 4; ++i) {
       call.used[i] = static_cast<A*>(used[i].data_ptr());
       if (given) call.given[i] = data_of<A>(statistics[i]);

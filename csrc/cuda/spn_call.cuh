@@ -47,7 +47,12 @@ struct ParameterTensors {
   }
 
   template <class T>
-  void to(Call<T>& call) const {
+  void set_up(Call<T>& call, const Shape& s, double eps, bool relu, const Tensor& x, const Tensor& p) const {
+    call.shape = s;
+    call.relu = relu;
+    call.eps = static_cast<acc_t<T>>(eps);
+    call.x = data_of<T>(x);
+    call.p = data_of<T>(p);
     const auto parameter = [](const Tensor& t) {
       const bool wide = t.scalar_type() == dtype_of<acc_t<T>>;
       STD_TORCH_CHECK(wide || t.scalar_type() == dtype_of<T>, "pixnorm: a parameter has the wrong dtype");

@@ -474,35 +474,4 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cuda_emulation::set_attribute(kernel, attribute, value);
 }
 
-cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-// Few processors, so that what is cut into pieces for them stays quick here.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  static const std::map<cudaDeviceAttr, int> values = {
-      {cudaDevAttrWarpSize, cuda_emulation::kWarp},
-      {cudaDevAttrMultiProcessorCount, 4},
-      {cudaDevAttrMaxThreadsPerBlock, 1024},
-      {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
-      {cudaDevAttrMaxSharedMemoryPerBlock, cuda_emulation::kSharedDefault},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda_emulation::kSharedMost},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, cuda_emulation::kSharedMost + 1024},
-      {cudaDevAttrComputeCapabilityMajor, 9},
-      {cudaDevAttrComputeCapabilityMinor, 0},
-      {cudaDevAttrClusterLaunch, 1},
-      {cudaDevAttrL2CacheSize, 50 << 20},
-  };
-  const auto found = values.find(attribute);
-  if (found == values.end()) return cuda_emulation::remember(cudaErrorNotSupported);
-  *value = found->second;
-  return cudaSuccess;
-}
-
 }  // extern "C"

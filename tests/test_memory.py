@@ -1,0 +1,105 @@
+"""What a call keeps for backward, and the most that it holds at once."""
+
+import ctypes
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from test_ops import DTYPES, name_of
+
+from pixnorm.testing import DENSE_LAYOUTS, Case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_saved_for_backward(spec, kernel, upsample, dtype, parameter_dtype, layout):
+    case = Case((4, 8, 16, 16), "", {"upsample": upsample, "activation": "relu"})
+    tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        spec.function(**leaves, **case.options, impl=kernel)
+    assert sum(saved.values()) == spec.saved_bytes(case, dtype)
+
+
+def resident_bytes(which):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(which):
+            return 1024 * int(line.split()[1])
+
+
+def peak_of_process(function):
+    """The most memory that a call held at once, PyTorch's or not, beyond what the process held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # no free memory that could be used without being seen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident_bytes("VmRSS")
+    result = function()
+    peak = resident_bytes("VmHWM") - before
+    del result
+    return peak
+
+
+def peak_of_gpu(function):
+    """The most memory of PyTorch's allocator that a call held at once, beyond what was held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
+@pytest.mark.parametrize(
+    "layout, upsample, dtype, copies",
+    [
+        ("contiguous", 1, torch.float32, 0),
+        ("contiguous", 2, torch.bfloat16, 0),
+        ("channels_last", 2, torch.float32, 0),
+        ("channels_last", 1, torch.bfloat16, 0),
+        ("padded_pixels", 1, torch.float32, 1),
+    ],
+    ids=name_of,
+)
+def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
+    """Forward holds y and p, backward the gradient of x; beside them only what does not grow with the batch.
+
+    On a GPU backward also holds the gradient of p, and in NCHW a transposed x for a GEMM. The copy of an input with
+    other strides is the one exception, and shows that a copy would be seen.
+    """
+    options = {"upsample": upsample, "activation": "relu"}
+    tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
+    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    one, on_gpu = tensors["x"].numel() * dtype.itemsize, tensors["x"].is_cuda
+    assert one == 32 * 2**20
+    peak_bytes, small = (peak_of_gpu, 2 * 2**20) if on_gpu else (peak_of_process, 14 * 2**20)
+    held = 2 + (layout != "channels_last") if on_gpu else 1
+
+    def forward():
+        return spec.function(**leaves, **options, impl=kernel)
+
+    y = forward()
+    grad_y = torch.randn_like(y)
+
+    def backward():
+        return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
+
+    backward()  # what the library allocates once and for all
+    peak = peak_bytes(forward)
+    assert abs(peak - (upsample**2 + 1 + copies) * one) <= small
+    assert peak_bytes(backward) <= (held + copies) * one + small
