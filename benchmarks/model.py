@@ -81,7 +81,7 @@ GPUS = {  # by their names in torch.cuda.get_device_name()
 
 
 def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:
-    """How often each of SPN's CUDA kernels must read and write as many elements as x has, by its name."""
+    """How often each of SPN's kernels must read and write as many elements as x has, by its name."""
     large = upsample**2
     return {
         "spn_statistics_kernel": (2, 0),  # x and p
@@ -89,11 +89,14 @@ def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, in
         "spn_bwd_reduce_kernel": (2 + large, 0),  # x, p and dy
         # x, p and dy; dx and dp, and in NCHW x anew, for the GEMM of the weight's gradient
         "spn_bwd_apply_kernel": (2 + large, 2 + (not channels_last)),
+        # Of Triton alone; the first sums up the statistics as well.
+        "spn_projection_kernel, forward": (1, 1),  # x; p
+        "spn_projection_kernel, backward": (2, 1),  # dp and dx; dx
     }
 
 
 def kernel_bytes(shape: tuple[int, ...], itemsize: int, upsample: int, channels_last: bool) -> dict[str, int]:
-    """The bytes that each of SPN's CUDA kernels must read and write, by its name.
+    """The bytes that each of SPN's kernels must read and write, by its name.
 
     Args:
         shape: of x; y and its gradient have ``upsample``² times as many pixels.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pixnorm import backends
 from pixnorm.functional import spn
-from pixnorm.ops.spn import spn_bwd, spn_fwd, spn_reference
+from pixnorm.ops._dispatch import _triton_obstacle
+from pixnorm.ops.spn import _ops, spn_reference
 
 # --- how close is close
 
@@ -185,7 +186,8 @@ class OpSpec:
         cases: the grid, each row with its reason.
         traffic: ``(case, dtype)`` -> the two-pass floors in bytes.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
-        kernel_calls: ``(tensors, options)`` -> each op of ``torch.ops.pixnorm`` with arguments it can be called with.
+        kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl is made of, with
+            arguments that it can be called with.
     """
 
     name: str
@@ -197,7 +199,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     traffic: Callable[[Case, torch.dtype], Traffic]
     saved_bytes: Callable[[Case, torch.dtype], int]
-    kernel_calls: Callable[[dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
+    kernel_calls: Callable[[str, dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
 
     def __str__(self) -> str:
         return self.name
@@ -260,8 +262,9 @@ def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def available_impls(device: str | None = None) -> list[str]:
     """The impls that can run here on a device (the default one), the reference first."""
-    native = backends().get(f"native ({device or torch.get_default_device().type})", "").startswith("available")
-    return ["reference", "native"] if native else ["reference"]
+    device = device or torch.get_default_device().type
+    native = backends().get(f"native ({device})", "").startswith("available")
+    return ["reference", *(["native"] if native else []), *([] if _triton_obstacle(device) else ["triton"])]
 
 
 # --- SPN
@@ -330,14 +333,15 @@ def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
     return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
 
 
-def _spn_kernel_calls(tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
+def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
+    forward, backward = _ops(impl)
     training = options.get("training", True)
     inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
     given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
     settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu", True
-    yield spn_fwd, (*inputs, *given, *settings)
-    y, *saved = spn_fwd(*inputs, *given, *settings)
-    yield spn_bwd, (torch.ones_like(y), *inputs, *saved, *settings, training)
+    yield forward, (*inputs, *given, *settings)
+    y, *saved = forward(*inputs, *given, *settings)
+    yield backward, (torch.ones_like(y), *inputs, *saved, *settings, training)
 
 
 def _spn_cases() -> tuple[Case, ...]:

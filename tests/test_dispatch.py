@@ -226,7 +226,7 @@ def test_without_kernels_the_op_can_be_traced():
         "from torch._subclasses import FakeTensorMode\n"
         "with FakeTensorMode(allow_non_fake_inputs=True) as mode:\n"
         "    fakes = {name: mode.from_tensor(tensor) for name, tensor in t.items()}\n"
-        "    op, args = next(iter(SPN.kernel_calls(fakes, {'upsample': 2})))\n"
+        "    op, args = next(iter(SPN.kernel_calls('native', fakes, {'upsample': 2})))\n"
         "    print(tuple(op(*args)[0].shape))\n"
     )
     assert result.stdout.strip() == "(2, 3, 8, 10)", result.stderr

@@ -209,7 +209,7 @@ def test_an_error_names_the_caller_s_mistake_before_the_backend_s(impl):
 @pytest.mark.parametrize("which", range(2))
 def test_kernels_refuse_wrong_shapes(kernel, which):
     """Not with the public function's words, but before they touch memory that is not theirs."""
-    op, arguments = list(SPN.kernel_calls(spn_arguments(), {"training": False}))[which]
+    op, arguments = list(SPN.kernel_calls("native", spn_arguments(), {"training": False}))[which]
     op(*arguments)
     accepted = []
     for position, (argument, schema) in enumerate(zip(arguments, op._schema.arguments, strict=True)):
@@ -226,7 +226,7 @@ def test_kernels_refuse_wrong_shapes(kernel, which):
 
 @pytest.mark.parametrize("which", range(2))
 def test_kernels_refuse_wrong_dtypes(kernel, which):
-    op, arguments = list(SPN.kernel_calls(spn_arguments(), {"training": False}))[which]
+    op, arguments = list(SPN.kernel_calls("native", spn_arguments(), {"training": False}))[which]
     for dtype in (torch.int32, torch.complex64):
         for position, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):

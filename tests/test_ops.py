@@ -277,22 +277,22 @@ def test_no_grad_is_the_same_forward(spec, kernel):
 # --- the compiler, and what wraps a call
 
 
-def kernel_arguments(spec):
+def kernel_arguments(spec, kernel):
     for layout in DENSE_LAYOUTS:
         for options in [{}, {"upsample": 2, "activation": "relu"}, {"training": False}]:
             case = Case((2, 3, 4, 5), "", options)
-            yield from spec.kernel_calls(spec.inputs(case, layout=layout), options)
+            yield from spec.kernel_calls(kernel, spec.inputs(case, layout=layout), options)
     # The one dtype that differs between outputs is that of the statistics.
     case = Case((2, 3, 4, 5), "", {"upsample": 2})
     yield from spec.kernel_calls(
-        spec.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="sliced"), case.options
+        kernel, spec.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="sliced"), case.options
     )
-    yield from spec.kernel_calls(spec.inputs(Case((0, 3, 4, 5), "")), {})
+    yield from spec.kernel_calls(kernel, spec.inputs(Case((0, 3, 4, 5), "")), {})
 
 
 def test_opcheck(spec, kernel):
     """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
-    for op, args in kernel_arguments(spec):
+    for op, args in kernel_arguments(spec, kernel):
         torch.library.opcheck(op, args)
 
 

@@ -115,13 +115,13 @@ def parts(device: str, results: Path) -> tuple[Part, list[Part]]:
     if device == "cpu":
         tests += ["-k", "test_errors"]
     report = [*python, "-m", "benchmarks.gpu.report", "--records", str(FOLDER), "--results", str(results)]
-    return section("peers", 300), [
+    return section("compiling", 290), [
         Part("build", [*python, "setup.py", "build_ext", "--inplace"], 150),
-        Part("tests", tests, 300),
-        section("kernels", 340),
-        section("layers", 422),
-        section("step", 446),
-        section("small", 465),
+        Part("tests", tests, 290),
+        section("kernels", 332),
+        section("layers", 420),
+        section("step", 444),
+        section("small", 466),
         Part("report", report, 478),
     ]
 
@@ -166,10 +166,10 @@ def main() -> None:
         for part in (beside, *sequence):
             part.kill()
 
-    print(f"\n{'part':8} {'s':>4}  ")
+    print(f"\n{'part':9} {'s':>4}  ")
     for part in (*sequence, beside):
-        print(f"{part.name:8} {part.seconds:4.0f}  {part.state}")
-    print(f"{'all':8} {monotonic() - started:4.0f}  logs in {FOLDER}")
+        print(f"{part.name:9} {part.seconds:4.0f}  {part.state}")
+    print(f"{'all':9} {monotonic() - started:4.0f}  logs in {FOLDER}")
     failed = [part.name for part in (*sequence, beside) if part.state != "done"]
     if failed:
         sys.exit(f"make gpu: not everything went well: {', '.join(failed)}")

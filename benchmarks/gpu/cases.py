@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from benchmarks.gpu.timing import Launch, Spread, Stopwatch, Timed
 from benchmarks.model import kernel_bytes
 from benchmarks.test_generator import generator
 from benchmarks.test_spn import HEADS, case, label
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, available_impls
 
 PRECISIONS = {  # dtype of x (parameters are float32), whether convolutions may round to TF32
     "tf32": (torch.float32, True),
@@ -36,8 +37,9 @@ LAYER_SHAPES = ((64, 256, 32, 32), (16, 256, 32, 32), (32, 64, 128, 128))  # tor
 KERNEL_SHAPES = ((64, 256, 32, 32), (64, 256, 64, 64))
 SMALL_SHAPES = ((64, 256, 4, 4), (64, 256, 8, 8), (16, 256, 4, 4))
 BATCHES = (64, 16)
-FUSED = tuple(f"native-{layout}" for layout in DENSE_LAYOUTS)
+FUSED = {impl: tuple(f"{impl}-{layout}" for layout in DENSE_LAYOUTS) for impl in ("native", "triton")}
 EAGER = tuple(name for name in PEERS if name.startswith("eager"))
+COMPILED = tuple(name for name in PEERS if name not in EAGER)
 
 
 class Section:
@@ -46,12 +48,18 @@ class Section:
     Args:
         device: to measure on. On the CPU all sizes shrink: that is a trial of this code.
         records: the file to write, one JSON object a line.
+
+    Attributes:
+        impls: the fused ones that can run here. With none, ask for native all the same: it says how to get it.
+        fused: their contenders.
     """
 
     def __init__(self, device: str, records: Path):
         self.device, self.records = torch.device(device), records
         self.stopwatch = Stopwatch(self.device)
         self.failed = False
+        self.impls = [impl for impl in FUSED if impl in available_impls(self.device.type)] or ["native"]
+        self.fused = [name for impl in self.impls for name in FUSED[impl]]
 
     def add(self, what: str, **record) -> None:
         record = {"what": what, **record}
@@ -135,33 +143,43 @@ class Layer:
         return Passes(forward, lambda y: torch.autograd.grad(y, leaves, grad), tensors)
 
 
-def peers(section: Section) -> None:
-    """Compile what torch.compile will be asked for, beside other work; it is then found in the compiler's cache."""
-    for head in HEADS:
-        for precision in section.precisions:
-            if precision == "fp32":  # its code is that of TF32
-                continue
-            torch._dynamo.reset()
-            layer = Layer(section, head, LAYER_SHAPES[0], precision)
-            for name in PEERS:
-                if name.startswith("compile"):
-                    with section.attempt(f"{name} {head} {precision}"):
+def compiling(section: Section) -> None:
+    """Compile what torch.compile and Triton will be asked for, beside other work; it is then found in their caches."""
+    ours = [name for name in section.fused if name.startswith("triton")]
+    for shape in dict.fromkeys((*LAYER_SHAPES, *KERNEL_SHAPES, *SMALL_SHAPES)):
+        for head in HEADS:
+            for precision in section.precisions if shape in LAYER_SHAPES else section.some_precisions:
+                # The code that torch.compile writes for strict float32 is that for TF32.
+                theirs = COMPILED if shape == LAYER_SHAPES[0] and precision != "fp32" else ()
+                if not ours and not theirs:
+                    continue
+                torch._dynamo.reset()
+                layer = Layer(section, head, shape, precision)
+                for name in (*ours, *theirs):
+                    where = f"{name} {head} {label(shape)} {precision}"
+                    with section.attempt(where):
                         layer.passes(name).both()
-                        print("compiled", name, head, precision, flush=True)
+                        print("compiled", where, flush=True)
+    for batch, precision, name in product(BATCHES, section.some_precisions, ours):
+        with section.attempt(f"step {batch} {precision} {name}"):
+            generator_step(section, batch, precision, name)()
 
 
 def layers(section: Section) -> None:
     """Forward, and backward alone, of every contender in every precision."""
-    for shape in LAYER_SHAPES:
+    main, *others = LAYER_SHAPES
+    rest = [precision for precision in section.precisions if precision not in section.some_precisions]
+    order = [(main, section.precisions), *product(others, [section.some_precisions]), *product(others, [rest])]
+    for shape, precisions in order:  # should time run out, what counts least is lost
+        # Elsewhere, compiling would take longer than all the rest.
+        rivals = (*(PEERS if shape == main else EAGER), *section.fused)
         for head in HEADS:
-            for precision in section.precisions:
+            for precision in precisions:
                 if precision != "fp32":  # its code is that of TF32
                     torch._dynamo.reset()
                 layer = Layer(section, head, shape, precision)
                 forwards, backwards = {}, {}
-                for name in (*PEERS, *FUSED):
-                    if name.startswith("compile") and shape != LAYER_SHAPES[0]:
-                        continue  # compiling takes longer than all the rest
+                for name in rivals:
                     with section.attempt(f"{name} {head} {label(shape)} {precision}"):
                         passes = layer.passes(name)
                         passes.both()
@@ -185,7 +203,7 @@ def memory(section: Section) -> None:
     for head in HEADS:
         for precision in section.some_precisions:
             layer = Layer(section, head, shape, precision)
-            for name in (*EAGER, *FUSED):
+            for name in (*EAGER, *section.fused):
                 with section.attempt(f"memory {name} {head} {precision}"):
                     passes = layer.passes(name)
                     passes.both()
@@ -197,18 +215,18 @@ def memory(section: Section) -> None:
 
 
 def kernels(section: Section) -> None:
-    """The time of each kernel of the fused layer, from a profile, and the bytes that it must move."""
+    """The time of each kernel of the fused layers, from a profile, and the bytes that it must move."""
     section.add("copy", bandwidth=section.stopwatch.copy_bandwidth())
+    memory(section)
     for shape in KERNEL_SHAPES:
         for head in HEADS:
             for precision in section.some_precisions:
                 layer = Layer(section, head, shape, precision)
-                for name in FUSED:
+                for name in section.fused:
                     with section.attempt(f"kernels {head} {label(shape)} {precision} {name}"):
-                        calls = section.stopwatch.launches(layer.passes(name).both, rounds=15)
+                        calls = section.stopwatch.launches(layer.passes(name).both, rounds=11)
                         where = {"head": head, "shape": label(shape), "precision": precision, "contender": name}
                         add_kernels(section, layer, where, calls)
-    memory(section)
 
 
 def add_kernels(section: Section, layer: Layer, where: dict, calls: list[list[Launch]]) -> None:
@@ -216,12 +234,19 @@ def add_kernels(section: Section, layer: Layer, where: dict, calls: list[list[La
         section.add("no kernels", **where)
         return
     upsample = layer.case.options.get("upsample", 1)
-    moved = kernel_bytes(layer.case.shape, layer.dtype.itemsize, upsample, where["contender"].endswith("channels_last"))
+    # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
+    like_channels_last = where["contender"] != "native-contiguous"
+    moved = kernel_bytes(layer.case.shape, layer.dtype.itemsize, upsample, like_channels_last)
     grouped: dict[str, list[list[Launch]]] = {}
     for position, call in enumerate(calls):
+        mode = "forward"
         for launch in call:
             ours = re.search(r"spn_\w*kernel", launch.name)
             key = ours[0] if ours else launch.name[:120]
+            if key.startswith("spn_bwd"):
+                mode = "backward"
+            if key == "spn_projection_kernel":  # one kernel, two uses
+                key += f", {mode}"
             grouped.setdefault(key, [[] for _ in calls])[position].append(launch)
     for key, per_call in grouped.items():
         details = next(launch.details for launches in per_call for launch in launches)
@@ -243,14 +268,14 @@ def small(section: Section) -> None:
             layer = Layer(section, head, shape, "tf32")
             where = {"head": head, "shape": label(shape)}
             contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward + backward": {}}
-            for name in (*EAGER, *FUSED):
+            for name in (*EAGER, *section.fused):
                 with section.attempt(f"small {head} {label(shape)} {name}"):
                     passes = layer.passes(name)
                     runs = (passes.forward, passes.both)
                     for mode, run in zip(contenders, runs, strict=True):
                         run()
                         contenders[mode][name] = run
-                    if shape == SMALL_SHAPES[0]:
+                    if shape == SMALL_SHAPES[0] and name in section.fused:
                         add_launches(section, where | {"contender": name}, *runs)
             for mode, runs in contenders.items():
                 replays = {}
@@ -280,7 +305,7 @@ def step(section: Section) -> None:
     for batch in BATCHES if section.stopwatch.on_gpu else (2,):
         for precision in section.some_precisions:
             contenders = {}
-            for name in (f"{norm}-{layout}" for norm in ("bn", "native", "eager") for layout in DENSE_LAYOUTS):
+            for name in (f"{norm}-{layout}" for norm in ("bn", *section.impls, "eager") for layout in DENSE_LAYOUTS):
                 with section.attempt(f"step {batch} {precision} {name}"):
                     contenders[name] = generator_step(section, batch, precision, name)
                     contenders[name]()
@@ -311,7 +336,7 @@ def generator_step(section: Section, batch: int, precision: str, name: str) -> C
     return lambda: torch.autograd.grad(forward(), weights, grad)
 
 
-SECTIONS = {section.__name__: section for section in (peers, kernels, layers, step, small)}
+SECTIONS = {section.__name__: section for section in (compiling, kernels, layers, step, small)}
 
 
 def main() -> None:

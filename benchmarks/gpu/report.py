@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -75,17 +77,26 @@ class Records:
         a, b = (self.best(contenders, what, **where) for contenders in (slower, faster))
         return a["median"] / b["median"] if a and b else None
 
-    def speed_up(self, **where) -> float | None:
-        return self.ratio(PEERS, FUSED, "layer", **where)
+    def speed_up(self, impl: str, **where) -> float | None:
+        """Of an impl over the best peer."""
+        return self.ratio(PEERS, FUSED[impl], "layer", **where)
+
+    @property
+    def impls(self) -> list[str]:
+        """The fused ones that ran; with none, the native one, which should have."""
+        ran = {entry.get("contender") for entry in self.entries}
+        return [impl for impl, contenders in FUSED.items() if ran.intersection(contenders)] or ["native"]
 
     @property
     def copy(self) -> float | None:
         return next((entry["bandwidth"] for entry in self.all("copy")), None)
 
-    def shares(self, kernel: str, precision: str, **where) -> list[tuple[dict, float]]:
-        """Of each time of a kernel on large tensors: the record, and its share of a copy's bandwidth."""
+    def shares(self, impl: str, kernel: str, precision: str, **where) -> list[tuple[dict, float]]:
+        """Of each time of an impl's kernel on large tensors: the record, and its share of a copy's bandwidth."""
         found = []
         for entry in self.all("kernel", kernel=kernel, precision=precision, **where):
+            if entry["contender"] not in FUSED[impl]:
+                continue
             itemsize = PRECISIONS[precision][0].itemsize
             elements = torch.Size(map(int, entry["shape"].split("x"))).numel()
             quarter = 4 if entry["head"] == "up" and kernel == "spn_statistics_kernel" else 1
@@ -94,26 +105,26 @@ class Records:
         return found
 
 
-def targets(records: Records) -> list[tuple[Target, str]]:
-    """Each goal, its ``median`` None where nothing was measured, and a remark."""
+def targets(records: Records) -> dict[str, list[tuple[Target, str]]]:
+    """By impl: each goal, its ``median`` None where nothing was measured, and a remark."""
+    return {"native": _native_targets(records), "triton": _triton_targets(records)}
+
+
+def _native_targets(records: Records) -> list[tuple[Target, str]]:
     found: list[tuple[Target, str]] = []
+    native = FUSED["native"]
 
     def add(what: str, goal: float, at_least: bool, measured: float | None, remark: str = "") -> None:
         found.append((Target(what, goal, at_least, measured), remark))
 
     on_h200 = is_h200(records)
-    main, *others = map(label, LAYER_SHAPES)
-    for head in HEADS:
-        for mode in MODES:
-            for precision, words in WORDS.items():
-                goal = 8 if head == "up" else 3 if on_h200 and (mode, precision) == ("backward", "bf16") else 4
-                speed_up = {s: records.speed_up(head=head, shape=s, precision=precision, mode=mode) for s in others}
-                remark = ", ".join(f"{value:.1f} at {shape}" for shape, value in speed_up.items() if value)
-                measured = records.speed_up(head=head, shape=main, precision=precision, mode=mode)
-                add(f"{TITLES[head]}, {mode}, {words}: speed-up", goal, True, measured, remark)
+    for head, mode, precision in product(HEADS, MODES, WORDS):
+        goal = 8 if head == "up" else 3 if on_h200 and (mode, precision) == ("backward", "bf16") else 4
+        where = {"head": head, "mode": mode, "precision": precision}
+        found.append(_by_shape(f"{_named_case(**where)}: speed-up", goal, partial(records.speed_up, "native", **where)))
     for kernel, goals in share_goals(records).items():
         for precision, goal in zip(("tf32", "bf16"), goals, strict=True):
-            shares = [share for _, share in records.shares(kernel, precision, head="plain")]
+            shares = [share for _, share in records.shares("native", kernel, precision, head="plain")]
             remark = f"median {median(shares):.2f}, best {max(shares):.2f}" if shares else ""
             what = f"{kernel}, {precision.replace('tf32', 'fp32')}: bandwidth over a copy's, worst"
             add(what, goal, True, min(shares, default=None), remark)
@@ -125,21 +136,44 @@ def targets(records: Records) -> list[tuple[Target, str]]:
                 eager = step_ratio(records, "eager", batch, precision, clock)
                 add(what, 1, False, ratio, f"eager SPN {eager:.2f}" if eager else "")
     for mode, goal in (("forward", 4), ("backward", 6)):
-        counts = [e["count"] for e in records.all("launches", mode=mode) if e["contender"] in FUSED]
+        counts = [e["count"] for e in records.all("launches", mode=mode) if e["contender"] in native]
         add(f"small shapes, {mode}: launches, most", goal, False, max(counts, default=None))
     for mode in ("forward", "forward + backward"):
         ratios = [
-            records.ratio(EAGER, FUSED, "small", head="plain", shape=label(shape), mode=mode, graph=False)
+            records.ratio(EAGER, native, "small", head="plain", shape=label(shape), mode=mode, graph=False)
             for shape in SMALL_SHAPES
         ]
         ratios = [ratio for ratio in ratios if ratio]
         remark = "each shape: " + ", ".join(f"{ratio:.1f}" for ratio in ratios)
         add(f"small shapes, {mode}: wall time, speed-up over eager, worst", 4, True, min(ratios, default=None), remark)
     for head, goal in (("plain", 1), ("up", 0.25)):
-        kept = [e["saved"] / e["output"] for e in records.all("memory", head=head) if e["contender"] in FUSED]
+        kept = [e["saved"] / e["output"] for e in records.all("memory", head=head) if e["contender"] in native]
         measured = round(max(kept), 2) if kept else None  # beside the tensor there are four vectors
         add(f"{TITLES[head]}: saved for backward, in tensors of the output's size", goal, False, measured)
     return found
+
+
+def _triton_targets(records: Records) -> list[tuple[Target, str]]:
+    found = []
+    for head, mode in product(HEADS, MODES):
+        where = {"head": head, "mode": mode, "precision": "tf32"}
+        found.append(_by_shape(f"{_named_case(**where)}: speed-up", 3, partial(records.speed_up, "triton", **where)))
+    for head, mode, precision in product(HEADS, MODES, ("tf32", "bf16")):
+        where = {"head": head, "mode": mode, "precision": precision}
+        speed = partial(records.ratio, FUSED["native"], FUSED["triton"], "layer", **where)
+        found.append(_by_shape(f"{_named_case(**where)}: speed over native's", 0.8, speed))
+    return found
+
+
+def _named_case(head: str, mode: str, precision: str) -> str:
+    return f"{TITLES[head]}, {mode}, {WORDS[precision]}"
+
+
+def _by_shape(what: str, goal: float, figure: Callable[..., float | None]) -> tuple[Target, str]:
+    """A goal for a figure of the main shape, and beside it the other shapes'."""
+    (_, main), *others = ((shape, figure(shape=shape)) for shape in map(label, LAYER_SHAPES))
+    remark = ", ".join(f"{value:.2f} at {shape}" for shape, value in others if value)
+    return Target(what, goal, True, main), remark
 
 
 def is_h200(records: Records) -> bool:
@@ -173,6 +207,9 @@ def markdown(records: Records, picture: str | None) -> str:
         table(("part", "s", "", ""), [_part(part) for part in records.parts], "left"),
         "## Layers: device time, µs",
         _layers(records),
+        "## Which is faster: device time of triton, that of native being 1",
+        "In brackets where the middle halves of the rounds overlap.",
+        _faster(records),
         "## Generator step: ms",
         _steps(records),
         "## Small shapes: wall time per call, µs",
@@ -187,11 +224,14 @@ def markdown(records: Records, picture: str | None) -> str:
 
 
 def _goals(records: Records) -> str:
-    rows = []
-    for target, remark in targets(records):
-        measured = ("", "**not measured**") if target.median is None else (f"{target.median:.2f}", target.verdict)
-        rows.append((target.what, target.bound, *measured, remark))
-    return table(("", "goal", "measured", "", "beside it"), rows)
+    tables = []
+    for impl, found in targets(records).items():
+        rows = []
+        for target, remark in found:
+            measured = ("", "**not measured**") if target.median is None else (f"{target.median:.2f}", target.verdict)
+            rows.append((target.what, target.bound, *measured, remark))
+        tables.append(table((impl, "goal", "measured", "", "beside it"), rows))
+    return "\n\n".join(tables)
 
 
 def _part(part: dict) -> tuple[str, ...]:
@@ -212,42 +252,59 @@ def _named(entry: dict | None) -> str:
     return f"{name} {LAYOUTS[layout]}"
 
 
+def _layout(entry: dict | None) -> str:
+    return LAYOUTS[entry["contender"].split("-")[1]] if entry else ""
+
+
+def _ratio(value: float | None, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" if value else ""
+
+
 def _layers(records: Records) -> str:
     rows = []
-    for head in HEADS:
-        for mode in MODES:
-            for shape in map(label, LAYER_SHAPES):
-                for precision, words in WORDS.items():
-                    where = {"head": head, "shape": shape, "precision": precision, "mode": mode}
-                    peer, fused = (records.best(names, "layer", **where) for names in (PEERS, FUSED))
-                    speed_up = records.speed_up(**where)
-                    rows.append(
-                        (
-                            f"{TITLES[head]}, {mode}, {shape}, {words}",
-                            _named(peer),
-                            _time(peer, 1e-6),
-                            _named(fused),
-                            _time(fused, 1e-6),
-                            f"{speed_up:.1f}" if speed_up else "",
-                        )
-                    )
-    return table(("of the output", "best peer", "", "pixnorm", "", "speed-up"), rows)
+    for head, mode, shape, precision in product(HEADS, MODES, map(label, LAYER_SHAPES), WORDS):
+        where = {"head": head, "shape": shape, "precision": precision, "mode": mode}
+        peer = records.best(PEERS, "layer", **where)
+        cells = [f"{TITLES[head]}, {mode}, {shape}, {WORDS[precision]}", _named(peer), _time(peer, 1e-6)]
+        for impl in records.impls:
+            ours = records.best(FUSED[impl], "layer", **where)
+            cells += [_layout(ours), _time(ours, 1e-6), _ratio(records.speed_up(impl, **where))]
+        rows.append(cells)
+    headers = (cell for impl in records.impls for cell in (impl, "", "speed-up"))
+    return table(("of the output", "best peer", "", *headers), rows)
+
+
+def _faster(records: Records) -> str:
+    rows = []
+    for head, mode, shape, layout in product(HEADS, MODES, map(label, LAYER_SHAPES), LAYOUTS):
+        cells = []
+        for precision in WORDS:
+            where = {"head": head, "shape": shape, "precision": precision, "mode": mode}
+            native, triton = (records.best([f"{impl}-{layout}"], "layer", **where) for impl in ("native", "triton"))
+            cells.append(_winner(native, triton) if native and triton else "")
+        if any(cells):
+            rows.append((f"{TITLES[head]}, {mode}, {shape}, {LAYOUTS[layout]}", *cells))
+    return table(("of the output", *WORDS.values()), rows) if rows else "Not both of them ran here."
+
+
+def _winner(native: dict, triton: dict) -> str:
+    ratio = triton["median"] / native["median"]
+    clear = triton["low"] > native["high"] or native["low"] > triton["high"]
+    name = "triton" if ratio < 1 else "native"
+    return f"{ratio:.2f} {name if clear else f'({name})'}"
 
 
 def _steps(records: Records) -> str:
     rows = []
     for batch in BATCHES:
         for precision in ("tf32", "bf16"):
-            for norm, name in (("bn", "batch norm"), ("eager", "SPN, eager"), ("native", "SPN, native")):
+            for norm, name in (("bn", "batch norm"), *((norm, f"SPN, {norm}") for norm in ("eager", *records.impls))):
                 cells = [f"batch {batch}, {WORDS[precision]}, {name}"]
                 for clock in ("device", "wall"):
                     names = [f"{norm}-{layout}" for layout in LAYOUTS]
                     where = {"batch": batch, "precision": precision, "clock": clock}
                     ratio = step_ratio(records, norm, batch, precision, clock)
-                    cells += [
-                        _time(records.best(names, "step", **where), 1e-3),
-                        f"{ratio:.2f}" if ratio else "",
-                    ]
+                    cells += [_time(records.best(names, "step", **where), 1e-3), _ratio(ratio, 2)]
                 peaks = records.all("step memory", batch=batch, precision=precision)
                 peaks = [e["peak"] for e in peaks if e["contender"].startswith(f"{norm}-") and e["peak"]]
                 rows.append((*cells, f"{min(peaks) / 2**20:.0f}" if peaks else ""))
@@ -256,26 +313,24 @@ def _steps(records: Records) -> str:
 
 def _small(records: Records) -> str:
     rows = []
-    for head in HEADS:
-        for shape in map(label, SMALL_SHAPES):
-            for mode in ("forward", "forward + backward"):
-                cells = [f"{TITLES[head]}, {mode}, {shape}"]
-                for graph in (False, True):
-                    where = {"head": head, "shape": shape, "mode": mode, "graph": graph}
-                    ratio = records.ratio(EAGER, FUSED, "small", **where)
-                    cells += [_time(records.best(names, "small", **where), 1e-6) for names in (EAGER, FUSED)]
-                    cells.append(f"{ratio:.1f}" if ratio else "")
-                rows.append(tuple(cells))
-    headers = ("", "eager", "pixnorm", "speed-up", "eager, CUDA graph", "pixnorm, CUDA graph", "speed-up")
-    return table(headers, rows)
+    for head, shape, mode, graph in product(
+        HEADS, map(label, SMALL_SHAPES), ("forward", "forward + backward"), (False, True)
+    ):
+        where = {"head": head, "shape": shape, "mode": mode, "graph": graph}
+        cells = [f"{TITLES[head]}, {mode}, {shape}{', CUDA graph' if graph else ''}"]
+        cells.append(_time(records.best(EAGER, "small", **where), 1e-6))
+        for impl in records.impls:
+            ours = records.best(FUSED[impl], "small", **where)
+            cells += [_time(ours, 1e-6), _ratio(records.ratio(EAGER, FUSED[impl], "small", **where))]
+        rows.append(cells)
+    return table(("", "eager", *(cell for impl in records.impls for cell in (impl, "speed-up"))), rows)
 
 
 def _launches(records: Records) -> str:
     lines = []
     for entry in records.all("launches"):
-        if entry["contender"] in FUSED:
-            names = ", ".join(f"`{name[:60]}`" for name in entry["kernels"])
-            lines.append(f"- {TITLES[entry['head']]}, {_named(entry)}, {entry['mode']}: {entry['count']}: {names}")
+        names = ", ".join(f"`{name[:60]}`" for name in entry["kernels"])
+        lines.append(f"- {TITLES[entry['head']]}, {_named(entry)}, {entry['mode']}: {entry['count']}: {names}")
     return "\n".join(["Launches, the running statistics included:", "", *lines]) if lines else _no_profile()
 
 
@@ -288,7 +343,7 @@ def _kernels(records: Records) -> str:
     for shape in map(label, KERNEL_SHAPES):
         for head in HEADS:
             for precision in ("tf32", "bf16"):
-                for contender in FUSED:
+                for contender in (name for impl in records.impls for name in FUSED[impl]):
                     where = {"shape": shape, "head": head, "precision": precision, "contender": contender}
                     for entry in records.all("kernel", **where):
                         rate = entry["bytes"] / entry["median"] if entry["bytes"] else None
@@ -328,7 +383,7 @@ def facts(run: dict) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "machine": f"{gpu}, {os.cpu_count()} CPU cores",
-        "kernels": pixnorm.backends()[f"native ({device})"],
+        **{name: state for name, state in pixnorm.backends().items() if f"({device})" in name or name == "triton"},
         **told,
         "duration": f"{run.get('seconds', 0)} s before this report",
     }

@@ -1,16 +1,20 @@
 """Defines ops from their schemas, and chooses the backend of a call. Nothing else in pixnorm chooses.
 
-The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native`` and ``auto``. Compiled
-kernels register themselves with the schemas defined here when their extension is imported, so the package imports,
-traces and runs (on the reference) without any of them.
+The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native``, ``triton`` and ``auto``.
+Compiled kernels register themselves with the schemas defined here when their extension is imported, so the package
+imports, traces and runs (on the reference) without any of them. Triton is imported when it is first asked for.
 """
 
 import importlib
+import importlib.util
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 
-IMPLS = ("auto", "native", "reference")
+IMPLS = ("auto", "native", "triton", "reference")
 
 _library = torch.library.Library("pixnorm", "DEF")
 
@@ -67,29 +71,100 @@ def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:
     return refusal or (_gpu_obstacle(device.index) if device.type == "cuda" else None)
 
 
-def choose(op: str, impl: str, device: torch.device, refusal: str | None = None) -> str:
-    """The backend to run: ``"native"`` or ``"reference"``.
+_OLDEST_TRITON = (3, 6)
+_triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> why it cannot run the Triton kernels
 
-    ``refusal`` says why the native kernel cannot take these arguments (None: it can). A named impl that cannot run
-    raises RuntimeError; ``auto`` falls back to the reference, warns once per op and reason, and tells ``backends()``.
+
+@torch.compiler.assume_constant_result
+def _triton_obstacle(device_type: str, index: int | None = None) -> str | None:
+    """Why Triton kernels cannot run on a device; None where they can, and then they are imported and registered."""
+    if (device_type, index) not in _triton_obstacles:
+        _triton_obstacles[device_type, index] = _find_triton_obstacle(device_type, index)
+    return _triton_obstacles[device_type, index]
+
+
+def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not there ({error}); `pip install triton`, or a PyTorch for GPUs, which brings it"
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST_TRITON:
+        wanted = ".".join(map(str, _OLDEST_TRITON))
+        return f"Triton {triton.__version__} is too old; `pip install 'triton>={wanted}'`, or a newer PyTorch"
+    if device_type == "cpu" and not triton.knobs.runtime.interpret:
+        return (
+            "Triton's kernels need a GPU; with TRITON_INTERPRET=1 in the environment, from the start of Python on, "
+            "they run on the CPU, for tests"
+        )
+    if device_type not in ("cpu", "cuda", "xpu", "meta"):
+        return f"Triton has no kernels for device type '{device_type}'"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return f"Triton is for GPUs of compute capability 8.0 and newer, this is {major}.{minor}"
+    _find_kernels_of_a_clone()
+    importlib.import_module("pixnorm.triton_kernels.spn")
+    return None
+
+
+def _find_kernels_of_a_clone() -> None:
+    """In a clone that is not installed, the folder of pixnorm.triton_kernels lies beside that of pixnorm."""
+    name = "pixnorm.triton_kernels"
+    folder = Path(__file__).parents[2] / "triton_kernels"
+    if importlib.util.find_spec(name) is None and folder.is_dir():
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+def choose(op: str, impl: str, device: torch.device, refusal: str | None = None, preferred: str = "native") -> str:
+    """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
+
+    A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run, on
+    the CPU the native one alone. Where there is none it falls back to the reference, warns once per op and reason, and
+    tells ``backends()``.
+
+    Args:
+        op: its id.
+        impl: what the caller asked for.
+        device: of the tensors.
+        refusal: why the native kernel cannot take these arguments (None: it can). Triton's take all.
+        preferred: ``"native"`` or ``"triton"``, where both can run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "reference":
         return impl
-    obstacle = _native_obstacle(device, refusal)
-    if obstacle is None:
-        return "native"
-    if impl == "native":
-        raise RuntimeError(f"{op}: impl='native' cannot run here: {obstacle}")
+    if impl != "auto":
+        candidates = [impl]
+    elif device.type in ("cuda", "xpu"):
+        candidates = ["triton", "native"] if preferred == "triton" else ["native", "triton"]
+    else:
+        candidates = ["native"]
+    obstacles = []
+    for candidate in candidates:
+        is_triton = candidate == "triton"
+        obstacle = _triton_obstacle(device.type, device.index) if is_triton else _native_obstacle(device, refusal)
+        if obstacle is None:
+            return candidate
+        obstacles.append(obstacle)
+    obstacle = "; ".join(obstacles)
+    if impl != "auto":
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     if not torch.compiler.is_compiling() and obstacle not in _fallbacks.setdefault(op, []):
         _fallbacks[op].append(obstacle)
         warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=3)
     return "reference"
 
 
+def _triton_version() -> str:
+    return importlib.import_module("triton").__version__
+
+
 def backends() -> dict[str, str]:
-    """What can run here and, for the rest, why not: ``{"reference": ..., "native (cpu)": ..., ...}``.
+    """What can run here and, for the rest, why not: ``{"reference": ..., "native (cpu)": ..., "triton": ..., ...}``.
 
     After ``auto`` has fallen back to the reference for an op, an entry ``"auto: <op>"`` repeats the reason.
     """
@@ -101,6 +176,8 @@ def backends() -> dict[str, str]:
             info = importlib.import_module(module).build_info()
             details = ", ".join(f"{key} {value}" for key, value in info.items())
             report[f"native ({device})"] = f"available ({details})"
+    obstacle = _triton_obstacle("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+    report["triton"] = f"unavailable: {obstacle}" if obstacle else f"available (triton {_triton_version()})"
     for op, reasons in _fallbacks.items():
         report[f"auto: {op}"] = f"ran on the reference: {'; '.join(reasons)}"
     return report

@@ -17,9 +17,9 @@ def update_running_reference(running: Sequence[Tensor], batch: Sequence[Tensor],
         momentum: weight of the batch.
         count: values per channel; running variances are unbiased.
     """
-    for i, (old, new) in enumerate(zip(running, batch, strict=True)):
-        correction = count / (count - 1) if i % 2 else 1
-        old.copy_(torch.add(old * (1 - momentum), new, alpha=momentum * correction))
+    weights = [momentum, momentum * count / (count - 1)] * (len(running) // 2)
+    torch._foreach_mul_(running, 1 - momentum)
+    torch._foreach_add_(running, torch._foreach_mul(batch, weights))
 
 
 update_running = define_op(

@@ -137,6 +137,13 @@ def _convolutions_allow_tf32() -> bool:
     return _tf32_of_convolutions()
 
 
+def _ops(impl: str):
+    """The forward and the backward op of an impl; those of Triton have a name of their own, and the same schema."""
+    if impl == "triton":
+        return torch.ops.pixnorm.spn_fwd_triton.default, torch.ops.pixnorm.spn_bwd_triton.default
+    return spn_fwd, spn_bwd
+
+
 class SPNFunction(torch.autograd.Function):
     """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
 
@@ -145,8 +152,9 @@ class SPNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, training, eps, upsample, relu, allow_tf32, statistics, *inputs):
-        y, p, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu, allow_tf32)
+    def forward(ctx, impl, training, eps, upsample, relu, allow_tf32, statistics, *inputs):
+        forward, ctx.backward_op = _ops(impl)
+        y, p, *used = forward(*inputs, *statistics, eps, upsample, relu, allow_tf32)
         ctx.options = training, eps, upsample, relu
         ctx.allow_tf32 = allow_tf32
         ctx.save_for_backward(*inputs, p, *used)
@@ -157,14 +165,14 @@ class SPNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 14
+            return (None,) * 15
         training, eps, upsample, relu = ctx.options
         inputs, (p, *used) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():
-            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[6:], *ctx.options)
+            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[7:], *ctx.options)
         else:
-            grads = spn_bwd(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
-        return None, None, None, None, None, None, *grads
+            grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
+        return None, None, None, None, None, None, None, *grads
 
 
 def _reference_grads(grad_y, inputs, used, needs, training, eps, upsample, relu):
@@ -221,7 +229,8 @@ def spn(
         upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
             that is saved for backward stay at the resolution of x.
         activation: None or ``"relu"``, applied to the result.
-        impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C) or ``"reference"`` (plain PyTorch).
+        impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C), ``"triton"`` (GPUs) or ``"reference"`` (plain
+            PyTorch).
 
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
@@ -241,7 +250,8 @@ def spn(
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
     _check(inputs, buffers, training, upsample, activation)
 
-    chosen = choose("spn", impl, x.device, _native_refusal(mask_projection, gamma_weight))
+    refusal = _native_refusal(mask_projection, gamma_weight)
+    chosen = choose("spn", impl, x.device, refusal, _preferred(x, upsample))
     if chosen == "reference":
         # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
@@ -264,9 +274,9 @@ def spn(
     relu, allow_tf32 = activation == "relu", _convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, *used = SPNFunction.apply(training, eps, upsample, relu, allow_tf32, statistics, *inputs)
+        y, *used = SPNFunction.apply(chosen, training, eps, upsample, relu, allow_tf32, statistics, *inputs)
     else:
-        y, _, *used = spn_fwd(*inputs, *statistics, eps, upsample, relu, allow_tf32)
+        y, _, *used = _ops(chosen)[0](*inputs, *statistics, eps, upsample, relu, allow_tf32)
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
@@ -274,6 +284,19 @@ def spn(
             running, batch = zip(*kept, strict=True)
             update_running(running, batch, momentum, y.numel() // y.shape[1])
     return y
+
+
+# Where impl="auto" takes Triton though the CUDA kernels are built: (name of the GPU, dtype of x, channels_last,
+# upsample) for which `make gpu` has measured it to be faster (see benchmarks/results). Nothing has been measured yet.
+_TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
+
+
+def _preferred(x: Tensor, upsample: int) -> str:
+    if not _TRITON_IS_FASTER or x.device.type != "cuda":
+        return "native"
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    kind = torch.cuda.get_device_name(x.device), x.dtype, channels_last, upsample
+    return "triton" if kind in _TRITON_IS_FASTER else "native"
 
 
 def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:

@@ -1,0 +1,1 @@
+"""Triton kernels of pixnorm's ops; importing ``pixnorm`` imports none of them."""

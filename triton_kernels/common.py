@@ -1,0 +1,186 @@
+"""What all Triton kernels share: launches, block sizes, and what the versions of Triton and PyTorch need.
+
+Kernels are written for lanes: 1-D tensors with one element a thread. A lane owns V columns of a row of one channel, as
+a tuple of V such tensors, so that what it computes stays in its registers. Where pixels lie side by side in memory
+(NCHW) those V columns are one vector of up to 16 bytes; in channels_last neighbouring lanes are neighbouring channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+WARP = 32
+# Lanes of a walk where there are enough rows for them: 16 warps for each of 132 multiprocessors, twice.
+LANES = 1 << 17
+LEAST_ROWS = 16
+# Under TRITON_INTERPRET=1 kernels are Python that runs on the CPU, for tests; read as they are defined.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Run a kernel so that torch.compile sees it; nothing for an empty grid. On the GPU of the first tensor."""
+    if 0 in grid:
+        return
+    if INTERPRETED:  # no graph could hold it
+        kernel[grid](*arguments, **options)
+        return
+    wrap_triton(kernel)[grid](*arguments, **options)
+
+
+class Walk(NamedTuple):
+    """How the lanes of a kernel lie over a tensor, and walk down its rows.
+
+    Attributes:
+        columns: of a lane.
+        lanes, channels: of a program.
+        rows: that a lane walks down.
+        strips: of a plane.
+        programs: in all.
+    """
+
+    columns: int
+    lanes: int
+    channels: int
+    rows: int
+    strips: int
+    programs: int
+
+    def parts(self, c: int) -> int:
+        """Programs for each of c channels."""
+        return self.programs // triton.cdiv(c, self.channels)
+
+    def options(self, channels_last: bool) -> dict[str, int | bool]:
+        return {
+            "LAST": channels_last,
+            "V": self.columns,
+            "LANES": self.lanes,
+            "CHANNELS": self.channels,
+            "num_warps": max(1, self.lanes // WARP),
+        }
+
+
+def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
+    """The walk over x, cut by shape alone: the same sums on every GPU.
+
+    Args:
+        columns: of a lane, at most; as many as divide a row.
+        warps: of a program.
+    """
+    n, c, h, w = x.shape
+    channels_last = is_channels_last(x)
+    columns, lanes = power_of_two_in(w, columns), warps * WARP
+    # The interpreter takes as long for many lanes as for one.
+    channels = min(WARP, power_of_two_from(c)) if channels_last or INTERPRETED else 1
+    across = w // columns
+    # Rows above and below a strip are worked on twice. Lanes enough for any GPU, unless strips would be short.
+    strips = max(1, min(LANES // max(1, n * c * across), h // LEAST_ROWS))
+    rows = triton.cdiv(h, strips)
+    strips = triton.cdiv(h, rows)
+    parts = triton.cdiv(n * strips * across, lanes // channels)
+    return Walk(columns, lanes, channels, rows, strips, parts * triton.cdiv(c, channels))
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def power_of_two_in(size: int, most: int) -> int:
+    """The largest power of two, up to ``most``, that divides ``size``."""
+    divisor = 1
+    while divisor < most and size % (2 * divisor) == 0:
+        divisor *= 2
+    return divisor
+
+
+def power_of_two_from(size: int) -> int:
+    """The smallest power of two that is not smaller."""
+    power = 1
+    while power < size:
+        power *= 2
+    return power
+
+
+@triton.jit
+def to_accumulator(value, pointer):
+    """A value, as it is summed up: in float64 for float64, else in float32."""
+    if pointer.dtype.element_ty == tl.float64:
+        return value.to(tl.float64)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def columns_of(tile, V: tl.constexpr, LANES: tl.constexpr):
+    """The columns of a (LANES, V) tile; V is 1, 2, 4 or 8. They do not leave their threads."""
+    if V == 1:
+        return (tl.reshape(tile, [LANES]),)
+    elif V == 2:
+        c0, c1 = tl.split(tile)
+        return (c0, c1)
+    elif V == 4:
+        even, odd = tl.split(tl.reshape(tile, [LANES, 2, 2]))
+        c0, c2 = tl.split(even)
+        c1, c3 = tl.split(odd)
+        return (c0, c1, c2, c3)
+    else:
+        even, odd = tl.split(tl.reshape(tile, [LANES, 4, 2]))
+        c0, c2, c4, c6 = columns_of(even, 4, LANES)
+        c1, c3, c5, c7 = columns_of(odd, 4, LANES)
+        return (c0, c1, c2, c3, c4, c5, c6, c7)
+
+
+@triton.jit
+def tile_of(columns, V: tl.constexpr, LANES: tl.constexpr):
+    """The (LANES, V) tile of these columns."""
+    if V == 1:
+        return tl.reshape(columns[0], [LANES, 1])
+    elif V == 2:
+        return tl.join(columns[0], columns[1])
+    elif V == 4:
+        even, odd = tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3])
+        return tl.reshape(tl.join(even, odd), [LANES, 4])
+    else:
+        even = tile_of((columns[0], columns[2], columns[4], columns[6]), 4, LANES)
+        odd = tile_of((columns[1], columns[3], columns[5], columns[7]), 4, LANES)
+        return tl.reshape(tl.join(even, odd), [LANES, 8])
+
+
+@triton.jit
+def load_columns(pointer, plane, at, pixel, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """V pixels of a plane from `at` on, `pixel` elements apart; 0 where the mask is off. WIDE: side by side."""
+    offset = plane + at
+    if WIDE:
+        # A multiple of V, as rows and planes are. (A hint holds for what is computed here, not for an argument.)
+        o_v = tl.arange(0, V)
+        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        tile = to_accumulator(tl.load(pointers, mask=mask[:, None], other=0.0), pointer)
+        return columns_of(tile, V, LANES)
+    else:
+        columns = ()
+        for j in tl.static_range(V):
+            value = tl.load(pointer + (offset + j * pixel), mask=mask, other=0.0)
+            columns = columns + (to_accumulator(value, pointer),)
+        return columns
+
+
+@triton.jit
+def store_columns(pointer, plane, at, pixel, columns, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """The opposite of load_columns."""
+    offset = plane + at
+    if WIDE:
+        # A multiple of V, as rows and planes are. (A hint holds for what is computed here, not for an argument.)
+        o_v = tl.arange(0, V)
+        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        tl.store(pointers, tile_of(columns, V, LANES).to(pointer.dtype.element_ty), mask=mask[:, None])
+    else:
+        for j in tl.static_range(V):
+            tl.store(pointer + (offset + j * pixel), columns[j].to(pointer.dtype.element_ty), mask=mask)

@@ -1,0 +1,149 @@
+"""The products with the projection's weight: p = W x, and in backward dx += Wᵀ dp and dW = dp xᵀ.
+
+They are the library's, as convolutions: so they follow the flag that lets convolutions round to TF32. Where there are
+few channels the first two are a kernel of our own, which does on the way what would be passes over memory of their own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixnorm.triton_kernels.common import (
+    INTERPRETED,
+    accumulator,
+    is_channels_last,
+    launch,
+    power_of_two_from,
+    power_of_two_in,
+)
+
+# A product with C channels does C / 4 operations per byte in float32 and C / 2 in half; an RTX 3090 does 37 and 74 in
+# the time that it moves one, an H200 92 and 184. Up to here its time is that of its bytes on both, and it is worth
+# saving those of the statistics (2 passes of 7) and of the sum onto dx (2 of 5).
+MOST_CHANNELS = 128
+# Pixels of a tile: the outputs of all channels are in registers, at most 64 of a thread.
+PIXELS, CHUNK, WARPS, STAGES = 64, 32, 4, 3
+
+
+@triton.jit
+def rounded_to_tf32(value):
+    """To the nearest; the multiplier by itself would cut off."""
+    if value.dtype == tl.float32:
+        return ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
+def store_statistics(to, value, valid, count, C, channel):
+    """Count, mean and sum of squares about it, over the pixels of a (channels, pixels) tile."""
+    mean = tl.sum(tl.where(valid, value, 0.0), axis=1) / count
+    d = tl.where(valid, value - mean[:, None], 0.0)
+    exists = channel < C
+    tl.store(to + channel, tl.zeros_like(mean) + count, mask=exists)
+    tl.store(to + C + channel, mean, mask=exists)
+    tl.store(to + 2 * C + channel, tl.sum(d * d, axis=1), mask=exists)
+
+
+@triton.jit
+def spn_projection_kernel(
+    weight_ptr, in_ptr, out_ptr, partials_ptr, N, C, pixels, parts, out_stride, in_stride,
+    ADD: tl.constexpr, STATISTICS: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr,
+    OUT: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """out = weight in, or out += weight in, on a tile of pixels and all channels.
+
+    STATISTICS leaves those of the tile behind, of in and of out, in the form of statistics.py.
+    """
+    tile = tl.program_id(0)
+    o_pixel = tile * PIXELS + tl.arange(0, PIXELS)
+    o_out = tl.arange(0, OUT)
+    valid = o_pixel < N * pixels
+    count = tl.minimum(N * pixels - tile * PIXELS, PIXELS).to(tl.float32)
+    if LAST:
+        start = o_pixel.to(tl.int64) * C
+        channel = 1
+    else:
+        n = o_pixel // pixels
+        start = n.to(tl.int64) * C * pixels + (o_pixel - n * pixels)
+        start = tl.max_contiguous(tl.multiple_of(start, VECTOR), VECTOR)
+        channel = pixels
+    total = tl.zeros([OUT, PIXELS], dtype=tl.float32)
+    for first in range(0, C, CHUNK):
+        o_in = first + tl.arange(0, CHUNK)
+        weight = tl.load(
+            weight_ptr + o_out[:, None] * out_stride + o_in[None, :] * in_stride,
+            mask=(o_out < C)[:, None] & (o_in < C)[None, :],
+            other=0.0,
+        )
+        value = tl.load(
+            in_ptr + (o_in[:, None] * channel + start[None, :]), mask=(o_in < C)[:, None] & valid[None, :], other=0.0
+        )
+        total = tl.dot(rounded_to_tf32(weight), rounded_to_tf32(value), total, input_precision="tf32")
+        if STATISTICS:
+            to = partials_ptr + tile.to(tl.int64) * 3 * C
+            store_statistics(to, value.to(tl.float32), valid[None, :], count, C, o_in)
+    pointers = out_ptr + (o_out[:, None] * channel + start[None, :])
+    mask = (o_out < C)[:, None] & valid[None, :]
+    if ADD:
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    rounded = total.to(out_ptr.dtype.element_ty)
+    tl.store(pointers, rounded, mask=mask)
+    if STATISTICS:
+        to = partials_ptr + (parts + tile).to(tl.int64) * 3 * C
+        store_statistics(to, rounded.to(tl.float32), valid[None, :], count, C, o_out)
+
+
+def fits(x: Tensor, weight: Tensor, allow_tf32: bool) -> bool:
+    """Whether the kernel takes this product."""
+    if weight.shape[0] != weight.shape[1] or x.shape[1] > MOST_CHANNELS or x.numel() == 0:
+        return False
+    if x.dtype == torch.bfloat16 and INTERPRETED:  # NumPy has no bfloat16, and its products are wrong there
+        return False
+    return x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and allow_tf32)
+
+
+def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, partials: Tensor | None) -> None:
+    n, c, h, w = x.shape
+    parts = triton.cdiv(n * h * w, PIXELS)
+    launch(
+        spn_projection_kernel, (parts,), weight, x, out, out if partials is None else partials, n, c, h * w, parts,
+        *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=is_channels_last(x),
+        VECTOR=power_of_two_in(h * w, 16 // x.element_size()), OUT=max(16, power_of_two_from(c)), PIXELS=PIXELS,
+        CHUNK=CHUNK, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+
+
+def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tuple[Tensor, Tensor | None]:
+    """p = conv1x1(x), in x's layout; and, if wanted and had for nothing, the partial statistics of x and p."""
+    if not (statistics and fits(x, weight, allow_tf32)):
+        return torch.nn.functional.conv2d(x, weight), None
+    n, c, h, w = x.shape
+    p = torch.empty_like(x)
+    parts = triton.cdiv(n * h * w, PIXELS)
+    partials = torch.empty((2, parts, 3, c), dtype=accumulator(x), device=x.device)
+    _launch(weight, (c, 1), x, p, partials)
+    return p, partials
+
+
+def add_backward(dx: Tensor, dp: Tensor, x: Tensor, weight: Tensor, allow_tf32: bool) -> Tensor:
+    """Adds Wᵀ dp to dx, and returns dW."""
+    if fits(x, weight, allow_tf32):
+        _launch(weight, (1, x.shape[1]), dp, dx, None)
+        return grad_weight(dp, x, weight)
+    from_dp, d_weight = _convolution_backward(dp, x, weight, True)
+    dx.add_(from_dp)
+    return d_weight
+
+
+def grad_weight(dp: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dW = dp xᵀ."""
+    return _convolution_backward(dp, x, weight, False)[1]
+
+
+def _convolution_backward(dp: Tensor, x: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor, Tensor]:
+    wanted = [of_input, True, False]
+    return torch.ops.aten.convolution_backward(dp, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted)[
+        :2
+    ]

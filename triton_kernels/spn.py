@@ -1,0 +1,259 @@
+"""SPN on any GPU that Triton reaches: the ops ``pixnorm::spn_fwd_triton`` and ``pixnorm::spn_bwd_triton``.
+
+They have the schemas of ``spn_fwd`` and ``spn_bwd`` (pixnorm/ops/spn.py, where the equations are). torch.compile sees
+through them to the kernels and the products of the library. Backward is in spn_backward.py.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake
+from pixnorm.triton_kernels.common import (
+    accumulator,
+    is_channels_last,
+    launch,
+    load_columns,
+    power_of_two_from,
+    store_columns,
+    walk_of,
+)
+from pixnorm.triton_kernels.projection import add_backward, grad_weight, project
+from pixnorm.triton_kernels.spn_backward import spn_bwd_apply_kernel, spn_bwd_finish_kernel, spn_bwd_reduce_kernel
+from pixnorm.triton_kernels.spn_rows import (
+    apply_stencil,
+    channel_value,
+    columns_around,
+    inside_sums,
+    lanes_of,
+    mask_function,
+    mask_row,
+    plane_of,
+    reciprocal_std,
+    rows_around,
+    stencil,
+)
+from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
+
+# Columns of a lane and warps of a program, by layout and upsampling.
+FORWARD = {False: {1: (4, 4), 2: (2, 4)}, True: {1: (4, 4), 2: (2, 4)}}
+REDUCE = {False: {1: (4, 1), 2: (2, 1)}, True: {1: (4, 4), 2: (2, 4)}}
+APPLY = {False: {1: (4, 4), 2: (2, 4)}, True: {1: (4, 4), 2: (2, 4)}}
+
+
+@triton.jit
+def spn_fwd_modulate_kernel(
+    x_ptr, p_ptr, y_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
+    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, N, C, H, W, rows, strips,
+    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
+    ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y = γ x̂ + β. Lanes walk down the rows of x, the rows of the mask that a stencil needs in registers."""
+    REACH: tl.constexpr = (K // 2 + U - 1) // U
+    c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
+    pixel = 1
+    p_pixel = 1
+    mask_channel = c
+    plane = plane_of(n, c, C, H * W, LAST)
+    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
+    p_plane = plane
+    if LAST:
+        pixel = C
+        p_pixel = C
+    if ONE_MASK:
+        p_pixel = 1
+        mask_channel = c * 0
+        p_plane = plane_of(n, 0, 1, H * W, False)
+    slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
+    rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
+    centre = -channel_value(mean_ptr, c) * rstd
+    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U)
+    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U)
+    columns = columns_around(w, W, V, REACH)
+
+    P_WIDE: tl.constexpr = ONE_MASK or not LAST
+    masks = ()
+    for i in tl.static_range(2 * REACH):
+        row = mask_row(
+            p_ptr, p_plane, p_pixel, h + (i - REACH), w, H, W, live, columns, slope, shift, V, REACH, LANES, P_WIDE
+        )
+        masks = masks + (row,)
+    for _ in range(0, rows):
+        row = mask_row(
+            p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, REACH, LANES, P_WIDE
+        )
+        masks = masks + (row,)
+        here = live & (h < H)
+        x = load_columns(x_ptr, plane, (h * W + w) * pixel, pixel, here, V, LANES, not LAST)
+        inside = rows_around(h, H, REACH)
+        gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
+        beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
+        for a in tl.static_range(U):
+            y = ()
+            for j in tl.static_range(V):
+                for b in tl.static_range(U):
+                    g = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
+                    value = apply_stencil(beta, beta_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
+                    value += g * (x[j] * rstd + centre)
+                    if RELU:
+                        value = tl.where(value < 0, 0.0, value)  # NaN stays
+                    y = y + (value,)
+            at = ((h * U + a) * (W * U) + w * U) * pixel
+            store_columns(y_ptr, y_plane, at, pixel, y, here, V * U, LANES, not LAST)
+        h += 1
+        masks = masks[1:]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, contiguous or channels_last."""
+    return x if is_channels_last(x) else x.contiguous()
+
+
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _options(taps: Tensor, mask_weight: Tensor, c: int, eps: float, upsample: int, relu: bool) -> dict:
+    return {
+        "EPS": eps,
+        "K": taps.shape[-1],
+        "U": upsample,
+        "RELU": relu,
+        "ONE_MASK": mask_weight.shape[0] != c,
+    }
+
+
+@triton_op("pixnorm::spn_fwd_triton", mutates_args=())
+def spn_fwd_triton(
+    x: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    mask_mean: Tensor | None,
+    mask_var: Tensor | None,
+    eps: float,
+    upsample: int,
+    relu: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward op of SPN, see pixnorm/ops/spn.py."""
+    x = dense(x)
+    n, c, h, w = x.shape
+    y = _dense_like(x, upsample)
+    weight = mask_projection.contiguous().to(x.dtype)
+    given = (mean, var, mask_mean, mask_var)
+    if x.numel() == 0:
+        used = [
+            x.new_zeros((c,), dtype=accumulator(x)) if s is None else s.to(accumulator(x), copy=True) for s in given
+        ]
+        return y, F.conv2d(x, weight), *used
+    p, partials = project(x, weight, allow_tf32, mean is None)
+    if mean is not None:
+        used = [s.to(accumulator(x), copy=True).contiguous() for s in given]
+    elif partials is not None:
+        used = finish_statistics(partials)
+    elif p.shape == x.shape:
+        used = finish_statistics(partial_statistics((x, p)))
+    else:
+        used = finish_statistics(partial_statistics((x,))) + finish_statistics(partial_statistics((p,)))
+    parameters = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    walk = walk_of(x, *FORWARD[is_channels_last(x)][upsample])
+    launch(
+        spn_fwd_modulate_kernel, (walk.programs,), x, p, y, *used, *parameters, n, c, h, w, walk.rows, walk.strips,
+        **_options(gamma_weight, mask_weight, c, eps, upsample, relu), **walk.options(is_channels_last(x)),
+    )  # fmt: skip
+    return y, p, *used
+
+
+@triton_op("pixnorm::spn_bwd_triton", mutates_args=())
+def spn_bwd_triton(
+    grad_y: Tensor,
+    x: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    p: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    mask_mean: Tensor,
+    mask_var: Tensor,
+    eps: float,
+    upsample: int,
+    relu: bool,
+    allow_tf32: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward op of SPN, see pixnorm/ops/spn.py."""
+    x = dense(x)
+    n, c, h, w = x.shape
+    channels_last = is_channels_last(x)
+    dx = torch.empty_like(x)
+    weight = mask_projection.contiguous().to(x.dtype)
+    learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
+    if x.numel() == 0:
+        return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    grad_y, p = (t.contiguous(memory_format=memory_format) for t in (grad_y, p))
+    used = contiguous(mean, var, mask_mean, mask_var)
+    options = _options(gamma_weight, mask_weight, c, eps, upsample, relu)
+    one_mask, k = options["ONE_MASK"], options["K"]
+
+    walk = walk_of(x, *REDUCE[channels_last][upsample])
+    parts = walk.parts(c)
+    sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
+    dm = torch.empty_like(x, dtype=used[0].dtype) if one_mask else dx
+    launch(
+        spn_bwd_reduce_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, sums, dm, n, c, h, w,
+        walk.rows, walk.strips, parts, **options, **walk.options(channels_last),
+    )  # fmt: skip
+    means = torch.empty((c, 4), dtype=used[0].dtype, device=x.device)
+    launch(
+        spn_bwd_finish_kernel, (c,), sums, *learnt[2:], *grads[2:], *grads[:2], means, parts, n * h * w,
+        K=k, TRAINING=training, ONE_MASK=one_mask, PARTS=32, SUMS=power_of_two_from(4 * k * k + 2), num_warps=4,
+    )  # fmt: skip
+    if one_mask:
+        dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
+    else:
+        dp = torch.empty_like(x)
+    walk = walk_of(x, *APPLY[channels_last][upsample])
+    launch(
+        spn_bwd_apply_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp, n, c, h, w,
+        walk.rows, walk.strips, **options, **walk.options(channels_last),
+    )  # fmt: skip
+    d_weight = grad_weight(dp, x, weight) if one_mask else add_backward(dx, dp, x, weight, allow_tf32)
+    return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads
+
+
+def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):
+    """From each channel's share of dm: the gradients of p, of its scale and of its shift. These are small tensors."""
+    dm = dm.sum(1, keepdim=True)
+    rstd = (var + eps).rsqrt()
+    p_hat = (p.to(dm.dtype) - mean) * rstd
+    m = torch.sigmoid(p_hat * weight.to(dm.dtype) + bias.to(dm.dtype))
+    dq = dm * m * (1 - m)
+    of_bias, of_weight = dq.sum(), (dq * p_hat).sum()
+    dp = dq
+    if training:
+        count = dq.numel()
+        dp = dq - of_bias / count - p_hat * (of_weight / count)
+    dp = (dp * (weight.to(dm.dtype) * rstd)).to(p.dtype)
+    return dp, of_weight.reshape(1).to(weight.dtype), of_bias.reshape(1).to(weight.dtype)
+
+
+# The schema's fakes also say what strides gradients have; tracing the code above would give the same.
+spn_fwd_triton.register_fake(_spn_fwd_fake)
+spn_bwd_triton.register_fake(_spn_bwd_fake)
