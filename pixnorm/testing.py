@@ -136,15 +136,17 @@ class Case:
         why: the code path.
         options: keyword arguments of the op.
         values: which kind of numbers ``make_inputs`` draws.
+        sizes: of parameters, where they are not the usual ones; not every impl may take them.
     """
 
     shape: tuple[int, ...]
     why: str
     options: Mapping[str, Any] = field(default_factory=dict)
     values: str = "plain"
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        options = [f"{key}={value}" for key, value in self.options.items()]
+        options = [f"{key}={value}" for key, value in (self.sizes | self.options).items()]
         values = [] if self.values == "plain" else [self.values]
         return "-".join(["x".join(map(str, self.shape)), *options, *values])
 
@@ -186,6 +188,7 @@ class OpSpec:
         cases: the grid, each row with its reason.
         traffic: ``(case, dtype)`` -> the two-pass floors in bytes.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
+        takes: ``(impl, case)`` -> whether the impl can run it.
         kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl is made of, with
             arguments that it can be called with.
     """
@@ -199,6 +202,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     traffic: Callable[[Case, torch.dtype], Traffic]
     saved_bytes: Callable[[Case, torch.dtype], int]
+    takes: Callable[[str, Case], bool]
     kernel_calls: Callable[[str, dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
 
     def __str__(self) -> str:
@@ -298,17 +302,18 @@ def _spn_inputs(
     def draw(shape, scale=1.0):
         return (scale * random(shape, generator)).to(parameter_dtype)
 
-    taps = (channels, 1, 3, 3)
+    taps = (channels, 1, *[case.sizes.get("kernel_size", 3)] * 2)
+    masks = case.sizes.get("masks", channels)
     tensors = {
         "x": x.to(dtype),
-        "mask_projection": draw((channels, channels, 1, 1), channels**-0.5),
+        "mask_projection": draw((masks, channels, 1, 1), channels**-0.5),
         # Saturated: the mask is 0 or 1 nearly everywhere, and the exponential's argument large either way.
-        "mask_weight": draw((channels,), 100.0 if case.values == "saturated" else 1.0),
-        "mask_bias": draw((channels,)),
+        "mask_weight": draw((masks,), 100.0 if case.values == "saturated" else 1.0),
+        "mask_bias": draw((masks,)),
     }
     tensors |= {name: draw(taps, 0.5) for name in _SPN_PARAMETERS[3:]}
     for name in _SPN_BUFFERS:
-        buffer = draw((channels,))
+        buffer = draw((masks if name.startswith("mask_") else channels,))
         tensors[name] = buffer.abs() + 0.5 if name.endswith("var") else buffer
     return tensors
 
@@ -331,6 +336,10 @@ def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
     # p at the resolution of x, and four vectors of statistics.
     statistic = 8 if dtype == torch.float64 else 4
     return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
+
+
+def _spn_takes(impl: str, case: Case) -> bool:
+    return impl != "native" or not case.sizes
 
 
 def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
@@ -383,6 +392,19 @@ def _spn_cases() -> tuple[Case, ...]:
     }
     cases += [Case(odd, why, chosen) for why, chosen in options.items()]
 
+    sizes = {
+        "kernel_size": {1: "no neighbours", 5: "a stencil that reaches over two pixels"},
+        "masks": {1: "one mask for all channels"},
+    }
+    for name, described in sizes.items():
+        for size, why in described.items():
+            cases += [
+                Case((3, 3, 5, 6), why, {}, sizes={name: size}),
+                Case((3, 3, 5, 6), why, {"upsample": 2, "activation": "relu"}, sizes={name: size}),
+                Case((2, 17, 6, 4), why, {"activation": "relu", "training": False}, sizes={name: size}),
+            ]
+    cases.append(Case((3, 3, 6, 8), "both", {"activation": "relu"}, sizes={"kernel_size": 5, "masks": 1}))
+
     values = {"offset": "|mean| >> std", "saturated": "mask at 0 and 1", "constant": "a channel of zero variance"}
     for name, why in values.items():
         cases += [Case((4, 6, 7, 9), why, {"upsample": upsample}, name) for upsample in (1, 2)]
@@ -399,6 +421,7 @@ SPN = OpSpec(
     cases=_spn_cases(),
     traffic=_spn_traffic,
     saved_bytes=_spn_saved_bytes,
+    takes=_spn_takes,
     kernel_calls=_spn_kernel_calls,
 )
 

@@ -61,10 +61,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is about another device, or needs a larger one."""
+    """Leave out what is about another device, needs a larger one, or is no case for the impl."""
     device = config.getoption("--device")
 
     def fits(item):
+        asked = item.callspec.params if hasattr(item, "callspec") else {}
+        if "case" in asked and not asked["spec"].takes(_named(asked.get("kernel", asked.get("impl"))), asked["case"]):
+            return False
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
 
@@ -109,6 +112,10 @@ def _runs_emulated(metafunc):
     mark = metafunc.definition.get_closest_marker("emulated")
     here = metafunc.config.getoption("--device") == "cpu" and not metafunc.definition.get_closest_marker("cpu")
     return here and mark is not None and mark.kwargs.get("runs", True)
+
+
+def _named(impl):
+    return "native" if impl == EMULATED else impl
 
 
 def _reach(impl):

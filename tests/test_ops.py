@@ -102,6 +102,8 @@ def test_more_than_the_cache_holds(spec, kernel, dtype, upsample):
 def test_the_specification_is_reachable(spec, impl):
     """The public function gives each impl all arguments: in float64 there is nothing left to tolerate."""
     for case in spec.cases:
+        if not spec.takes(impl, case):
+            continue
         tensors = spec.inputs(case, torch.float64)
         actual, exact = (evaluate(spec, f, tensors, case.options) for f in (spec.call(impl), spec.reference))
         for (name, a), (_, b) in zip(actual.named(), exact.named(), strict=True):

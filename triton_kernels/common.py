@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.library import custom_op, triton_op, wrap_triton
 
 WARP = 32
 # Lanes of a walk where there are enough rows for them: 16 warps for each of 132 multiprocessors, twice.
@@ -19,16 +19,15 @@ LANES = 1 << 17
 LEAST_ROWS = 16
 # Under TRITON_INTERPRET=1 kernels are Python that runs on the CPU, for tests; read as they are defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# torch.compile sees through a triton_op to its kernels; those that are interpreted no graph can hold.
+op_of_kernels = custom_op if INTERPRETED else triton_op
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Run a kernel so that torch.compile sees it; nothing for an empty grid. On the GPU of the first tensor."""
     if 0 in grid:
         return
-    if INTERPRETED:  # no graph could hold it
-        kernel[grid](*arguments, **options)
-        return
-    wrap_triton(kernel)[grid](*arguments, **options)
+    (kernel if INTERPRETED else wrap_triton(kernel))[grid](*arguments, **options)
 
 
 class Walk(NamedTuple):
@@ -120,22 +119,17 @@ def to_accumulator(value, pointer):
 
 @triton.jit
 def columns_of(tile, V: tl.constexpr, LANES: tl.constexpr):
-    """The columns of a (LANES, V) tile; V is 1, 2, 4 or 8. They do not leave their threads."""
+    """The columns of a (LANES, V) tile, V a power of two; no lane's leave its thread."""
     if V == 1:
         return (tl.reshape(tile, [LANES]),)
-    elif V == 2:
-        c0, c1 = tl.split(tile)
-        return (c0, c1)
-    elif V == 4:
-        even, odd = tl.split(tl.reshape(tile, [LANES, 2, 2]))
-        c0, c2 = tl.split(even)
-        c1, c3 = tl.split(odd)
-        return (c0, c1, c2, c3)
     else:
-        even, odd = tl.split(tl.reshape(tile, [LANES, 4, 2]))
-        c0, c2, c4, c6 = columns_of(even, 4, LANES)
-        c1, c3, c5, c7 = columns_of(odd, 4, LANES)
-        return (c0, c1, c2, c3, c4, c5, c6, c7)
+        even, odd = tl.split(tl.reshape(tile, [LANES, V // 2, 2]))
+        evens = columns_of(even, V // 2, LANES)
+        odds = columns_of(odd, V // 2, LANES)
+        columns = ()
+        for j in tl.static_range(V // 2):
+            columns = columns + (evens[j], odds[j])
+        return columns
 
 
 @triton.jit
@@ -143,15 +137,14 @@ def tile_of(columns, V: tl.constexpr, LANES: tl.constexpr):
     """The (LANES, V) tile of these columns."""
     if V == 1:
         return tl.reshape(columns[0], [LANES, 1])
-    elif V == 2:
-        return tl.join(columns[0], columns[1])
-    elif V == 4:
-        even, odd = tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3])
-        return tl.reshape(tl.join(even, odd), [LANES, 4])
     else:
-        even = tile_of((columns[0], columns[2], columns[4], columns[6]), 4, LANES)
-        odd = tile_of((columns[1], columns[3], columns[5], columns[7]), 4, LANES)
-        return tl.reshape(tl.join(even, odd), [LANES, 8])
+        evens = ()
+        odds = ()
+        for j in tl.static_range(V // 2):
+            evens = evens + (columns[2 * j],)
+            odds = odds + (columns[2 * j + 1],)
+        pairs = tl.join(tile_of(evens, V // 2, LANES), tile_of(odds, V // 2, LANES))
+        return tl.reshape(pairs, [LANES, V])
 
 
 @triton.jit

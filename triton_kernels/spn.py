@@ -4,21 +4,25 @@ They have the schemas of ``spn_fwd`` and ``spn_bwd`` (pixnorm/ops/spn.py, where 
 through them to the kernels and the products of the library. Backward is in spn_backward.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
 from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake
 from pixnorm.triton_kernels.common import (
+    Walk,
     accumulator,
     is_channels_last,
     launch,
     load_columns,
+    op_of_kernels,
     power_of_two_from,
     store_columns,
+    to_accumulator,
     walk_of,
 )
 from pixnorm.triton_kernels.projection import add_backward, grad_weight, project
@@ -31,6 +35,7 @@ from pixnorm.triton_kernels.spn_rows import (
     lanes_of,
     mask_function,
     mask_row,
+    masks_from,
     plane_of,
     reciprocal_std,
     rows_around,
@@ -38,10 +43,43 @@ from pixnorm.triton_kernels.spn_rows import (
 )
 from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
 
-# Columns of a lane and warps of a program, by layout and upsampling.
-FORWARD = {False: {1: (4, 4), 2: (2, 4)}, True: {1: (4, 4), 2: (2, 4)}}
-REDUCE = {False: {1: (4, 1), 2: (2, 1)}, True: {1: (4, 4), 2: (2, 4)}}
-APPLY = {False: {1: (4, 4), 2: (2, 4)}, True: {1: (4, 4), 2: (2, 4)}}
+
+class Blocks(NamedTuple):
+    """Of a kernel, by layout (channels_last or not) and upsampling.
+
+    Attributes:
+        columns: of x that a lane has, where elements have 8, 4 and 2 bytes.
+        warps: of a program.
+        columns_of_five: the most that a lane has where k = 5.
+    """
+
+    columns: dict[int, int]
+    warps: int
+    columns_of_five: int
+
+
+MODULATE = {
+    # NCHW: 16 bytes of y, a vector, and of x as many without upsampling.
+    (False, 1): Blocks({8: 2, 4: 4, 2: 8}, warps=4, columns_of_five=2),
+    (False, 2): Blocks({8: 1, 4: 2, 2: 4}, warps=4, columns_of_five=2),
+    # channels_last: neighbours are read again by each lane that needs them; four columns need two to six more.
+    (True, 1): Blocks({8: 2, 4: 4, 2: 4}, warps=4, columns_of_five=2),
+    (True, 2): Blocks({8: 1, 4: 2, 2: 2}, warps=4, columns_of_five=2),
+}
+REDUCE = {
+    # One warp adds its sums up by shuffles alone. In double their registers leave room for one column.
+    (False, 1): Blocks({8: 1, 4: 4, 2: 8}, warps=1, columns_of_five=1),
+    (False, 2): Blocks({8: 1, 4: 2, 2: 4}, warps=1, columns_of_five=1),
+    # Four warps of 32 channels each: of one, the partial sums would be a third of a pass over x.
+    (True, 1): Blocks({8: 1, 4: 4, 2: 4}, warps=4, columns_of_five=1),
+    (True, 2): Blocks({8: 1, 4: 2, 2: 2}, warps=4, columns_of_five=1),
+}
+APPLY = {
+    (False, 1): Blocks({8: 2, 4: 4, 2: 8}, warps=4, columns_of_five=1),
+    (False, 2): Blocks({8: 1, 4: 2, 2: 4}, warps=4, columns_of_five=1),
+    (True, 1): Blocks({8: 1, 4: 4, 2: 4}, warps=4, columns_of_five=1),
+    (True, 2): Blocks({8: 1, 4: 2, 2: 2}, warps=4, columns_of_five=1),
+}
 
 
 @triton.jit
@@ -70,17 +108,16 @@ def spn_fwd_modulate_kernel(
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
     centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U)
+    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
+    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
     columns = columns_around(w, W, V, REACH)
 
     P_WIDE: tl.constexpr = ONE_MASK or not LAST
-    masks = ()
-    for i in tl.static_range(2 * REACH):
-        row = mask_row(
-            p_ptr, p_plane, p_pixel, h + (i - REACH), w, H, W, live, columns, slope, shift, V, REACH, LANES, P_WIDE
-        )
-        masks = masks + (row,)
+    zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
+    masks = masks_from(
+        p_ptr, p_plane, p_pixel, h - REACH, w, H, W, live, columns, slope, shift, zero,
+        V, 2 * REACH, REACH, LANES, P_WIDE,
+    )  # fmt: skip
     for _ in range(0, rows):
         row = mask_row(
             p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, REACH, LANES, P_WIDE
@@ -126,8 +163,13 @@ def _options(taps: Tensor, mask_weight: Tensor, c: int, eps: float, upsample: in
     }
 
 
-@triton_op("pixnorm::spn_fwd_triton", mutates_args=())
-def spn_fwd_triton(
+def _walk(blocks: dict[tuple[bool, int], Blocks], x: Tensor, upsample: int, k: int) -> Walk:
+    of = blocks[is_channels_last(x), upsample]
+    columns = of.columns[x.element_size()]
+    return walk_of(x, min(columns, of.columns_of_five) if k == 5 else columns, of.warps)
+
+
+def spn_fwd(
     x: Tensor,
     mask_projection: Tensor,
     mask_weight: Tensor,
@@ -166,7 +208,7 @@ def spn_fwd_triton(
     else:
         used = finish_statistics(partial_statistics((x,))) + finish_statistics(partial_statistics((p,)))
     parameters = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
-    walk = walk_of(x, *FORWARD[is_channels_last(x)][upsample])
+    walk = _walk(MODULATE, x, upsample, gamma_weight.shape[-1])
     launch(
         spn_fwd_modulate_kernel, (walk.programs,), x, p, y, *used, *parameters, n, c, h, w, walk.rows, walk.strips,
         **_options(gamma_weight, mask_weight, c, eps, upsample, relu), **walk.options(is_channels_last(x)),
@@ -174,8 +216,7 @@ def spn_fwd_triton(
     return y, p, *used
 
 
-@triton_op("pixnorm::spn_bwd_triton", mutates_args=())
-def spn_bwd_triton(
+def spn_bwd(
     grad_y: Tensor,
     x: Tensor,
     mask_projection: Tensor,
@@ -212,13 +253,15 @@ def spn_bwd_triton(
     options = _options(gamma_weight, mask_weight, c, eps, upsample, relu)
     one_mask, k = options["ONE_MASK"], options["K"]
 
-    walk = walk_of(x, *REDUCE[channels_last][upsample])
+    walk = _walk(REDUCE, x, upsample, k)
     parts = walk.parts(c)
     sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
     dm = torch.empty_like(x, dtype=used[0].dtype) if one_mask else dx
+    # In double, and for 5 x 5 taps, the sums of a program are so many registers that it has half of them.
+    halves = k == 5 or x.dtype == torch.float64
     launch(
-        spn_bwd_reduce_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, sums, dm, n, c, h, w,
-        walk.rows, walk.strips, parts, **options, **walk.options(channels_last),
+        spn_bwd_reduce_kernel, (walk.programs, 2 if halves else 1), grad_y, x, p, *used, *learnt, sums, dm, n, c, h, w,
+        walk.rows, walk.strips, parts, HALVES=halves, **options, **walk.options(channels_last),
     )  # fmt: skip
     means = torch.empty((c, 4), dtype=used[0].dtype, device=x.device)
     launch(
@@ -229,7 +272,7 @@ def spn_bwd_triton(
         dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
     else:
         dp = torch.empty_like(x)
-    walk = walk_of(x, *APPLY[channels_last][upsample])
+    walk = _walk(APPLY, x, upsample, k)
     launch(
         spn_bwd_apply_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp, n, c, h, w,
         walk.rows, walk.strips, **options, **walk.options(channels_last),
@@ -254,6 +297,8 @@ def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):
     return dp, of_weight.reshape(1).to(weight.dtype), of_bias.reshape(1).to(weight.dtype)
 
 
-# The schema's fakes also say what strides gradients have; tracing the code above would give the same.
+spn_fwd_triton = op_of_kernels("pixnorm::spn_fwd_triton", mutates_args=())(spn_fwd)
+spn_bwd_triton = op_of_kernels("pixnorm::spn_bwd_triton", mutates_args=())(spn_bwd)
+# Shapes, dtypes and strides are those of the native ops.
 spn_fwd_triton.register_fake(_spn_fwd_fake)
 spn_bwd_triton.register_fake(_spn_bwd_fake)

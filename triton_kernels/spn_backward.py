@@ -17,6 +17,7 @@ from pixnorm.triton_kernels.spn_rows import (
     load_row,
     mask_function,
     mask_row,
+    masks_from,
     plane_of,
     reciprocal_std,
     rows_around,
@@ -83,7 +84,7 @@ def gather_mask_gradient(
 
 @triton.jit
 def add_tap_sums(
-    with_mask, with_inside, d, masks, rows, columns,
+    sums, d, masks, rows, columns,
     K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
     """For each tap: Σ d m and Σ d, m being the mask where the tap falls, both over the pixels where that is inside.
@@ -93,12 +94,12 @@ def add_tap_sums(
         rows, columns: of ``rows_around`` and ``columns_around``.
     """
     R: tl.constexpr = K // 2
-    new_with_mask = ()
-    new_with_inside = ()
+    with_mask = ()
+    with_inside = ()
     for ky in tl.static_range(K):
         for kx in tl.static_range(K):
-            total = with_mask[ky * K + kx]
-            inside = with_inside[ky * K + kx]
+            total = sums[0][ky * K + kx]
+            inside = sums[1][ky * K + kx]
             for a in tl.static_range(U):
                 of_row = 0.0
                 for b in tl.static_range(U):
@@ -111,15 +112,18 @@ def add_tap_sums(
                             value = tl.where(columns[column + (b + kx - R) // U + HALO], value, 0.0)
                         of_row += value
                 inside += tl.where(rows[(a + ky - R) // U + REACH], of_row, 0.0)
-            new_with_mask = new_with_mask + (total,)
-            new_with_inside = new_with_inside + (inside,)
-    return new_with_mask, new_with_inside
+            with_mask = with_mask + (total,)
+            with_inside = with_inside + (inside,)
+    return with_mask, with_inside
 
 
 @triton.jit
 def sum_of_program(value, LANES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Over the lanes of each channel."""
-    return tl.sum(tl.reshape(value, [LANES // CHANNELS, CHANNELS]), axis=0)
+    """Over the lanes of each channel; a scalar where there is one."""
+    if CHANNELS == 1:
+        return tl.sum(value, axis=0)
+    else:
+        return tl.sum(tl.reshape(value, [LANES // CHANNELS, CHANNELS]), axis=0)
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def spn_bwd_reduce_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, sums_ptr, dm_ptr, N, C, H, W, rows, strips, parts,
     EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
-    ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    ONE_MASK: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
 
@@ -153,8 +157,8 @@ def spn_bwd_reduce_kernel(
     mask_mean = channel_value(mask_mean_ptr, mask_channel)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
     centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U)
+    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
+    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
     columns = columns_around(w, W, V, HALO)
 
     P_WIDE: tl.constexpr = ONE_MASK or not LAST
@@ -162,24 +166,22 @@ def spn_bwd_reduce_kernel(
     zeros = ()
     for _ in tl.static_range(V):
         zeros = zeros + (zero,)
-    gamma_sums = ()
-    gamma_all = ()
-    beta_sums = ()
-    beta_all = ()
-    for _ in tl.static_range(K * K):
-        gamma_sums = gamma_sums + (zero,)
-        gamma_all = gamma_all + (zero,)
-        beta_sums = beta_sums + (zero,)
-        beta_all = beta_all + (zero,)
+    # Sums for the taps of gamma, then for those of beta; with HALVES a program has those of one of them.
+    sums = ()
+    for _ in tl.static_range(1 if HALVES else 2):
+        none = ()
+        for _ in tl.static_range(K * K):
+            none = none + (zero,)
+        sums = sums + ((none, none),)
+    of_beta = tl.program_id(1) == 1
     sum_q = zero
     sum_qp = zero
-    masks = ()
+    masks = masks_from(
+        p_ptr, p_plane, p_pixel, h - 2 * REACH, w, H, W, live, columns, slope, shift, zero,
+        V, 2 * REACH, HALO, LANES, P_WIDE,
+    )  # fmt: skip
     dm = ()
-    for i in tl.static_range(2 * REACH):
-        row = mask_row(
-            p_ptr, p_plane, p_pixel, h + (i - 2 * REACH), w, H, W, live, columns, slope, shift, V, HALO, LANES, P_WIDE
-        )
-        masks = masks + (row,)
+    for _ in tl.static_range(2 * REACH):
         dm = dm + (zeros,)
     h -= REACH
     for o in range(-REACH, rows + REACH):
@@ -200,27 +202,30 @@ def spn_bwd_reduce_kernel(
         )  # fmt: skip
         dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
 
-        own_beta = ()
-        own_gamma = ()
+        d_gamma = ()
+        d_own = ()
         for a in tl.static_range(U):
-            of_beta = ()
-            of_gamma = ()
+            gammas = ()
+            betas = ()
             for j in tl.static_range(V):
                 for b in tl.static_range(U):
                     d = tl.where((o >= 0) & (o < rows), d_beta[a][(j + REACH) * U + b], 0.0)
-                    of_beta = of_beta + (d,)
-                    of_gamma = of_gamma + (d * x_hat[j + REACH],)
-            own_beta = own_beta + (of_beta,)
-            own_gamma = own_gamma + (of_gamma,)
-        gamma_sums, gamma_all = add_tap_sums(
-            gamma_sums, gamma_all, own_gamma, masks, inside, columns, K, U, V, REACH, HALO
-        )
-        beta_sums, beta_all = add_tap_sums(
-            beta_sums, beta_all, own_beta, masks, inside, columns, K, U, V, REACH, HALO
-        )  # fmt: skip
+                    betas = betas + (d,)
+                    if HALVES:
+                        gammas = gammas + (tl.where(of_beta, d, d * x_hat[j + REACH]),)
+                    else:
+                        gammas = gammas + (d * x_hat[j + REACH],)
+            d_gamma = d_gamma + (gammas,)
+            d_own = d_own + (betas,)
+        new_sums = (add_tap_sums(sums[0], d_gamma, masks, inside, columns, K, U, V, REACH, HALO),)
+        if not HALVES:
+            new_sums = new_sums + (add_tap_sums(sums[1], d_own, masks, inside, columns, K, U, V, REACH, HALO),)
+        sums = new_sums
 
         above = h - REACH
         own = live & (o >= REACH) & (above < H)
+        if HALVES:
+            own = own & of_beta
         if ONE_MASK:
             store_columns(dm_ptr, plane, (above * W + w) * pixel, pixel, dm[0], own, V, LANES, not LAST)
         else:
@@ -237,18 +242,26 @@ def spn_bwd_reduce_kernel(
 
     SUMS: tl.constexpr = 4 * K * K + 2
     groups = tl.cdiv(C, CHANNELS)
-    channel = (tl.program_id(0) % groups) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = (tl.program_id(0) % groups) * CHANNELS
+    if CHANNELS > 1:
+        channel = channel + tl.arange(0, CHANNELS)
     exists = channel < C
     to = sums_ptr + (channel.to(tl.int64) * parts + tl.program_id(0) // groups) * SUMS
-    for tap in tl.static_range(K * K):
-        of_gamma = sum_of_program(gamma_sums[tap], LANES, CHANNELS)
-        of_beta = sum_of_program(beta_sums[tap], LANES, CHANNELS)
-        tl.store(to + tap, of_gamma, mask=exists)
-        tl.store(to + (K * K + tap), sum_of_program(gamma_all[tap], LANES, CHANNELS) - of_gamma, mask=exists)
-        tl.store(to + (2 * K * K + tap), of_beta, mask=exists)
-        tl.store(to + (3 * K * K + tap), sum_of_program(beta_all[tap], LANES, CHANNELS) - of_beta, mask=exists)
-    tl.store(to + 4 * K * K, sum_of_program(sum_q, LANES, CHANNELS), mask=exists)
-    tl.store(to + (4 * K * K + 1), sum_of_program(sum_qp, LANES, CHANNELS), mask=exists)
+    if HALVES:
+        to += tl.program_id(1) * (2 * K * K)
+    for half in tl.static_range(1 if HALVES else 2):
+        for tap in tl.static_range(K * K):
+            with_mask = sum_of_program(sums[half][0][tap], LANES, CHANNELS)
+            with_inside = sum_of_program(sums[half][1][tap], LANES, CHANNELS)
+            tl.store(to + (half * 2 * K * K + tap), with_mask, mask=exists)
+            tl.store(to + (half * 2 * K * K + K * K + tap), with_inside - with_mask, mask=exists)
+    if HALVES:
+        to += 2 * K * K - tl.program_id(1) * (2 * K * K)
+        exists = exists & of_beta
+    else:
+        to += 2 * K * K
+    tl.store(to + 2 * K * K, sum_of_program(sum_q, LANES, CHANNELS), mask=exists)
+    tl.store(to + (2 * K * K + 1), sum_of_program(sum_qp, LANES, CHANNELS), mask=exists)
 
 
 @triton.jit
@@ -334,24 +347,23 @@ def spn_bwd_apply_kernel(
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
     centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U)
+    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
+    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
     columns = columns_around(w, W, V, HALO)
     mean_g = channel_value(means_ptr, c * 4)
     mean_gx = channel_value(means_ptr, c * 4 + 1)
 
     P_WIDE: tl.constexpr = ONE_MASK or not LAST
+    zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
     zeros = ()
     for _ in tl.static_range(V):
-        zeros = zeros + (to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr),)
-    masks = ()
+        zeros = zeros + (zero,)
+    masks = masks_from(
+        p_ptr, p_plane, p_pixel, h - REACH - AROUND, w, H, W, live, columns, slope, shift, zero,
+        V, 2 * REACH, HALO, LANES, P_WIDE,
+    )  # fmt: skip
     dm = ()
-    for i in tl.static_range(2 * REACH):
-        row = mask_row(
-            p_ptr, p_plane, p_pixel, h + (i - REACH - AROUND), w, H, W, live, columns, slope, shift,
-            V, HALO, LANES, P_WIDE,
-        )  # fmt: skip
-        masks = masks + (row,)
+    for _ in tl.static_range(2 * REACH):
         dm = dm + (zeros,)
     h -= AROUND
     for o in range(-AROUND, rows + AROUND):

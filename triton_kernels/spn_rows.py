@@ -8,7 +8,7 @@ So the stencil of phase a reaches from row (a - k // 2) // U to row (a + k // 2)
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import load_columns, to_accumulator
+from pixnorm.triton_kernels.common import columns_of, load_columns, to_accumulator
 
 
 @triton.jit
@@ -46,6 +46,21 @@ def plane_of(n, c, channels, pixels, LAST: tl.constexpr):
 @triton.jit
 def channel_value(pointer, c):
     return to_accumulator(tl.load(pointer + c), pointer)
+
+
+@triton.jit
+def taps_of(pointer, c, COUNT: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
+    """The taps of each lane's channel."""
+    taps = ()
+    if CHANNELS == 1:
+        for tap in tl.static_range(COUNT):
+            taps = taps + (channel_value(pointer, c * COUNT + tap),)
+    else:  # one load (Triton's compiler is slow where there are many), each lane's part of it in its registers
+        PADDED: tl.constexpr = 1 if COUNT == 1 else 16 if COUNT == 9 else 32
+        o_tap = tl.arange(0, PADDED)
+        tile = tl.load(pointer + (c[:, None] * COUNT + o_tap[None, :]), mask=(o_tap < COUNT)[None, :], other=0.0)
+        taps = columns_of(to_accumulator(tile, pointer), PADDED, LANES)
+    return taps
 
 
 @triton.jit
@@ -105,9 +120,30 @@ def mask_row(
 
 
 @triton.jit
-def stencil(weight, inverse, c, K: tl.constexpr, U: tl.constexpr):
+def masks_from(
+    p_ptr, plane, pixel, h, w, H, W, live, columns, slope, shift, zero,
+    V: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the mask from row h on. (A loop: Triton's compiler is slow where there are many loads.)"""
+    masks = ()
+    if ROWS > 0:
+        outside = ()
+        for _ in tl.static_range(V + 2 * HALO):
+            outside = outside + (zero,)
+        for _ in tl.static_range(ROWS):
+            masks = masks + (outside,)
+        for i in range(0, ROWS):
+            row = mask_row(p_ptr, plane, pixel, h + i, w, H, W, live, columns, slope, shift, V, HALO, LANES, WIDE)
+            masks = masks[1:] + (row,)
+    return masks
+
+
+@triton.jit
+def stencil(weight_ptr, inverse_ptr, c, K: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
     """Merged taps [a][b][row][column] of w - w* and of w*: a stencil is m ⊛ (w - w*) + in ⊛ w*, in being 1 inside."""
     R: tl.constexpr = K // 2
+    weight = taps_of(weight_ptr, c, K * K, LANES, CHANNELS)
+    inverse = taps_of(inverse_ptr, c, K * K, LANES, CHANNELS)
     differences = ()
     inverses = ()
     for a in tl.static_range(U):
@@ -126,9 +162,8 @@ def stencil(weight, inverse, c, K: tl.constexpr, U: tl.constexpr):
                         for kx in tl.static_range(K):
                             if (a + ky - R) // U == i:
                                 if (b + kx - R) // U == j:
-                                    tap = channel_value(inverse, c * (K * K) + (ky * K + kx))
-                                    difference += channel_value(weight, c * (K * K) + (ky * K + kx)) - tap
-                                    total += tap
+                                    difference += weight[ky * K + kx] - inverse[ky * K + kx]
+                                    total += inverse[ky * K + kx]
                     difference_row = difference_row + (difference,)
                     inverse_row = inverse_row + (total,)
                 differences_of_b = differences_of_b + (difference_row,)
