@@ -1,6 +1,8 @@
-"""What the machine code of the CUDA kernels proves, without a GPU: ``python -m benchmarks.kernels``.
+"""What the machine code of the kernels proves, without a GPU: ``python -m benchmarks.kernels``.
 
-Compiles csrc/cuda for every GPU of ``benchmarks.model``. Three gates (``Kernel.violations``):
+Compiles csrc/cuda for every GPU of ``benchmarks.model.GPUS``; then Triton's kernels, which have gates of their own in
+``benchmarks.triton_code``: a selection of their configurations, or, with ``--all``, all of them, for an hour or two.
+Three gates (``Kernel.violations``):
 
 - No local memory: no stack, no load and no store of it. That is also where registers spill.
 - The main loop moves every element once, and as many bytes at once as the design says: 16 where rows are aligned.
@@ -19,15 +21,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from tabulate import tabulate
 
-from benchmarks.machine_code import ROOT, Function, functions, missing
+from benchmarks import triton_code
+from benchmarks.machine_code import ROOT, Function, functions, listed, missing
 from benchmarks.model import GPU, GPUS, KB, WARP, gemm_times, kernel_bytes
+from benchmarks.triton_code import TritonKernel, triton_kernels
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ITEMSIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
@@ -86,6 +90,10 @@ class Kernel(NamedTuple):
         return " ".join([self.name, self.dtype, f"x{self.columns}", *options, self.gpu.arch])
 
     @property
+    def options(self) -> str:
+        return "relu" if self.relu else ""
+
+    @property
     def itemsize(self) -> int:
         return ITEMSIZES[self.dtype]
 
@@ -121,19 +129,8 @@ class Kernel(NamedTuple):
     # ---- the main loop ----
 
     @property
-    def moves(self) -> Counter:
-        """Its loads and stores of global memory, and of how many bytes they are."""
-        widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-        found = Counter()
-        for opcode in self.code.main_loop:
-            kind, *modifiers = opcode.split(".")
-            if kind in ("LDG", "STG"):
-                found[kind, next((widths[modifier] for modifier in modifiers if modifier in widths), 4)] += 1
-        return found
-
-    @property
-    def design(self) -> Counter:
-        """The ``moves`` of one round: for a row of x; for statistics, the loads that are under way together.
+    def design(self) -> Counter[tuple[str, int]]:
+        """The ``Function.moves`` of one round: for a row of x; for statistics, the loads that are under way together.
 
         In NCHW a thread moves what it owns of a row at once: of y 16 bytes, and so behind an upsampling 8 of x. In
         channels_last it moves an element at once, and a warp those of 32 channels side by side (that they are side by
@@ -165,7 +162,7 @@ class Kernel(NamedTuple):
     @property
     def rounds(self) -> int:
         """How many the main loop has."""
-        return max(1, self.moves.total() // max(1, self.design.total()))
+        return max(1, self.code.moves.total() // max(1, self.design.total()))
 
     @property
     def instructions(self) -> float:
@@ -178,11 +175,11 @@ class Kernel(NamedTuple):
     def violations(self) -> list[str]:
         """The gates that it does not pass, and why."""
         found = []
-        local = {opcode: count for opcode, count in self.code.opcodes.items() if opcode.startswith(("LDL", "STL"))}
-        if self.code.local or local:
-            found.append(f"{self.code.local} bytes of local memory: {local}")
-        if self.design and self.moves != Counter({move: self.rounds * count for move, count in self.design.items()}):
-            found.append(f"moves in the main loop: {_listed(self.moves)}, not {_listed(self.design)}")
+        if self.code.local or self.code.local_moves:
+            found.append(f"{self.code.local} bytes of local memory: {self.code.local_moves}")
+        moves, wanted = self.code.moves, {move: self.rounds * count for move, count in self.design.items()}
+        if self.design and moves != wanted:
+            found.append(f"moves in the main loop: {listed(moves)}, not {listed(self.design)}")
         if self.warps < self.warps_needed:
             found.append(f"room for {self.warps} warps, not {self.warps_needed}")
         return found
@@ -192,10 +189,6 @@ class Kernel(NamedTuple):
         moved = kernel_bytes(x, self.itemsize, self.upsample, self.channels_last)[self.name]
         elements = prod(x) * (2 if self.name == STATISTICS else self.upsample**2)
         return moved / self.gpu.copy, elements * self.instructions / self.gpu.issue
-
-
-def _listed(moves: Counter) -> str:
-    return ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(moves.items()))
 
 
 def input_shape(y: tuple[int, ...], upsample: int) -> tuple[int, ...]:
@@ -215,14 +208,14 @@ def kernels(sources: Iterable[Path] = SOURCES) -> list[Kernel]:
 # ---- the report ----
 
 
-def gates(found: list[Kernel]) -> str:
+def gates(found: list[Kernel] | list[TritonKernel]) -> str:
     """A line for the instances of a kernel on a GPU: the most that they take, and the fewest warps."""
     rows = []
-    for gpu, name in product(GPUS.values(), WARPS):
-        group = [kernel for kernel in found if (kernel.gpu, kernel.name) == (gpu, name)]
+    for (arch, name), kernels_of_name in groupby(found, lambda kernel: (kernel.gpu.arch, kernel.name)):
+        group = list(kernels_of_name)
         rows.append(
             (
-                *(name, gpu.arch, len(group)),
+                *(name, arch, len(group)),
                 sum(any(width == 16 for _, width in kernel.design) for kernel in group),
                 max(kernel.code.registers for kernel in group),
                 max(kernel.shared for kernel in group),
@@ -235,28 +228,32 @@ def gates(found: list[Kernel]) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def predictions(found: list[Kernel]) -> str:
+def predictions(found: list[Kernel] | list[TritonKernel]) -> str:
     """A line for each instance; times are in µs."""
     rows = []
     for kernel in found:
         inputs = [(dtype, input_shape(y, kernel.upsample)) for dtype, y in SHAPES]
-        times = [f"{1e6 * max(kernel.seconds(x)):.0f}" if dtype == kernel.dtype else "" for dtype, x in inputs]
-        by_bytes, by_instructions = kernel.seconds(inputs[0][1])
+        seconds = [kernel.seconds(x) for _, x in inputs]
+        known = [times and dtype == kernel.dtype for times, (dtype, _) in zip(seconds, inputs, strict=True)]
         rows.append(
             (
                 *(kernel.gpu.arch, kernel.name, kernel.dtype, kernel.columns, kernel.upsample),
                 "channels_last" if kernel.channels_last else "NCHW",
-                "yes" if kernel.relu else "",
-                *(kernel.code.registers, kernel.shared),
+                kernel.options,
+                *(kernel.code.registers, kernel.code.local, kernel.shared),
                 f"{kernel.warps} ({kernel.warps / kernel.gpu.warps:.0%})",
                 f"{kernel.instructions:.1f}",
-                "bytes" if by_bytes >= by_instructions else f"issue, {by_instructions / by_bytes:.1f}x",
-                *times,
+                _bound(*seconds[0]) if seconds[0] else "",
+                *(f"{1e6 * max(times):.0f}" if of else "" for times, of in zip(seconds, known, strict=True)),
             )
         )
-    headers = ("arch", "kernel", "dtype", "columns", "up", "layout", "relu", "registers", "shared", "warps")
+    headers = ("arch", "kernel", "dtype", "columns", "up", "layout", "options", "registers", "local", "shared", "warps")
     headers += ("instructions", "bound", *(_titled(dtype, y) for dtype, y in SHAPES))
     return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def _bound(by_bytes: float, by_instructions: float) -> str:
+    return "bytes" if by_bytes >= by_instructions else f"issue, {by_instructions / by_bytes:.1f}x"
 
 
 def layers(found: list[Kernel]) -> str:
@@ -286,21 +283,32 @@ def _titled(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype} {'x'.join(map(str, shape))}"
 
 
+def _print_gates(title: str, found: list[Kernel] | list[TritonKernel]) -> list[str]:
+    faults = [f"{kernel}: {violation}" for kernel in found for violation in kernel.violations()]
+    print(f"\n## {title}", gates(found), *faults, sep="\n\n")
+    return faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="print all instances, not only those of the usual paths")
+    parser.add_argument("--all", action="store_true", help="show all, not only the usual paths; of Triton, compile all")
     arguments = parser.parse_args()
     if lacking := missing():
         sys.exit(f"the CUDA kernels cannot be compiled: {lacking}")
     found = kernels()
     walking = [kernel for kernel in found if kernel.design]
     usual = [kernel for kernel in walking if kernel.columns > 1 and kernel.dtype in ("float", "BFloat16")]
-    faults = [f"{kernel}: {violation}" for kernel in found for violation in kernel.violations()]
-    print("## Gates", gates(found), *faults, sep="\n\n")
-    if all(kernel.moves for kernel in walking):  # else there is no main loop to go by
+    faults = _print_gates("Gates", found)
+    if all(kernel.code.moves for kernel in walking):  # else there is no main loop to go by
         print("\n## Predictions", "From the machine code; µs, for y of these shapes.", sep="\n\n", end="\n\n")
         print(predictions(walking if arguments.all else usual))
         print("\n## Predictions of the layer", layers(usual), sep="\n\n")
+    if lacking := triton_code.missing():
+        sys.exit(f"Triton's kernels cannot be compiled: {lacking}")
+    of_triton = triton_kernels(arguments.all)
+    faults += _print_gates("Triton", of_triton)
+    if arguments.all:
+        print("\n## Predictions of Triton's", predictions(of_triton), sep="\n\n")
     sys.exit(f"{len(faults)} gates are not passed" if faults else 0)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: compiled for a GPU that need not be there, and read back."""
+"""Kernels as machine code, read back; those of CUDA C++ are compiled here, for a GPU that need not be there."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -46,10 +46,31 @@ class Function(NamedTuple):
     opcodes: dict[str, int]
     main_loop: list[str]
 
+    @property
+    def moves(self) -> Counter[tuple[str, int]]:
+        """The loads and stores of global memory in the main loop, and of how many bytes they are."""
+        widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+        found = Counter()
+        for opcode in self.main_loop:
+            kind, *modifiers = opcode.split(".")
+            if kind in ("LDG", "LDGSTS", "STG"):
+                found[kind, next((widths[modifier] for modifier in modifiers if modifier in widths), 4)] += 1
+        return found
 
-def missing() -> str | None:
-    """What this machine lacks. A GPU is not needed."""
-    lacking = [f"{tool} (comes with {package})" for tool, package in TOOLS.items() if not _find(tool)]
+    @property
+    def local_moves(self) -> dict[str, int]:
+        """The loads and stores of local memory."""
+        return {opcode: count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL"))}
+
+
+def listed(moves: Counter[tuple[str, int]]) -> str:
+    """``Function.moves``, in words."""
+    return ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(moves.items()))
+
+
+def missing(tools: Iterable[str] = TOOLS) -> str | None:
+    """What this machine lacks of them. A GPU is not needed."""
+    lacking = [f"{tool} (comes with {TOOLS[tool]})" for tool in tools if not _find(tool)]
     return f"not found: {', '.join(lacking)}" if lacking else None
 
 
@@ -62,8 +83,12 @@ def _find(tool: str) -> str | None:
 
 def functions(source: Path, arch: str) -> list[Function]:
     """The kernels of a source; compiles it if it has changed. Raises RuntimeError with the compiler's errors."""
-    cubin = _compile(source, arch)
-    listing = cubin.with_suffix(".json")
+    return read(_compile(source, arch))
+
+
+def read(cubin: Path) -> list[Function]:
+    """The kernels of a file of machine code; what is found is kept beside it."""
+    listing = cubin.with_suffix(".listing")  # Triton has a .json of its own there
     if not listing.exists() or listing.stat().st_mtime < Path(__file__).stat().st_mtime:
         part = listing.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(_read(cubin)))
@@ -100,7 +125,7 @@ def _read(cubin: Path) -> list[Function]:
     for symbol, signature, line in zip(symbols, _run("c++filt", *symbols).splitlines(), lines, strict=True):
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         attributes = elf.partition(f"\n.nv.info.{symbol}\n")[2].partition("\n.nv.")[0]
-        bound = re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+(\w+)", attributes)
+        bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:.*\s+Value:\s+(\w+)", attributes)
         threads, local = int(bound[1], 16) if bound else 1024, used["STACK"] + used["LOCAL"]
         opcodes, loop = Counter(instruction["opcode"] for instruction in code[symbol]), _main_loop(code[symbol])
         found.append(Function(signature, threads, used["REG"], local, used["SHARED"], dict(opcodes), loop))

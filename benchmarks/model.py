@@ -78,6 +78,16 @@ GPUS = {  # by their names in torch.cuda.get_device_name()
         (9, 0), 4.3e12, 132, 1.98e9, 128, 16, 64, 32, 256 * KB, 228 * KB, 227 * KB, 8, 50 * MB, {4: 395e12, 2: 790e12}
     ),
 }
+# Triton's kernels are compiled for these as well. Copies and products reach as large a share of what the data sheet
+# has as above.
+OTHER_GPUS = {
+    "NVIDIA A100-SXM4-80GB": GPU(
+        (8, 0), 1.83e12, 108, 1.41e9, 64, 16, 64, 32, 256 * KB, 164 * KB, 163 * KB, 1, 40 * MB, {4: 125e12, 2: 250e12}
+    ),
+    "NVIDIA GeForce RTX 5090": GPU(
+        (12, 0), 1.61e12, 170, 2.41e9, 128, 16, 48, 24, 256 * KB, 100 * KB, 99 * KB, 8, 96 * MB, {4: 91e12, 2: 182e12}
+    ),
+}
 
 
 def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:

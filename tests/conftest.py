@@ -7,9 +7,13 @@ there. ``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for what concerns one 
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
 
 With ``@pytest.mark.emulated`` those include the CUDA kernels, on CPU tensors (see cuda_emulation); as impl "native".
+Triton's are among them on a GPU; on the CPU they have tests of their own, in interpreted/.
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +43,10 @@ DEVICES = {
 }
 
 EMULATED = "native-cuda-emulated"
+INTERPRETER = pytest.StashKey[subprocess.Popen]()
+
+# Triton decides when it is imported whether its kernels are interpreted: test_triton.py starts a Python for these.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def pytest_addoption(parser):
@@ -66,7 +74,8 @@ def pytest_collection_modifyitems(config, items):
 
     def fits(item):
         asked = item.callspec.params if hasattr(item, "callspec") else {}
-        if "case" in asked and not asked["spec"].takes(_named(asked.get("kernel", asked.get("impl"))), asked["case"]):
+        impl = asked.get("kernel", asked.get("impl"))
+        if impl and "spec" in asked and "case" in asked and not asked["spec"].takes(_named(impl), asked["case"]):
             return False
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
@@ -77,6 +86,24 @@ def pytest_collection_modifyitems(config, items):
         (left_out if elsewhere or not fits(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def pytest_collection_finish(session):
+    """The interpreted kernels take minutes, but not of this process: they run beside its other tests."""
+    if any(item.name == "test_kernels_under_the_interpreter" for item in session.items):
+        session.config.stash[INTERPRETER] = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "tests/interpreted", "-q", "-p", "no:cacheprovider", "--show-capture=no"],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def pytest_unconfigure(config):
+    if INTERPRETER in config.stash:
+        config.stash[INTERPRETER].kill()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,6 +118,8 @@ def pytest_runtest_makereport(item):
 def pytest_generate_tests(metafunc):
     # With no kernel built, the tests ask for the native one all the same: they fail, and say how to get it.
     kernels = available_impls()[1:] or ["native"]
+    if metafunc.config.getoption("--device") == "cpu":
+        kernels = [kernel for kernel in kernels if kernel != "triton"]
     if _runs_emulated(metafunc):
         kernels.append(EMULATED)
     wanted = set(metafunc.fixturenames)

@@ -19,6 +19,8 @@ LANES = 1 << 17
 LEAST_ROWS = 16
 # Under TRITON_INTERPRET=1 kernels are Python that runs on the CPU, for tests; read as they are defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Then lanes cost nothing: programs have as many as this, those of several channels also in NCHW.
+LANES_OF_INTERPRETER = 1024 if INTERPRETED else 0
 # torch.compile sees through a triton_op to its kernels; those that are interpreted no graph can hold.
 op_of_kernels = custom_op if INTERPRETED else triton_op
 
@@ -72,8 +74,9 @@ def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
     columns, lanes = power_of_two_in(w, columns), warps * WARP
-    # The interpreter takes as long for many lanes as for one.
-    channels = min(WARP, power_of_two_from(c)) if channels_last or INTERPRETED else 1
+    channels = WARP if channels_last else 1
+    if LANES_OF_INTERPRETER:
+        lanes, channels = LANES_OF_INTERPRETER, min(WARP, power_of_two_from(c))
     across = w // columns
     # Rows above and below a strip are worked on twice. Lanes enough for any GPU, unless strips would be short.
     strips = max(1, min(LANES // max(1, n * c * across), h // LEAST_ROWS))

@@ -5,10 +5,12 @@ few channels the first two are a kernel of our own, which does on the way what w
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixnorm.ops.spn import _without_autocast
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
@@ -118,7 +120,8 @@ def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, pa
 def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tuple[Tensor, Tensor | None]:
     """p = conv1x1(x), in x's layout; and, if wanted and had for nothing, the partial statistics of x and p."""
     if not (statistics and fits(x, weight, allow_tf32)):
-        return torch.nn.functional.conv2d(x, weight), None
+        with _without_autocast(x.device):
+            return F.conv2d(x, weight), None
     n, c, h, w = x.shape
     p = torch.empty_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)

@@ -41,7 +41,8 @@ def define_op(schema: str, fake, everywhere=None) -> torch._ops.OpOverload:
 
 
 def load_extensions() -> None:
-    """Import the compiled kernels that are there; remember why for those that are not."""
+    """Import the compiled kernels that are there; remember why for those that are not. Triton's are not imported."""
+    _find_kernels_of_a_clone()
     for device, (module, remedy) in _EXTENSIONS.items():
         try:
             importlib.import_module(module)
@@ -102,7 +103,6 @@ def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return f"Triton is for GPUs of compute capability 8.0 and newer, this is {major}.{minor}"
-    _find_kernels_of_a_clone()
     importlib.import_module("pixnorm.triton_kernels.spn")
     return None
 

@@ -1,0 +1,240 @@
+"""SPN in Triton, as far as no GPU is needed. Its kernels' machine code is looked at in test_kernels.py."""
+
+import builtins
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from conftest import INTERPRETER
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # Inductor's
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+import pixnorm
+from pixnorm.functional import spn
+from pixnorm.ops import _dispatch
+from pixnorm.ops import spn as spn_module
+from pixnorm.testing import DENSE_LAYOUTS, SPN, Case
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.cpu
+def test_kernels_under_the_interpreter(request):
+    """tests/interpreted, in a process of its own; started by conftest.py, so that it runs beside other tests."""
+    process = request.config.stash[INTERPRETER]
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output[-6000:]
+    assert " passed" in output and "skipped" not in output
+
+
+# --- torch.compile
+
+
+class PretendedGPU:
+    """What PyTorch and Triton ask of a driver before they compile."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """CPU tensors are taken for those of a GPU; kernels can be compiled, and cannot run."""
+    assert _dispatch._find_triton_obstacle("meta", None) is None
+    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cpu", None): None})
+    monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize(
+    "options, allow_tf32, forward, backward",
+    [
+        ({}, True, ["spn_projection", "spn_finish_statistics", "spn_fwd_modulate"], ["spn_projection"]),
+        ({"upsample": 2, "activation": "relu"}, False, ["conv", "statistics", "spn_finish_", "spn_fwd_mod"], ["conv"]),
+        ({"training": False}, True, ["conv", "spn_fwd_modulate"], ["spn_projection"]),
+    ],
+    ids=str,
+)
+def test_the_compiler_sees_the_kernels(pretended_gpu, monkeypatch, options, allow_tf32, forward, backward, layout):
+    """No graph break; forward and backward are kernels of ours and products of the library, and nothing opaque."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow_tf32)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    tensors = SPN.inputs(Case((2, 8, 4, 8), "", options), layout=layout)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        leaves = [fakes[name].requires_grad_() for name in SPN.differentiable]
+        compiled = torch.compile(
+            SPN.call("triton"),
+            fullgraph=True,
+            backend=aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition),
+        )
+        y = compiled(**fakes, **options)
+        grads = torch.autograd.grad(y.sum(), leaves)
+    upsample = options.get("upsample", 1)
+    assert y.shape == (2, 8, 4 * upsample, 8 * upsample)
+    assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+
+    assert "pixnorm.spn" not in graphs[0].code + graphs[1].code
+    of_backward = ["spn_bwd_reduce", "spn_bwd_finish", "spn_bwd_apply", *backward]
+    for graph, wanted in zip(graphs, (forward, of_backward), strict=True):
+        found = [name for node in graph.graph.nodes for name in called(node)]
+        assert len(found) >= len(wanted) and all(part in name for part, name in zip(wanted, found, strict=False)), found
+
+
+def called(node):
+    """The name of the kernel or of the convolution that a node of a graph is, if it is one."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    if "kernel_idx" in node.kwargs:
+        yield kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+    elif node.op == "call_function" and "convolution" in str(node.target):
+        yield "convolution"
+
+
+def test_the_ops_have_the_schemas_of_the_native_ones():
+    assert _dispatch._find_triton_obstacle("meta", None) is None
+    for native, ours in zip(spn_module._ops("native"), spn_module._ops("triton"), strict=True):
+        for of in ("arguments", "returns"):
+            types_of = [[str(value.type) for value in getattr(op._schema, of)] for op in (native, ours)]
+            assert types_of[0] == types_of[1]
+        assert [a.name for a in native._schema.arguments] == [a.name for a in ours._schema.arguments]
+
+
+# --- the choice
+
+
+@pytest.mark.cpu
+def test_kernels_are_imported_only_when_needed():
+    """Triton itself comes with parts of PyTorch that pixnorm needs."""
+    code = "import sys, torch, pixnorm\n"
+    code += "pixnorm.SPN2d(4)(torch.randn(2, 4, 3, 3)).sum().backward()\n"
+    code += "assert 'pixnorm.ops.spn' in sys.modules\n"
+    code += "assert not [name for name in sys.modules if name.startswith('pixnorm.triton_kernels.')]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.cpu
+def test_without_triton_pixnorm_runs():
+    code = "import sys; sys.modules['triton'] = None\nimport torch, pixnorm\n"
+    code += "pixnorm.SPN2d(4)(torch.randn(2, 4, 3, 3)).sum().backward()\n"
+    code += "print(pixnorm.backends()['triton'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("unavailable: Triton is not there") and "pip install triton" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_triton_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_fallbacks", {})
+
+
+def with_triton(monkeypatch, version):
+    if version is None:
+        real_import = builtins.__import__
+
+        def without_triton(name, *args, **options):
+            if name.partition(".")[0] == "triton":
+                raise ImportError("No module named 'triton'")
+            return real_import(name, *args, **options)
+
+        monkeypatch.delitem(sys.modules, "triton")
+        monkeypatch.setattr(builtins, "__import__", without_triton)
+    else:
+        monkeypatch.setattr(triton, "__version__", version)
+
+
+REFUSALS = {
+    "missing": (None, "cpu", ["No module named 'triton'", "pip install triton"]),
+    "too old": ("3.5.1", "cpu", ["3.5.1 is too old", "triton>=3.6"]),
+    "no GPU": (triton.__version__, "cpu", ["need a GPU", "TRITON_INTERPRET=1"]),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("which", REFUSALS)
+def test_a_named_impl_says_what_is_missing_and_auto_goes_on(monkeypatch, nothing_known, which):
+    version, _, words = REFUSALS[which]
+    tensors = SPN.inputs(Case((2, 3, 4, 5), ""))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with_triton(monkeypatch, version)
+    with pytest.raises(RuntimeError, match=r"spn: impl='triton' cannot run here: .*" + ".*".join(words)):
+        spn(**tensors, impl="triton")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+    report = pixnorm.backends()["triton"]
+    assert report.startswith("unavailable: ") and all(word in report for word in words)
+    spn(**tensors)
+
+
+@pytest.mark.parametrize("version, enough", [("3.5.1", False), ("3.6.0", True), ("3.7.1+git1", True), ("4.0", True)])
+def test_versions(monkeypatch, version, enough):
+    monkeypatch.setattr(triton, "__version__", version)
+    assert (_dispatch._find_triton_obstacle("meta", None) is None) == enough
+
+
+def test_gpus_that_triton_does_not_reach(monkeypatch):
+    assert "device type 'mps'" in _dispatch._find_triton_obstacle("mps", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, reached in [((7, 5), False), ((8, 0), True)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        assert (_dispatch._find_triton_obstacle("cuda", 0) is None) == reached
+
+
+@pytest.mark.parametrize(
+    "native, refusal, on_triton, preferred, chosen",
+    [
+        (None, None, None, "native", "native"),
+        (None, None, None, "triton", "triton"),
+        (None, None, "too old", "triton", "native"),
+        ("not built", None, None, "native", "triton"),
+        (None, "kernel size 5", None, "native", "triton"),
+        ("not built", None, "not installed", "native", "reference"),
+    ],
+)
+def test_auto_on_a_gpu(monkeypatch, nothing_known, native, refusal, on_triton, preferred, chosen):
+    """The faster one of those that can run: not a word about the other one; the reference only where neither can."""
+    monkeypatch.setattr(_dispatch, "_missing", {"cuda": native} if native else {})
+    monkeypatch.setattr(_dispatch, "_gpu_obstacles", {0: None})
+    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cuda", 0): on_triton})
+    arguments = "spn", "auto", torch.device("cuda", 0), refusal, preferred
+    if chosen == "reference":
+        with pytest.warns(UserWarning, match="runs on the reference: not built; not installed"):
+            assert _dispatch.choose(*arguments) == chosen
+    else:
+        assert _dispatch.choose(*arguments) == chosen
+
+
+def test_the_table_of_what_is_faster(monkeypatch):
+    """By GPU, dtype, layout and upsampling; where nothing is known, native."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    x = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, is_contiguous=lambda **options: bool(options)
+    )
+    assert spn_module._preferred(x, 2) == "native"
+    monkeypatch.setattr(spn_module, "_TRITON_IS_FASTER", {("a GPU", torch.bfloat16, True, 2)})
+    assert spn_module._preferred(x, 2) == "triton"
+    assert spn_module._preferred(x, 1) == "native"
+    assert spn_module._preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
+
+
+def test_meta_tensors_have_the_shape_of_the_result():
+    tensors = {name: tensor.to("meta") for name, tensor in SPN.inputs(Case((2, 3, 4, 5), "")).items()}
+    y = spn(**tensors, upsample=2, impl="triton")
+    assert y.device.type == "meta" and y.shape == (2, 3, 8, 10)
