@@ -29,7 +29,7 @@ test: build  ## run the tests
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 	$(PY) -m benchmarks.report --results $(RESULTS)
 
-kernels: $(READY)  ## compile the CUDA kernels (no GPU needed) and check what their machine code says
+kernels: $(READY)  ## compile the kernels for GPUs (none needed) and check what their machine code says
 	$(PY) -m benchmarks.kernels
 
 gpu: $(READY)  ## on a machine with a GPU: build, test and measure there; results go to RESULTS

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from benchmarks import triton_code
 from benchmarks.machine_code import ROOT, Function, functions, listed, missing
 from benchmarks.model import GPU, GPUS, KB, WARP, gemm_times, kernel_bytes
-from benchmarks.triton_code import TritonKernel, triton_kernels
+from benchmarks.triton_code import Processes, TritonKernel, triton_kernels
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ITEMSIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
@@ -305,7 +305,8 @@ def main() -> None:
         print("\n## Predictions of the layer", layers(usual), sep="\n\n")
     if lacking := triton_code.missing():
         sys.exit(f"Triton's kernels cannot be compiled: {lacking}")
-    of_triton = triton_kernels(arguments.all)
+    with Processes() as processes:
+        of_triton = triton_kernels(processes, arguments.all)
     faults += _print_gates("Triton", of_triton)
     if arguments.all:
         print("\n## Predictions of Triton's", predictions(of_triton), sep="\n\n")

@@ -78,14 +78,11 @@ def selection() -> list[tuple[Configuration, GPU]]:
     and upsampling each GPU has one, and in bfloat16 the opposite one. So each GPU has each kernel that walks in both;
     the others it has in the one that comes first. What else there is, in NCHW, for one GPU each. Half is as bfloat16.
     """
-    walks = list(product((False, True), (1, 2)))
+    walks = [(last, upsample, upsample == 2) for last, upsample in product((False, True), (1, 2))]
     found = []
     for i, gpu in enumerate(TRITON_GPUS):
-        of = [
-            Configuration(dtype, *walk, relu=walk[1] == 2)
-            for dtype, walk in zip(("float", "BFloat16"), (walks[i], walks[~i]))
-        ]
-        found += [(configuration, gpu) for configuration in (of if i % 2 == 0 else of[::-1])]
+        of_both = [Configuration("float", *walks[i]), Configuration("BFloat16", *walks[~i])]
+        found += [(of, gpu) for of in (of_both if i % 2 == 0 else of_both[::-1])]
     others = [
         Configuration("double"),
         Configuration("float", kernel_size=1),
@@ -213,7 +210,7 @@ def _import_kernels() -> None:
 
 
 class Processes:
-    """As many as there are cores. An assertion in Triton's compiler ends the process that it is in; no other does."""
+    """One for each core; each takes half a GB. An assertion in Triton's compiler ends the process that it is in."""
 
     def __enter__(self) -> "Processes":
         # Kernels that are interpreted cannot be compiled.
@@ -221,7 +218,7 @@ class Processes:
         self._environment = patch.dict(os.environ, surroundings)
         self._environment.start()
         self._idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
-        for _ in range(os.cpu_count() or 1):
+        for _ in range(min(16, os.cpu_count() or 1)):
             self._idle.put(self._start())
         return self
 
@@ -387,18 +384,17 @@ def missing() -> str | None:
     return machine_code.missing(["nvdisasm", "cuobjdump", "c++filt"])
 
 
-def triton_kernels(all_of_them: bool = False) -> list[TritonKernel]:
+def triton_kernels(processes: Processes, all_of_them: bool = False) -> list[TritonKernel]:
     """Those of ``selection`` or of ``everything``, each as it is for the GPU beside it; compiles what has changed."""
     wanted = everything() if all_of_them else selection()
     configurations = list(dict.fromkeys(configuration for configuration, _ in wanted))
-    with Processes() as processes:
-        recorded = dict(zip(configurations, processes.map(launches, [(of,) for of in configurations]), strict=True))
-        jobs = {}
-        for of, gpu in wanted:
-            for launch in recorded[of]:
-                key = launch.key() if all_of_them or launch.walks else launch.name
-                jobs.setdefault((gpu.arch, key), (launch, gpu))
-        slow_first = sorted(jobs.values(), key=lambda job: (job[0].kernel == REDUCE, job[0].configuration[1:]))[::-1]
-        codes = processes.map(compiled, slow_first)
+    recorded = dict(zip(configurations, processes.map(launches, [(of,) for of in configurations]), strict=True))
+    jobs = {}
+    for of, gpu in wanted:
+        for launch in recorded[of]:
+            key = launch.key() if all_of_them or launch.walks else launch.name
+            jobs.setdefault((gpu.arch, key), (launch, gpu))
+    slow_first = sorted(jobs.values(), key=lambda job: (job[0].kernel == REDUCE, job[0].configuration[1:]))[::-1]
+    codes = processes.map(compiled, slow_first)
     found = [TritonKernel(gpu, *code, launch) for (launch, gpu), code in zip(slow_first, codes, strict=True)]
     return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, kernel.launch.configuration))

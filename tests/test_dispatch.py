@@ -57,13 +57,13 @@ def test_the_native_kernels_are_built():
     """Every other test of a kernel would be worth nothing without it, so their absence is a failure, not a skip."""
     report = pixnorm.backends()[f"native ({DEVICE})"]
     assert report.startswith("available"), report
-    assert available_impls() == ["reference", "native"]
+    assert available_impls()[:2] == ["reference", "native"]
 
 
 def test_the_report_says_what_can_run_and_why_the_rest_cannot():
     report = pixnorm.backends()
     assert report["reference"] == "available"
-    assert {"native (cpu)", "native (cuda)"} <= report.keys()
+    assert {"native (cpu)", "native (cuda)", "triton"} <= report.keys()
     for text in report.values():
         assert text.startswith(("available", "unavailable: ", "ran on the reference: "))
         assert len(text) > len("unavailable: ") or text == "available"
@@ -102,6 +102,7 @@ FALLBACKS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("which", FALLBACKS)
 def test_auto_falls_back_with_a_reason(nothing_fell_back, which):
     make, reason = FALLBACKS[which]
@@ -115,6 +116,7 @@ def test_auto_falls_back_with_a_reason(nothing_fell_back, which):
     assert any(key.startswith("auto") and "spn" in key and reason in text for key, text in pixnorm.backends().items())
 
 
+@pytest.mark.cpu
 def test_auto_warns_once_per_reason(nothing_fell_back):
     """However often, and in whatever order, the reasons come by: a generator may have layers of several kinds."""
     with warnings.catch_warnings(record=True) as caught:
@@ -139,6 +141,7 @@ def test_a_named_impl_never_falls_back(which):
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
 
 
+@pytest.mark.cpu
 def test_a_fallback_compiles(nothing_fell_back):
     """Neither a graph break nor a warning from inside the compiler."""
     torch.compiler.reset()
@@ -197,6 +200,7 @@ def run_without_kernels(code):
     return subprocess.run([sys.executable, "-c", prelude + code], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.cpu
 def test_without_kernels_auto_runs_the_reference_and_says_so_once():
     result = run_without_kernels(
         "leaf = t['x'].requires_grad_()\n"

@@ -64,6 +64,7 @@ def peak_of_gpu(function):
     return peak
 
 
+@pytest.mark.parametrize("kernel", ["native"], indirect=True)  # the convolutions of the others have workspaces
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
 @pytest.mark.parametrize(
     "layout, upsample, dtype, copies",

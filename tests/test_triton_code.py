@@ -26,8 +26,14 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=
 
 
 @pytest.fixture(scope="module")
-def found():
-    return triton_kernels()
+def processes():
+    with Processes() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def found(processes):
+    return triton_kernels(processes)
 
 
 def test_all_kernels_pass_the_gates(found):
@@ -57,20 +63,16 @@ def test_predictions_follow_from_bytes_and_instructions(found):
     assert report.predictions(found).count("\n") == 1 + len(found)
 
 
-def test_each_gate_can_fail(found):
+def test_each_gate_can_fail(found, processes):
     """Of what passes, one thing is made worse at a time."""
     of = {k.name: k for k in found if k.walks and k.launch.configuration == ("float", False, 1, False, 3, False)}
     modulate, reduce, apply = (of[name] for name in (MODULATE, REDUCE, APPLY))
     unaligned = modulate.launch._replace(attributes={})
-    many_columns = reduce.launch._replace(constants=reduce.launch.constants | {"V": 16})
+    few_registers = reduce.launch._replace(options=reduce.launch.options | {"maxnreg": 96})
     many_channels = apply.launch._replace(constants=apply.launch.constants | {"CHANNELS": 32})
-    at_fault = [(launch, modulate.gpu) for launch in (unaligned, many_columns, many_channels)]
-    with Processes() as processes:
-        codes = processes.map(compiled, at_fault)
-    faults = [
-        " ".join(TritonKernel(gpu, *code, launch).violations())
-        for (launch, gpu), code in zip(at_fault, codes, strict=True)
-    ]
+    at_fault = [(launch, modulate.gpu) for launch in (unaligned, few_registers, many_channels)]
+    codes = zip(at_fault, processes.map(compiled, at_fault), strict=True)
+    faults = [" ".join(TritonKernel(gpu, *code, launch).violations()) for (launch, gpu), code in codes]
     assert "not 2 LDG of 16 bytes, 1 STG of 16 bytes" in faults[0]
     assert "bytes of local memory: {" in faults[1] and "'STL" in faults[1]
     assert "bytes of shared memory, ['BAR" in faults[2]
@@ -78,13 +80,12 @@ def test_each_gate_can_fail(found):
     assert crowded.violations() == [f"room for {crowded.warps} warps, not {LEAST_WARPS}"]
 
 
-def test_a_compiler_that_dies_is_told_with_what_it_worked_on():
-    with Processes() as processes:
-        with pytest.raises(RuntimeError, match=r"^3 5: the compiler died"):
-            processes.map(_exit, [(3, 5)])
-        assert processes.map(divmod, [(7, 2)] * 3) == [(3, 1)] * 3
-        with pytest.raises(RuntimeError, match=r"^7 0: .*zero"):
-            processes.map(divmod, [(7, 0)])
+def test_a_compiler_that_dies_is_told_with_what_it_worked_on(processes):
+    with pytest.raises(RuntimeError, match=r"^3 5: the compiler died"):
+        processes.map(_exit, [(3, 5)])
+    assert processes.map(divmod, [(7, 2)] * 3) == [(3, 1)] * 3
+    with pytest.raises(RuntimeError, match=r"^7 0: .*zero"):
+        processes.map(divmod, [(7, 0)])
 
 
 def _exit(status: int, _) -> None:

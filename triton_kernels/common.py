@@ -5,6 +5,7 @@ a tuple of V such tensors, so that what it computes stays in its registers. Wher
 (NCHW) those V columns are one vector of up to 16 bytes; in channels_last neighbouring lanes are neighbouring channels.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
+GPUS = ("cuda", "xpu")
 WARP = 32
 # Lanes of a walk where there are enough rows for them: 16 warps for each of 132 multiprocessors, twice.
 LANES = 1 << 17
@@ -26,10 +28,11 @@ op_of_kernels = custom_op if INTERPRETED else triton_op
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run a kernel so that torch.compile sees it; nothing for an empty grid. On the GPU of the first tensor."""
-    if 0 in grid:
-        return
-    (kernel if INTERPRETED else wrap_triton(kernel))[grid](*arguments, **options)
+    """Run a kernel so that torch.compile sees it; on the GPU of the first argument, whichever the current one is."""
+    device = arguments[0].device
+    on_device = torch.accelerator.device_index(device.index) if device.type in GPUS else contextlib.nullcontext()
+    with on_device:
+        (kernel if INTERPRETED else wrap_triton(kernel))[grid](*arguments, **options)
 
 
 class Walk(NamedTuple):

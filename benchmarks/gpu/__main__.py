@@ -111,7 +111,8 @@ def parts(device: str, results: Path) -> tuple[Part, list[Part]]:
     tests = [*python, "-m", "pytest", "tests", f"--device={device}", "--continue-on-collection-errors"]
     tests += ["-q", "--tb=short", "--durations=10", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]  # one process can seldom keep the GPU busy
+        # One process can seldom keep the GPU busy, and compiling Triton's kernels takes the CPU.
+        tests += ["-n", str(max(4, (os.cpu_count() or 4) - 4))]
     if device == "cpu":
         tests += ["-k", "test_errors"]
     report = [*python, "-m", "benchmarks.gpu.report", "--records", str(FOLDER), "--results", str(results)]

@@ -24,7 +24,7 @@ class SPN2d(nn.Module):
         track_running_stats: if False there are no running statistics, and eval mode uses those of the batch too.
         upsample: 2 normalises ``interpolate(x, scale_factor=2, mode="nearest")``, at the cost of low resolution.
         activation: None or ``"relu"``, applied to the result.
-        impl: ``"auto"``, ``"native"`` or ``"reference"``, as in :func:`pixnorm.functional.spn`.
+        impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.spn`.
         device: of parameters and buffers.
         dtype: of parameters and buffers; float32 also serves float16 and bfloat16 inputs.
         init: ``"bn"`` starts as plain batch norm with scale 1 and shift 0: each depthwise kernel is that times a delta,

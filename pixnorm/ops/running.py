@@ -17,6 +17,8 @@ def update_running_reference(running: Sequence[Tensor], batch: Sequence[Tensor],
         momentum: weight of the batch.
         count: values per channel; running variances are unbiased.
     """
+    if not running:
+        return
     weights = [momentum, momentum * count / (count - 1)] * (len(running) // 2)
     torch._foreach_mul_(running, 1 - momentum)
     torch._foreach_add_(running, torch._foreach_mul(batch, weights))
