@@ -121,7 +121,10 @@ def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tu
     """p = conv1x1(x), in x's layout; and, if wanted and had for nothing, the partial statistics of x and p."""
     if not (statistics and fits(x, weight, allow_tf32)):
         with _without_autocast(x.device):
-            return F.conv2d(x, weight), None
+            p = F.conv2d(x, weight)
+        if p.shape[1] == 1:  # where the library may give any stride to the channel
+            p = p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1))
+        return p, None
     n, c, h, w = x.shape
     p = torch.empty_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)

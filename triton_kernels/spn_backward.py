@@ -352,6 +352,11 @@ def spn_bwd_apply_kernel(
     columns = columns_around(w, W, V, HALO)
     mean_g = channel_value(means_ptr, c * 4)
     mean_gx = channel_value(means_ptr, c * 4 + 1)
+    mask_rstd = reciprocal_std(channel_value(mask_var_ptr, mask_channel), EPS)
+    mask_mean = channel_value(mask_mean_ptr, mask_channel)
+    scale = channel_value(mask_weight_ptr, mask_channel).to(mask_rstd.dtype) * mask_rstd
+    mean_q = channel_value(means_ptr, c * 4 + 2)
+    mean_qp = channel_value(means_ptr, c * 4 + 3)
 
     P_WIDE: tl.constexpr = ONE_MASK or not LAST
     zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
@@ -392,11 +397,11 @@ def spn_bwd_apply_kernel(
                     g += value * d_beta[a][(j + AROUND) * U + b]
             dx = dx + ((g - mean_g - x_hat[j + AROUND] * mean_gx) * rstd,)
         if ONE_MASK:
-            scale = channel_value(projection_ptr, c)
+            weight = channel_value(projection_ptr, c)
             dp = load_columns(dp_ptr, p_plane, (h * W + w), 1, own, V, LANES, True)
             with_mask = ()
             for j in tl.static_range(V):
-                with_mask = with_mask + (dx[j] + scale * dp[j],)
+                with_mask = with_mask + (dx[j] + weight * dp[j],)
             dx = with_mask
         store_columns(dx_ptr, plane, (h * W + w) * pixel, pixel, dx, own, V, LANES, not LAST)
 
@@ -404,11 +409,6 @@ def spn_bwd_apply_kernel(
             dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
             above = h - REACH
             complete = live & (o >= REACH) & (above < H)
-            mask_rstd = reciprocal_std(channel_value(mask_var_ptr, mask_channel), EPS)
-            mask_mean = channel_value(mask_mean_ptr, mask_channel)
-            scale = channel_value(mask_weight_ptr, mask_channel).to(mask_rstd.dtype) * mask_rstd
-            mean_q = channel_value(means_ptr, c * 4 + 2)
-            mean_qp = channel_value(means_ptr, c * 4 + 3)
             p = load_columns(p_ptr, p_plane, (above * W + w) * pixel, pixel, complete, V, LANES, P_WIDE)
             dp = ()
             for j in tl.static_range(V):

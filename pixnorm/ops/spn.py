@@ -81,13 +81,16 @@ def _dense_like(x: Tensor, scale: int = 1) -> Tensor:
     return x.new_empty((n, c, h * scale, w * scale)).to(memory_format=memory_format)
 
 
-def _statistics_like(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[1],), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+def _statistics_like(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty((channels,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _spn_fwd_fake(x, *args):
+def _spn_fwd_fake(x, mask_projection, *args):
     upsample = args[-3]
-    return _dense_like(x, upsample), _dense_like(x), *(_statistics_like(x) for _ in range(4))
+    n, c, h, w = x.shape
+    masks = mask_projection.shape[0]
+    p = _dense_like(x) if masks == c else x.new_empty((n, masks, h, w))
+    return _dense_like(x, upsample), p, *(_statistics_like(x, size) for size in (c, c, masks, masks))
 
 
 def _spn_bwd_fake(grad_y, x, *args):
