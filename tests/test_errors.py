@@ -192,7 +192,7 @@ def test_spn_wants_two_values_per_channel_in_training(impl, dtype):
 
 
 def test_spn_refuses_an_unknown_impl():
-    with pytest.raises(ValueError, match=r"'auto', 'native', 'reference', got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"'auto', 'native', 'triton', 'reference', got 'cudnn'"):
         spn(**spn_arguments(), impl="cudnn")
 
 

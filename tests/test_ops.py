@@ -306,7 +306,8 @@ def test_compile(spec, impl, layout):
     compiled = torch.compile(spec.call(impl), fullgraph=True, backend="aot_eager", dynamic=True)
     check_compiled(spec, impl, compiled, spec.inputs(Case((2, 3, 4, 5), "", options), layout=layout), options)
     with torch.compiler.set_stance("fail_on_recompile"):
-        tensors = spec.inputs(Case((3, 3, 6, 7), "", options), layout=layout)
+        # Divisible by the same powers of two: by these Triton's kernels differ.
+        tensors = spec.inputs(Case((3, 3, 12, 7), "", options), layout=layout)
         check_compiled(spec, impl, compiled, tensors, options)
 
 

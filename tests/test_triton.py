@@ -11,7 +11,9 @@ import torch
 from conftest import INTERPRETER
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # Inductor's
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pixnorm
 from pixnorm.functional import spn
@@ -56,21 +58,34 @@ def pretended_gpu(monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    "layout, options, allow_tf32, forward, backward",
+    "layout, options, sizes, allow_tf32, dynamic, forward, backward",
     [
-        ("contiguous", {}, True, ["spn_projection", "spn_finish_statistics", "spn_fwd_modulate"], ["spn_projection"]),
+        ("contiguous", {}, {}, True, False, ["projection", "finish_statistics", "modulate"], ["projection", "conv"]),
         (
             "channels_last",
             {"upsample": 2, "activation": "relu"},
+            {},
             False,
-            ["conv", "statistics", "spn_finish_", "spn_fwd_mod"],
+            True,
+            ["conv", "statistics", "finish_statistics", "modulate"],
             ["conv"],
         ),
-        ("channels_last", {"training": False}, True, ["conv", "spn_fwd_modulate"], ["spn_projection"]),
+        ("channels_last", {"training": False}, {}, True, False, ["conv", "modulate"], ["projection", "conv"]),
+        (
+            "contiguous",
+            {},
+            {"masks": 1},
+            True,
+            False,
+            ["conv", "statistics", "finish_statistics", "statistics", "finish_statistics", "modulate"],
+            ["conv"],
+        ),
     ],
     ids=str,
 )
-def test_the_compiler_sees_the_kernels(pretended_gpu, monkeypatch, layout, options, allow_tf32, forward, backward):
+def test_the_compiler_sees_the_kernels(
+    pretended_gpu, monkeypatch, layout, options, sizes, allow_tf32, dynamic, forward, backward
+):
     """No graph break; forward and backward are kernels of ours and products of the library, and nothing opaque."""
     torch.compiler.reset()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow_tf32)
@@ -80,15 +95,12 @@ def test_the_compiler_sees_the_kernels(pretended_gpu, monkeypatch, layout, optio
         graphs.append(graph)
         return graph
 
-    tensors = SPN.inputs(Case((2, 8, 4, 8), "", options), layout=layout)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+    tensors = SPN.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if dynamic else None) as mode:
+        fakes = {name: mode.from_tensor(tensor, static_shapes=not dynamic) for name, tensor in tensors.items()}
         leaves = [fakes[name].requires_grad_() for name in SPN.differentiable]
-        compiled = torch.compile(
-            SPN.call("triton"),
-            fullgraph=True,
-            backend=aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition),
-        )
+        backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+        compiled = torch.compile(SPN.call("triton"), fullgraph=True, backend=backend, dynamic=dynamic)
         y = compiled(**fakes, **options)
         grads = torch.autograd.grad(y.sum(), leaves)
     upsample = options.get("upsample", 1)
@@ -97,20 +109,24 @@ def test_the_compiler_sees_the_kernels(pretended_gpu, monkeypatch, layout, optio
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
 
     assert "pixnorm.spn" not in graphs[0].code + graphs[1].code
-    of_backward = ["spn_bwd_reduce", "spn_bwd_finish", "spn_bwd_apply", *backward]
+    of_backward = ["reduce", "finish", "apply", *backward]
     for graph, wanted in zip(graphs, (forward, of_backward), strict=True):
-        found = [name for node in graph.graph.nodes for name in called(node)]
-        assert len(found) >= len(wanted) and all(part in name for part, name in zip(wanted, found, strict=False)), found
+        nodes = [node for node in graph.graph.nodes if name_of_kernel(node)]
+        found = [name_of_kernel(node) for node in nodes]
+        assert len(found) == len(wanted), found
+        assert all(part in name for part, name in zip(wanted, found, strict=True)), found
+        for node in nodes:
+            # What is written is cloned, argument by argument: one tensor in two places would be written in one of them.
+            arguments = node.kwargs.get("kwargs", {})
+            written = [arguments[name] for name in node.kwargs.get("tensors_to_clone", ())]
+            assert all(list(arguments.values()).count(tensor) == 1 for tensor in written), node
 
 
-def called(node):
+def name_of_kernel(node):
     """The name of the kernel or of the convolution that a node of a graph is, if it is one."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
     if "kernel_idx" in node.kwargs:
-        yield kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
-    elif node.op == "call_function" and "convolution" in str(node.target):
-        yield "convolution"
+        return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+    return "convolution" if node.op == "call_function" and "convolution" in str(node.target) else None
 
 
 def test_the_ops_have_the_schemas_of_the_native_ones():
@@ -196,6 +212,8 @@ def test_versions(monkeypatch, version, enough):
 
 def test_gpus_that_triton_does_not_reach(monkeypatch):
     assert "device type 'mps'" in _dispatch._find_triton_obstacle("mps", None)
+    assert "does not start" in _dispatch._find_triton_obstacle("cuda", 0) or torch.cuda.is_available()
+    monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, reached in [((7, 5), False), ((8, 0), True)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
@@ -218,7 +236,7 @@ def test_auto_on_a_gpu(monkeypatch, nothing_known, native, refusal, on_triton, p
     monkeypatch.setattr(_dispatch, "_missing", {"cuda": native} if native else {})
     monkeypatch.setattr(_dispatch, "_gpu_obstacles", {0: None})
     monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cuda", 0): on_triton})
-    arguments = "spn", "auto", torch.device("cuda", 0), refusal, preferred
+    arguments = "spn", "auto", torch.device("cuda", 0), {"native": refusal, "triton": None}, preferred
     if chosen == "reference":
         with pytest.warns(UserWarning, match="runs on the reference: not built; not installed"):
             assert _dispatch.choose(*arguments) == chosen

@@ -98,6 +98,10 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def power_of_two_in(size: int, most: int) -> int:
     """The largest power of two, up to ``most``, that divides ``size``."""
     divisor = 1

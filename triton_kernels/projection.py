@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import _without_autocast
+from pixnorm.ops.spn import _dense_like, _without_autocast
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
     is_channels_last,
     launch,
+    memory_format_of,
     power_of_two_from,
     power_of_two_in,
 )
@@ -24,15 +25,16 @@ from pixnorm.triton_kernels.common import (
 # the time that it moves one, an H200 92 and 184. Up to here its time is that of its bytes on both, and it is worth
 # saving those of the statistics (2 passes of 7) and of the sum onto dx (2 of 5).
 MOST_CHANNELS = 128
-# Pixels of a tile: the outputs of all channels are in registers, at most 64 of a thread.
-PIXELS, CHUNK, WARPS, STAGES = 64, 32, 4, 3
+# Pixels of a tile: its statistics take as many bytes as 6 of them. Outputs are in registers, at most 64 of a thread.
+PIXELS, CHUNK, WARPS, STAGES = 128, 32, 8, 3
 
 
 @triton.jit
 def rounded_to_tf32(value):
     """To the nearest; the multiplier by itself would cut off."""
     if value.dtype == tl.float32:
-        return ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(value == value, rounded, value)  # not a number has all bits set
     else:
         return value
 
@@ -71,6 +73,7 @@ def spn_projection_kernel(
         start = n.to(tl.int64) * C * pixels + (o_pixel - n * pixels)
         start = tl.max_contiguous(tl.multiple_of(start, VECTOR), VECTOR)
         channel = pixels
+    PRECISION: tl.constexpr = "tf32" if in_ptr.dtype.element_ty == tl.float32 else "ieee"
     total = tl.zeros([OUT, PIXELS], dtype=tl.float32)
     for first in range(0, C, CHUNK):
         o_in = first + tl.arange(0, CHUNK)
@@ -82,7 +85,7 @@ def spn_projection_kernel(
         value = tl.load(
             in_ptr + (o_in[:, None] * channel + start[None, :]), mask=(o_in < C)[:, None] & valid[None, :], other=0.0
         )
-        total = tl.dot(rounded_to_tf32(weight), rounded_to_tf32(value), total, input_precision="tf32")
+        total = tl.dot(rounded_to_tf32(weight), rounded_to_tf32(value), total, input_precision=PRECISION)
         if STATISTICS:
             to = partials_ptr + tile.to(tl.int64) * 3 * C
             store_statistics(to, value.to(tl.float32), valid[None, :], count, C, o_in)
@@ -101,6 +104,8 @@ def fits(x: Tensor, weight: Tensor, allow_tf32: bool) -> bool:
     """Whether the kernel takes this product."""
     if weight.shape[0] != weight.shape[1] or x.shape[1] > MOST_CHANNELS or x.numel() == 0:
         return False
+    if x.dtype == torch.float32 and torch.version.hip:  # few of AMD's GPUs have TF32
+        return False
     if x.dtype == torch.bfloat16 and INTERPRETED:  # NumPy has no bfloat16, and its products are wrong there
         return False
     return x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and allow_tf32)
@@ -108,12 +113,14 @@ def fits(x: Tensor, weight: Tensor, allow_tf32: bool) -> bool:
 
 def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, partials: Tensor | None) -> None:
     n, c, h, w = x.shape
+    channels_last = is_channels_last(x)
     parts = triton.cdiv(n * h * w, PIXELS)
+    vector = 1 if channels_last else power_of_two_in(h * w, 16 // x.element_size())
     launch(
-        spn_projection_kernel, (parts,), weight, x, out, out if partials is None else partials, n, c, h * w, parts,
-        *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=is_channels_last(x),
-        VECTOR=power_of_two_in(h * w, 16 // x.element_size()), OUT=max(16, power_of_two_from(c)), PIXELS=PIXELS,
-        CHUNK=CHUNK, num_warps=WARPS, num_stages=STAGES,
+        spn_projection_kernel, (parts,), weight, x, out, weight if partials is None else partials, n, c, h * w, parts,
+        *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=channels_last,
+        VECTOR=vector, OUT=max(16, power_of_two_from(c)), PIXELS=PIXELS, CHUNK=CHUNK, num_warps=WARPS,
+        num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -122,11 +129,12 @@ def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tu
     if not (statistics and fits(x, weight, allow_tf32)):
         with _without_autocast(x.device):
             p = F.conv2d(x, weight)
-        if p.shape[1] == 1:  # where the library may give any stride to the channel
-            p = p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1))
-        return p, None
+        # The library has rules of its own for the layout of p, by that of the weight and by dtype.
+        if p.shape[1] == 1:
+            return p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1)), None
+        return p.contiguous(memory_format=memory_format_of(x)), None
     n, c, h, w = x.shape
-    p = torch.empty_like(x)
+    p = _dense_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)
     partials = torch.empty((2, parts, 3, c), dtype=accumulator(x), device=x.device)
     _launch(weight, (c, 1), x, p, partials)
@@ -149,7 +157,10 @@ def grad_weight(dp: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _convolution_backward(dp: Tensor, x: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor, Tensor]:
-    wanted = [of_input, True, False]
-    return torch.ops.aten.convolution_backward(dp, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted)[
-        :2
-    ]
+    options = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [of_input, True, False]
+    before = torch.backends.cudnn.deterministic
+    try:
+        torch.backends.cudnn.deterministic = True  # the same bits on each run
+        return torch.ops.aten.convolution_backward(dp, x, weight, None, *options)[:2]
+    finally:
+        torch.backends.cudnn.deterministic = before

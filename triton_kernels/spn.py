@@ -7,7 +7,6 @@ through them to the kernels and the products of the library. Backward is in spn_
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +18,7 @@ from pixnorm.triton_kernels.common import (
     is_channels_last,
     launch,
     load_columns,
+    memory_format_of,
     op_of_kernels,
     power_of_two_from,
     store_columns,
@@ -188,25 +188,25 @@ def spn_fwd(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op of SPN, see pixnorm/ops/spn.py."""
+    upsample = int(upsample)  # traced with dynamic shapes, it is not one
     x = dense(x)
     n, c, h, w = x.shape
     y = _dense_like(x, upsample)
     weight = mask_projection.contiguous().to(x.dtype)
     given = (mean, var, mask_mean, mask_var)
-    if x.numel() == 0:
-        used = [
-            x.new_zeros((c,), dtype=accumulator(x)) if s is None else s.to(accumulator(x), copy=True) for s in given
-        ]
-        return y, F.conv2d(x, weight), *used
     p, partials = project(x, weight, allow_tf32, mean is None)
     if mean is not None:
         used = [s.to(accumulator(x), copy=True).contiguous() for s in given]
+    elif x.numel() == 0:
+        used = [x.new_zeros((size,), dtype=accumulator(x)) for size in (c, c, p.shape[1], p.shape[1])]
     elif partials is not None:
         used = finish_statistics(partials)
     elif p.shape == x.shape:
         used = finish_statistics(partial_statistics((x, p)))
     else:
         used = finish_statistics(partial_statistics((x,))) + finish_statistics(partial_statistics((p,)))
+    if x.numel() == 0:
+        return y, p, *used
     parameters = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     walk = _walk(MODULATE, x, upsample, gamma_weight.shape[-1])
     launch(
@@ -238,17 +238,17 @@ def spn_bwd(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op of SPN, see pixnorm/ops/spn.py."""
+    upsample = int(upsample)
     x = dense(x)
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
-    dx = torch.empty_like(x)
+    dx = _dense_like(x)
     weight = mask_projection.contiguous().to(x.dtype)
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
     if x.numel() == 0:
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    grad_y, p = (t.contiguous(memory_format=memory_format) for t in (grad_y, p))
+    grad_y, p = (t.contiguous(memory_format=memory_format_of(x)) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
     options = _options(gamma_weight, mask_weight, c, eps, upsample, relu)
     one_mask, k = options["ONE_MASK"], options["K"]
@@ -256,7 +256,7 @@ def spn_bwd(
     walk = _walk(REDUCE, x, upsample, k)
     parts = walk.parts(c)
     sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
-    dm = torch.empty_like(x, dtype=used[0].dtype) if one_mask else dx
+    dm = _dense_like(x, dtype=used[0].dtype) if one_mask else x
     # In double, and for 5 x 5 taps, the sums of a program are so many registers that it has half of them.
     halves = k == 5 or x.dtype == torch.float64
     launch(
@@ -271,7 +271,7 @@ def spn_bwd(
     if one_mask:
         dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
     else:
-        dp = torch.empty_like(x)
+        dp = _dense_like(x)
     walk = _walk(APPLY, x, upsample, k)
     launch(
         spn_bwd_apply_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp, n, c, h, w,

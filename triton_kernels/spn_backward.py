@@ -305,13 +305,14 @@ def spn_bwd_finish_kernel(
     if not ONE_MASK:
         tl.store(d_mask_weight_ptr + c, q_p.to(d_mask_weight_ptr.dtype.element_ty))
         tl.store(d_mask_bias_ptr + c, q.to(d_mask_bias_ptr.dtype.element_ty))
-    centre = to_accumulator(count, sums_ptr) * 0.0
     if TRAINING:
-        centre = 1.0 / to_accumulator(count, sums_ptr)
-    tl.store(means_ptr + c * 4, g * centre)
-    tl.store(means_ptr + (c * 4 + 1), g_x * centre)
-    tl.store(means_ptr + (c * 4 + 2), q * centre)
-    tl.store(means_ptr + (c * 4 + 3), q_p * centre)
+        centre = 1.0 / (to_accumulator(tl.full([], 1.0, tl.float32), sums_ptr) * count)
+        tl.store(means_ptr + c * 4, g * centre)
+        tl.store(means_ptr + (c * 4 + 1), g_x * centre)
+        tl.store(means_ptr + (c * 4 + 2), q * centre)
+        tl.store(means_ptr + (c * 4 + 3), q_p * centre)
+    else:  # not a product with 0, which NaN would survive
+        tl.store(means_ptr + (c * 4 + tl.arange(0, 4)), tl.zeros([4], dtype=tl.float32))
 
 
 @triton.jit

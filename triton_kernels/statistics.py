@@ -24,6 +24,8 @@ TILE, TILE_OF_DOUBLE, WARPS = 2048, 1024, 4
 RUN = 128
 # Programs in all, and the fewest tiles of one: enough for any GPU, few to add up.
 PROGRAMS, LEAST_TILES = 2048, 4
+# Parts that one program adds up in turn; of more, groups are added up first.
+MOST_PARTS, GROUP = 512, 64
 
 
 @triton.jit
@@ -98,6 +100,55 @@ def spn_statistics_kernel(
 
 
 @triton.jit
+def merged(from_ptr, begin, end, C, channel, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Count, mean and sum of squares of some channels, over the parts from begin to end, one at least.
+
+    Args:
+        from_ptr: the tensor's parts.
+    """
+    exists = channel < C
+    o_part = tl.arange(0, PARTS)
+    about = tl.load(from_ptr + (begin * 3 + 1) * C + channel, mask=exists, other=0.0)
+    whole = tl.zeros_like(about)
+    shifted = tl.zeros_like(about)
+    for first in range(begin, end, PARTS):
+        at = ((first + o_part) * 3 * C)[:, None] + channel[None, :]
+        valid = (first + o_part < end)[:, None] & exists[None, :]
+        count = tl.load(from_ptr + at, mask=valid, other=0.0)
+        mean = tl.load(from_ptr + (at + C), mask=valid, other=0.0)
+        whole += tl.sum(count, axis=0)
+        shifted += tl.sum(tl.where(valid, count * (mean - about[None, :]), 0.0), axis=0)
+    of_all = about + shifted / tl.where(exists, whole, 1.0)
+    squares = tl.zeros_like(about)
+    for first in range(begin, end, PARTS):
+        at = ((first + o_part) * 3 * C)[:, None] + channel[None, :]
+        valid = (first + o_part < end)[:, None] & exists[None, :]
+        count = tl.load(from_ptr + at, mask=valid, other=0.0)
+        mean = tl.load(from_ptr + (at + C), mask=valid, other=0.0)
+        square = tl.load(from_ptr + (at + 2 * C), mask=valid, other=0.0)
+        d = mean - of_all[None, :]
+        squares += tl.sum(tl.where(valid, square + count * d * d, 0.0), axis=0)
+    return whole, of_all, squares
+
+
+@triton.jit
+def spn_merge_statistics_kernel(
+    partials_ptr, merged_ptr, C, parts, groups, GROUP: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """GROUP parts become one, of some channels of one tensor."""
+    group = tl.program_id(1)
+    tensor = tl.program_id(2)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    of_tensor = partials_ptr + (tensor * parts).to(tl.int64) * 3 * C
+    end = tl.minimum(group * GROUP + GROUP, parts)
+    whole, mean, squares = merged(of_tensor, group * GROUP, end, C, channel, PARTS, CHANNELS)
+    to = merged_ptr + (tensor * groups + group).to(tl.int64) * 3 * C + channel
+    tl.store(to, whole, mask=channel < C)
+    tl.store(to + C, mean, mask=channel < C)
+    tl.store(to + 2 * C, squares, mask=channel < C)
+
+
+@triton.jit
 def spn_finish_statistics_kernel(
     partials_ptr, x_mean_ptr, x_var_ptr, p_mean_ptr, p_var_ptr, C, parts,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -105,36 +156,15 @@ def spn_finish_statistics_kernel(
     """The statistics of some channels of one tensor from all parts."""
     tensor = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < C
-    o_part = tl.arange(0, PARTS)
-    of_tensor = partials_ptr + (tensor * parts).to(tl.int64) * 3 * C + channel[None, :]
-    about = tl.load(partials_ptr + (tensor * parts).to(tl.int64) * 3 * C + C + channel, mask=exists, other=0.0)
-    whole = tl.zeros_like(about)
-    shifted = tl.zeros_like(about)
-    for first in range(0, parts, PARTS):
-        part = first + o_part
-        valid = (part < parts)[:, None] & exists[None, :]
-        count = tl.load(of_tensor + part[:, None] * (3 * C), mask=valid, other=0.0)
-        mean = tl.load(of_tensor + part[:, None] * (3 * C) + C, mask=valid, other=0.0)
-        whole += tl.sum(count, axis=0)
-        shifted += tl.sum(tl.where(valid, count * (mean - about[None, :]), 0.0), axis=0)
-    of_all = about + shifted / whole
-    squares = tl.zeros_like(about)
-    for first in range(0, parts, PARTS):
-        part = first + o_part
-        valid = (part < parts)[:, None] & exists[None, :]
-        count = tl.load(of_tensor + part[:, None] * (3 * C), mask=valid, other=0.0)
-        mean = tl.load(of_tensor + part[:, None] * (3 * C) + C, mask=valid, other=0.0)
-        square = tl.load(of_tensor + part[:, None] * (3 * C) + 2 * C, mask=valid, other=0.0)
-        d = mean - of_all[None, :]
-        squares += tl.sum(tl.where(valid, square + count * d * d, 0.0), axis=0)
+    of_tensor = partials_ptr + (tensor * parts).to(tl.int64) * 3 * C
+    whole, mean, squares = merged(of_tensor, 0, parts, C, channel, PARTS, CHANNELS)
     mean_ptr = x_mean_ptr
     var_ptr = x_var_ptr
     if tensor == 1:
         mean_ptr = p_mean_ptr
         var_ptr = p_var_ptr
-    tl.store(mean_ptr + channel, of_all, mask=exists)
-    tl.store(var_ptr + channel, squares / whole, mask=exists)
+    tl.store(mean_ptr + channel, mean, mask=channel < C)
+    tl.store(var_ptr + channel, squares / whole, mask=channel < C)
 
 
 def partial_statistics(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -164,10 +194,15 @@ def partial_statistics(tensors: tuple[Tensor, ...]) -> Tensor:
 def finish_statistics(partials: Tensor) -> list[Tensor]:
     """The second stage: mean and variance of each tensor."""
     tensors, parts, _, c = partials.shape
-    found = [torch.empty((c,), dtype=partials.dtype, device=partials.device) for _ in range(2 * tensors)]
     channels = min(32, power_of_two_from(c))
-    launch(
-        spn_finish_statistics_kernel, (triton.cdiv(c, channels), tensors), partials, *found[:2], *found[-2:], c, parts,
-        PARTS=32, CHANNELS=channels, num_warps=WARPS,
-    )  # fmt: skip
-    return found
+    blocks = {"PARTS": 32, "CHANNELS": channels, "num_warps": WARPS}
+    if parts > MOST_PARTS:
+        groups = triton.cdiv(parts, GROUP)
+        grouped = torch.empty((tensors, groups, 3, c), dtype=partials.dtype, device=partials.device)
+        grid = triton.cdiv(c, channels), groups, tensors
+        launch(spn_merge_statistics_kernel, grid, partials, grouped, c, parts, groups, GROUP=GROUP, **blocks)
+        return finish_statistics(grouped)
+    # Also what is not there for one tensor: each pointer is to memory of its own, so that the compiler may copy any.
+    found = [torch.empty((c,), dtype=partials.dtype, device=partials.device) for _ in range(4)]
+    launch(spn_finish_statistics_kernel, (triton.cdiv(c, channels), tensors), partials, *found, c, parts, **blocks)
+    return found[: 2 * tensors]

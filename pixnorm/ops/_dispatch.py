@@ -10,6 +10,7 @@ import importlib.util
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ def _triton_obstacle(device_type: str, index: int | None = None) -> str | None:
 def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
     try:
         import triton
-    except ImportError as error:
+    except Exception as error:  # a library that it loads may be missing, or be another one
         return f"Triton is not there ({error}); `pip install triton`, or a PyTorch for GPUs, which brings it"
     if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST_TRITON:
         wanted = ".".join(map(str, _OLDEST_TRITON))
@@ -99,6 +100,11 @@ def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
         )
     if device_type not in ("cpu", "cuda", "xpu", "meta"):
         return f"Triton has no kernels for device type '{device_type}'"
+    if device_type in ("cuda", "xpu"):
+        try:
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # it compiles a part of itself in C, when it is first used on a machine
+            return f"Triton does not start here ({error}); it needs the GPU's driver and a C compiler"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
@@ -119,7 +125,9 @@ def _find_kernels_of_a_clone() -> None:
         spec.loader.exec_module(sys.modules[name])
 
 
-def choose(op: str, impl: str, device: torch.device, refusal: str | None = None, preferred: str = "native") -> str:
+def choose(
+    op: str, impl: str, device: torch.device, refusals: Mapping[str, str | None], preferred: str = "native"
+) -> str:
     """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
 
     A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run, on
@@ -130,7 +138,7 @@ def choose(op: str, impl: str, device: torch.device, refusal: str | None = None,
         op: its id.
         impl: what the caller asked for.
         device: of the tensors.
-        refusal: why the native kernel cannot take these arguments (None: it can). Triton's take all.
+        refusals: for ``"native"`` and ``"triton"``, why those kernels cannot take these arguments (None: they can).
         preferred: ``"native"`` or ``"triton"``, where both can run.
     """
     if impl not in IMPLS:
@@ -145,8 +153,11 @@ def choose(op: str, impl: str, device: torch.device, refusal: str | None = None,
         candidates = ["native"]
     obstacles = []
     for candidate in candidates:
-        is_triton = candidate == "triton"
-        obstacle = _triton_obstacle(device.type, device.index) if is_triton else _native_obstacle(device, refusal)
+        refusal = refusals[candidate]
+        if candidate == "native":
+            obstacle = _native_obstacle(device, refusal)
+        else:
+            obstacle = _triton_obstacle(device.type, device.index) or refusal
         if obstacle is None:
             return candidate
         obstacles.append(obstacle)

@@ -73,12 +73,13 @@ _PARAMETERS = (
 )
 
 
-def _dense_like(x: Tensor, scale: int = 1) -> Tensor:
+def _dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
     n, c, h, w = x.shape
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return x.new_empty((n, c, h * scale, w * scale)).to(memory_format=memory_format)
+    shape = n, c, h * scale, w * scale
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _statistics_like(x: Tensor, channels: int) -> Tensor:
@@ -253,8 +254,8 @@ def spn(
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
     _check(inputs, buffers, training, upsample, activation)
 
-    refusal = _native_refusal(mask_projection, gamma_weight)
-    chosen = choose("spn", impl, x.device, refusal, _preferred(x, upsample))
+    refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": _triton_refusal(x, upsample)}
+    chosen = choose("spn", impl, x.device, refusals, _preferred(x, upsample))
     if chosen == "reference":
         # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
@@ -298,8 +299,20 @@ def _preferred(x: Tensor, upsample: int) -> str:
     if not _TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    kind = torch.cuda.get_device_name(x.device), x.dtype, channels_last, upsample
+    kind = _gpu_name(x.device.index), x.dtype, channels_last, upsample
     return "triton" if kind in _TRITON_IS_FASTER else "native"
+
+
+@torch.compiler.assume_constant_result
+def _gpu_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _triton_refusal(x: Tensor, upsample: int) -> str | None:
+    n, c, h, w = x.shape
+    if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
+        return f"the Triton kernels count the numbers of a sample in 32 bits, got input of shape {tuple(x.shape)}"
+    return None
 
 
 def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from test_ops import assert_same_bits, check_against_eager, layout_of, name_of
 
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, evaluate
-from pixnorm.triton_kernels import common, projection
+from pixnorm.triton_kernels import common, projection, statistics
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
@@ -77,6 +77,7 @@ def test_projection_with_statistics(monkeypatch, channels, layout):
     monkeypatch.setattr(
         projection, "launch", lambda *args, **options: calls.append(options) or launch(*args, **options)
     )
+    monkeypatch.setattr(projection, "PIXELS", 64)
     case = Case((3, channels, 3, 8), "72 pixels: a tile and a part of one")
     check_against_eager(SPN, "triton", case, torch.float16, torch.float32, layout)
     assert [call["STATISTICS"] for call in calls[:2]] == [True, False]
@@ -100,8 +101,9 @@ def round_kernel(x_ptr):
 def test_rounding_to_tf32():
     """To the nearest of 10 bits of fraction, as cuDNN does; the multiplier would cut the others off."""
 
-    x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 + 2**-20, -(1 + 2**-12), 0.0, torch.inf, -torch.inf, torch.nan])
-    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -1.0, 0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 + 2**-20, -(1 + 2**-12), torch.inf, -torch.inf, torch.nan, torch.nan])
+    x.view(torch.int32)[-1] = 0x7FFFFFFF  # how a GPU writes it
+    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -1.0, torch.inf, -torch.inf, torch.nan, torch.nan])
     round_kernel[(1,)](x)
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -180,6 +182,48 @@ def test_not_a_number_stays_where_it_is_in_inference():
     spoilt = torch.zeros_like(y, dtype=torch.bool)
     spoilt[1, :, 1:4, 3:6] = True
     assert torch.equal(y.isnan(), spoilt)
+
+
+def test_not_a_number_in_the_gradient_stays_where_it_is_in_inference():
+    tensors = SPN.inputs(Case((2, 3, 3, 8), ""), torch.float64)
+    grad_y = torch.ones(2, 3, 3, 8, dtype=torch.float64)
+    grad_y[1, 2, 0, 6] = torch.nan
+    actual, expected = (
+        evaluate(SPN, SPN.call(impl), tensors, {"training": False}, grad_y) for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(actual.grads["x"], expected.grads["x"], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x, weight: (x, weight.contiguous(memory_format=torch.channels_last)),
+        lambda x, weight: (x[:1].permute(0, 2, 3, 1).contiguous()[0].permute(2, 0, 1).unsqueeze(0), weight),
+    ],
+    ids=["weight of a channels_last model", "one image, its channels last"],
+)
+def test_strides_that_say_both_layouts(convert):
+    """The library's convolution then has an opinion of its own of the layout of p. (And a wrong gradient of the image.)"""
+    tensors = SPN.inputs(Case((2, 3, 4, 8), ""), torch.float64)
+    tensors["x"], tensors["mask_projection"] = convert(tensors["x"], tensors["mask_projection"])
+    actual = evaluate(SPN, spn, tensors, {})
+    expected = evaluate(SPN, SPN.reference, tensors | {"x": tensors["x"].contiguous()}, {})
+    for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_many_parts_are_added_up_in_groups(monkeypatch):
+    monkeypatch.setattr(statistics, "MOST_PARTS", 1)
+    monkeypatch.setattr(statistics, "GROUP", 2)
+    monkeypatch.setattr(statistics, "TILE_OF_DOUBLE", 64)
+    monkeypatch.setattr(statistics, "LEAST_TILES", 1)
+    x = 1000 + SPN.inputs(Case((3, 5, 8, 9), ""), torch.float64)["x"]
+    partials = statistics.partial_statistics((x, 2 * x))
+    assert partials.shape[1] > 3
+    mean, var, mean_of_double, var_of_double = statistics.finish_statistics(partials)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), rtol=1e-9, atol=0)
+    assert torch.equal(mean_of_double, 2 * mean) and torch.equal(var_of_double, 4 * var)
 
 
 def test_not_a_number_spoils_its_channel_in_training():
