@@ -372,7 +372,8 @@ class TritonKernel(NamedTuple):
         """Predictions for an input of that shape: by bytes, and by instructions. None where there is no model."""
         if self.one_mask or not self.design:
             return None
-        moved = kernel_bytes(x, self.itemsize, self.upsample, self.channels_last)[self.name]
+        # In both layouts the bytes of channels_last: apply never writes a copy of x here.
+        moved = kernel_bytes(x, self.itemsize, self.upsample, channels_last=True)[self.name]
         elements = prod(x) * (self.upsample**2 if self.walks else 2 if self.launch.kernel == STATISTICS else 1)
         return moved / self.gpu.copy, elements * self.instructions / self.gpu.issue
 

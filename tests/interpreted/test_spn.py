@@ -203,7 +203,7 @@ def test_not_a_number_in_the_gradient_stays_where_it_is_in_inference():
     ids=["weight of a channels_last model", "one image, its channels last"],
 )
 def test_strides_that_say_both_layouts(convert):
-    """The library's convolution then has an opinion of its own of the layout of p. (And a wrong gradient of the image.)"""
+    """The library's convolution has an opinion of its own of the layout of p (and a wrong gradient of the image)."""
     tensors = SPN.inputs(Case((2, 3, 4, 8), ""), torch.float64)
     tensors["x"], tensors["mask_projection"] = convert(tensors["x"], tensors["mask_projection"])
     actual = evaluate(SPN, spn, tensors, {})
