@@ -36,7 +36,7 @@ from pixnorm.triton_kernels.spn_rows import (
     mask_function,
     mask_row,
     masks_from,
-    plane_of,
+    planes_of,
     reciprocal_std,
     rows_around,
     stencil,
@@ -92,19 +92,7 @@ def spn_fwd_modulate_kernel(
     """y = γ x̂ + β. Lanes walk down the rows of x, the rows of the mask that a stencil needs in registers."""
     REACH: tl.constexpr = (K // 2 + U - 1) // U
     c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    pixel = 1
-    p_pixel = 1
-    mask_channel = c
-    plane = plane_of(n, c, C, H * W, LAST)
-    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
-    p_plane = plane
-    if LAST:
-        pixel = C
-        p_pixel = C
-    if ONE_MASK:
-        p_pixel = 1
-        mask_channel = c * 0
-        p_plane = plane_of(n, 0, 1, H * W, False)
+    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
     centre = -channel_value(mean_ptr, c) * rstd

@@ -18,7 +18,7 @@ from pixnorm.triton_kernels.spn_rows import (
     mask_function,
     mask_row,
     masks_from,
-    plane_of,
+    planes_of,
     reciprocal_std,
     rows_around,
     stencil,
@@ -27,15 +27,33 @@ from pixnorm.triton_kernels.spn_rows import (
 
 @triton.jit
 def gradients_of_row(
-    dy_ptr, plane, pixel, h, w, W, row, columns, x_hat, gamma, gamma_inside, beta, beta_inside, masks,
+    dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
+    rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
     K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, AROUND: tl.constexpr, HALO: tl.constexpr,
-    RELU: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, P_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dβ of row h: [a][column and b], AROUND columns to either side included; 0 outside of the image."""
-    found = ()
+    """x̂ and dβ ([a][column and b]) of row h, AROUND columns to either side included; dβ is 0 outside of the image.
+
+    Args:
+        masks: the 2 REACH rows up to row h + REACH, which is added to them.
+
+    Returns:
+        masks, x̂, dβ; which of the rows around are inside, whether this lane's is, and ``inside_sums`` of gamma.
+    """
+    row = mask_row(
+        p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, HALO, LANES, P_WIDE
+    )  # fmt: skip
+    masks = masks + (row,)
+    inside = rows_around(h, H, REACH)
+    here = live & inside[REACH]
+    x = load_row(x_ptr, plane, (h * W + w) * pixel, pixel, here, columns, V, AROUND, HALO, 1, LANES, WIDE)
+    x_hat = normalised(x, rstd, centre, V + 2 * AROUND)
+    gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
+    beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
+    d_beta = ()
     for a in tl.static_range(U):
         at = ((h * U + a) * (W * U) + w * U) * pixel
-        values = load_row(dy_ptr, plane, at, pixel, row, columns, V, AROUND, HALO, U, LANES, WIDE)
+        values = load_row(dy_ptr, y_plane, at, pixel, here, columns, V, AROUND, HALO, U, LANES, WIDE)
         if RELU:
             passed = ()
             for j in tl.static_range(V + 2 * AROUND):
@@ -45,8 +63,8 @@ def gradients_of_row(
                     y += g * x_hat[j]
                     passed = passed + (tl.where(y <= 0, 0.0, values[j * U + b]),)  # NaN stays
             values = passed
-        found = found + (values,)
-    return found
+        d_beta = d_beta + (values,)
+    return masks, x_hat, d_beta, inside, here, gamma_inside
 
 
 @triton.jit
@@ -140,19 +158,7 @@ def spn_bwd_reduce_kernel(
     REACH: tl.constexpr = (K // 2 + U - 1) // U
     HALO: tl.constexpr = 2 * REACH if RELU else REACH
     c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    pixel = 1
-    p_pixel = 1
-    mask_channel = c
-    plane = plane_of(n, c, C, H * W, LAST)
-    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
-    p_plane = plane
-    if LAST:
-        pixel = C
-        p_pixel = C
-    if ONE_MASK:
-        p_pixel = 1
-        mask_channel = c * 0
-        p_plane = plane_of(n, 0, 1, H * W, False)
+    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
     mask_mean = channel_value(mask_mean_ptr, mask_channel)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
@@ -186,20 +192,12 @@ def spn_bwd_reduce_kernel(
     h -= REACH
     for o in range(-REACH, rows + REACH):
         # Row h of y and of dβ; with it row h - REACH of dm is complete.
-        row = mask_row(p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, HALO, LANES, P_WIDE)
-        masks = masks + (row,)
-        inside = rows_around(h, H, REACH)
-        here = live & inside[REACH]
-        x = load_row(
-            x_ptr, plane, (h * W + w) * pixel, pixel, here, columns, V, REACH, HALO, 1, LANES, not LAST
+        found = gradients_of_row(
+            dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
+            rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
+            K, U, V, REACH, REACH, HALO, RELU, LANES, not LAST, P_WIDE,
         )  # fmt: skip
-        x_hat = normalised(x, rstd, centre, V + 2 * REACH)
-        gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
-        beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
-        d_beta = gradients_of_row(
-            dy_ptr, y_plane, pixel, h, w, W, here, columns, x_hat, gamma, gamma_inside, beta, beta_inside, masks,
-            K, U, V, REACH, REACH, HALO, RELU, LANES, not LAST,
-        )  # fmt: skip
+        masks, x_hat, d_beta, inside = found[:4]
         dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
 
         d_gamma = ()
@@ -332,19 +330,7 @@ def spn_bwd_apply_kernel(
     AROUND: tl.constexpr = 0 if ONE_MASK else REACH
     HALO: tl.constexpr = REACH + AROUND if RELU else REACH
     c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    pixel = 1
-    p_pixel = 1
-    mask_channel = c
-    plane = plane_of(n, c, C, H * W, LAST)
-    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
-    p_plane = plane
-    if LAST:
-        pixel = C
-        p_pixel = C
-    if ONE_MASK:
-        p_pixel = 1
-        mask_channel = c * 0
-        p_plane = plane_of(n, 0, 1, H * W, False)
+    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
     rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
     centre = -channel_value(mean_ptr, c) * rstd
@@ -373,20 +359,13 @@ def spn_bwd_apply_kernel(
         dm = dm + (zeros,)
     h -= AROUND
     for o in range(-AROUND, rows + AROUND):
-        row = mask_row(p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, HALO, LANES, P_WIDE)
-        masks = masks + (row,)
-        inside = rows_around(h, H, REACH)
-        here = live & inside[REACH]
-        x = load_row(
-            x_ptr, plane, (h * W + w) * pixel, pixel, here, columns, V, AROUND, HALO, 1, LANES, not LAST
+        found = gradients_of_row(
+            dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
+            rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
+            K, U, V, REACH, AROUND, HALO, RELU, LANES, not LAST, P_WIDE,
         )  # fmt: skip
-        x_hat = normalised(x, rstd, centre, V + 2 * AROUND)
-        gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
-        beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
-        d_beta = gradients_of_row(
-            dy_ptr, y_plane, pixel, h, w, W, here, columns, x_hat, gamma, gamma_inside, beta, beta_inside, masks,
-            K, U, V, REACH, AROUND, HALO, RELU, LANES, not LAST,
-        )  # fmt: skip
+        masks, x_hat, d_beta = found[:3]
+        here, gamma_inside = found[4:]
 
         own = here & (o >= 0) & (o < rows)
         dx = ()

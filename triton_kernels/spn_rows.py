@@ -44,6 +44,20 @@ def plane_of(n, c, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
+def planes_of(n, c, C, H, W, U: tl.constexpr, LAST: tl.constexpr, ONE_MASK: tl.constexpr):
+    """Where the planes of x, y and p begin, how far apart the pixels of x (and y) and of p are; the mask's channel."""
+    pixel = 1
+    if LAST:
+        pixel = C
+    plane = plane_of(n, c, C, H * W, LAST)
+    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
+    if ONE_MASK:
+        return plane, y_plane, plane_of(n, 0, 1, H * W, False), pixel, 1, c * 0
+    else:
+        return plane, y_plane, plane, pixel, pixel, c
+
+
+@triton.jit
 def channel_value(pointer, c):
     return to_accumulator(tl.load(pointer + c), pointer)
 
