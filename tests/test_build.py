@@ -93,6 +93,26 @@ def test_build_can_be_made_mandatory(tmp_path, prelude, env):
     assert "pixnorm: the kernels were not built: " in result.stderr
 
 
+def test_all_modules_are_installed(tmp_path):
+    """Those in Triton too, and by their own name: at the top another distribution has it."""
+    out = tmp_path / "lib"
+    code = f"""
+import runpy, sys
+sys.argv = ["setup.py", "-q", "egg_info", "-e", {str(tmp_path)!r}, "build_py", "--build-lib", {str(out)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = run(code, PIXNORM_BUILD="0")
+    assert result.returncode == 0, result.stderr
+    expected = {path.relative_to(ROOT) for path in ROOT.glob("pixnorm/**/*.py")}
+    expected |= {Path("pixnorm") / path.relative_to(ROOT) for path in ROOT.glob("triton_kernels/*.py")}
+    assert {path.relative_to(out) for path in out.rglob("*.py")} == expected
+    installed = (
+        "import sys; sys.path.insert(0, '.'); import pixnorm.triton_kernels; print(pixnorm.triton_kernels.__file__)"
+    )
+    found = subprocess.run([sys.executable, "-c", installed], cwd=out, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == out / "pixnorm" / "triton_kernels" / "__init__.py"
+
+
 def test_package_works_without_the_extension():
     result = run(
         """
