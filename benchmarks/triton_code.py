@@ -124,7 +124,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, configuration: Configuration, kernel, arguments: tuple, options: dict[str, Any]) -> "Launch":
-        """As Triton does: 1 is a constant, and 16 what sizes and addresses are found to be multiples of, or not."""
+        """As Triton does: by what addresses and, if the kernel allows, sizes are multiples of 16, and sizes are 1."""
         constants = {name: options[name] for name in kernel.arg_names if name in options}
         signature, attributes = {}, {}
         for i, name in enumerate(kernel.arg_names):
@@ -132,10 +132,11 @@ class Launch(NamedTuple):
             if isinstance(value, torch.Tensor):
                 signature[name] = IN_SIGNATURES[value.dtype]
             else:
-                signature[name] = "constexpr" if value == 1 else "i32"
+                specialised = name in constants or not kernel.params[i].do_not_specialize
+                signature[name] = "constexpr" if value == 1 and specialised else "i32"
             if signature[name] == "constexpr":
                 constants.setdefault(name, value)
-            elif isinstance(value, torch.Tensor) or value % 16 == 0:
+            elif isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
                 attributes[i,] = [["tt.divisibility", 16]]
         of_compiler = {name: value for name, value in options.items() if name not in constants}
         return cls(configuration, kernel.fn.__module__, kernel.__name__, signature, constants, attributes, of_compiler)

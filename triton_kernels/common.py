@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 GPUS = ("cuda", "xpu")
+# What kernels that take long to compile are not specialised on: one serves many shapes. They have hints instead.
+SIZES = ["N", "C", "H", "W", "rows", "strips", "parts", "count"]
 WARP = 32
 # Lanes of a walk where there are enough rows for them: 16 warps for each of 132 multiprocessors, twice.
 LANES = 1 << 17

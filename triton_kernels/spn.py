@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake
 from pixnorm.triton_kernels.common import (
+    SIZES,
     Walk,
     accumulator,
     is_channels_last,
@@ -82,7 +83,7 @@ APPLY = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spn_fwd_modulate_kernel(
     x_ptr, p_ptr, y_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, N, C, H, W, rows, strips,

@@ -7,7 +7,7 @@ dγ = dy x̂; the mask's gradient dm gathers both through the stencils.
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import load_columns, store_columns, to_accumulator
+from pixnorm.triton_kernels.common import SIZES, load_columns, store_columns, to_accumulator
 from pixnorm.triton_kernels.spn_rows import (
     apply_stencil,
     channel_value,
@@ -144,7 +144,7 @@ def sum_of_program(value, LANES: tl.constexpr, CHANNELS: tl.constexpr):
         return tl.sum(tl.reshape(value, [LANES // CHANNELS, CHANNELS]), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spn_bwd_reduce_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, sums_ptr, dm_ptr, N, C, H, W, rows, strips, parts,
@@ -262,7 +262,7 @@ def spn_bwd_reduce_kernel(
     tl.store(to + (2 * K * K + 1), sum_of_program(sum_qp, LANES, CHANNELS), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spn_bwd_finish_kernel(
     sums_ptr, gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
     d_gamma_ptr, d_gamma_inv_ptr, d_beta_ptr, d_beta_inv_ptr, d_mask_weight_ptr, d_mask_bias_ptr, means_ptr,
@@ -313,7 +313,7 @@ def spn_bwd_finish_kernel(
         tl.store(means_ptr + (c * 4 + tl.arange(0, 4)), tl.zeros([4], dtype=tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spn_bwd_apply_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, means_ptr, projection_ptr, dx_ptr, dp_ptr,
