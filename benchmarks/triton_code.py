@@ -44,8 +44,9 @@ TRITON_GPUS = sorted((GPUS | OTHER_GPUS).values())
 
 STATISTICS, PROJECTION = "spn_statistics_kernel", "spn_projection_kernel"
 MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
-# Of x: so few channels that the projection is a kernel of our own, and so many that it is not.
-SHAPES = ((16, 64, 64, 64), (4, 256, 64, 64))
+# Of x: so few channels that the projection is a kernel of our own, and so many that it is not. In the first its
+# statistics have so many parts that they are added up in two steps.
+SHAPES = ((32, 64, 64, 64), (4, 256, 64, 64))
 LEAST_WARPS = 8
 # Bytes of local memory: ptxas puts a number or two there, and fetches it once, where that makes room for more warps.
 PARKED = 16
@@ -167,7 +168,8 @@ def launches(configuration: Configuration) -> list[Launch]:
 
     found = {}
 
-    def record(kernel, grid, *arguments, **options):
+    def record(wrapped, grid, *arguments, **options):
+        kernel = getattr(wrapped, "kernel", wrapped)
         launch = Launch.of(configuration, kernel, arguments, options)
         # Both shapes have most of them, and differ in what their sizes can be divided by.
         found.setdefault(launch.key("signature", "attributes"), launch)

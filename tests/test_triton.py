@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import INTERPRETER
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # Inductor's
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import FakeTensorMode
@@ -93,7 +94,7 @@ def test_the_compiler_sees_the_kernels(
 
     def keep(graph, _):
         graphs.append(graph)
-        return graph
+        return make_boxed_func(graph.forward)
 
     tensors = SPN.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if dynamic else None) as mode:
@@ -127,6 +128,20 @@ def name_of_kernel(node):
     if "kernel_idx" in node.kwargs:
         return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
     return "convolution" if node.op == "call_function" and "convolution" in str(node.target) else None
+
+
+@pytest.mark.cpu
+def test_pytorch_finds_the_kernels_of_the_ops():
+    """By their text it knows, after an upgrade, that a compiled graph in its cache is out of date."""
+    assert _dispatch._find_triton_obstacle("meta", None) is None
+    from torch._library.triton import get_triton_kernels_for_op
+
+    for op, names in {
+        "spn_fwd_triton": ["projection", "statistics", "merge_statistics", "finish_statistics", "fwd_modulate"],
+        "spn_bwd_triton": ["projection", "bwd_reduce", "bwd_finish", "bwd_apply"],
+    }.items():
+        found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
+        assert found == {f"spn_{name}_kernel" for name in names}
 
 
 def test_the_ops_have_the_schemas_of_the_native_ones():

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
+from torch.library import custom_op, triton_op
 
 GPUS = ("cuda", "xpu")
 # What kernels that take long to compile are not specialised on: one serves many shapes. They have hints instead.
@@ -29,12 +29,18 @@ LANES_OF_INTERPRETER = 1024 if INTERPRETED else 0
 op_of_kernels = custom_op if INTERPRETED else triton_op
 
 
+def wrap_triton(kernel):
+    """``torch.library.wrap_triton``. By this name, in what an op calls, PyTorch finds its kernels, and caches graphs by
+    their text."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run a kernel so that torch.compile sees it; on the GPU of the first argument, whichever the current one is."""
+    """Run a wrapped kernel on the GPU of its first argument, whichever the current one is."""
     device = arguments[0].device
     on_device = torch.accelerator.device_index(device.index) if device.type in GPUS else contextlib.nullcontext()
     with on_device:
-        (kernel if INTERPRETED else wrap_triton(kernel))[grid](*arguments, **options)
+        kernel[grid](*arguments, **options)
 
 
 class Walk(NamedTuple):

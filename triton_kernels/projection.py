@@ -19,6 +19,7 @@ from pixnorm.triton_kernels.common import (
     memory_format_of,
     power_of_two_from,
     power_of_two_in,
+    wrap_triton,
 )
 
 # A product with C channels does C / 4 operations per byte in float32 and C / 2 in half; an RTX 3090 does 37 and 74 in
@@ -117,8 +118,8 @@ def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, pa
     parts = triton.cdiv(n * h * w, PIXELS)
     vector = 1 if channels_last else power_of_two_in(h * w, 16 // x.element_size())
     launch(
-        spn_projection_kernel, (parts,), weight, x, out, weight if partials is None else partials, n, c, h * w, parts,
-        *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=channels_last,
+        wrap_triton(spn_projection_kernel), (parts,), weight, x, out, weight if partials is None else partials,
+        n, c, h * w, parts, *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=channels_last,
         VECTOR=vector, OUT=max(16, power_of_two_from(c)), PIXELS=PIXELS, CHUNK=CHUNK, num_warps=WARPS,
         num_stages=STAGES,
     )  # fmt: skip

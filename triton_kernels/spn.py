@@ -25,6 +25,7 @@ from pixnorm.triton_kernels.common import (
     store_columns,
     to_accumulator,
     walk_of,
+    wrap_triton,
 )
 from pixnorm.triton_kernels.projection import add_backward, grad_weight, project
 from pixnorm.triton_kernels.spn_backward import spn_bwd_apply_kernel, spn_bwd_finish_kernel, spn_bwd_reduce_kernel
@@ -199,7 +200,8 @@ def spn_fwd(
     parameters = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     walk = _walk(MODULATE, x, upsample, gamma_weight.shape[-1])
     launch(
-        spn_fwd_modulate_kernel, (walk.programs,), x, p, y, *used, *parameters, n, c, h, w, walk.rows, walk.strips,
+        wrap_triton(spn_fwd_modulate_kernel), (walk.programs,), x, p, y, *used, *parameters, n, c, h, w,
+        walk.rows, walk.strips,
         **_options(gamma_weight, mask_weight, c, eps, upsample, relu), **walk.options(is_channels_last(x)),
     )  # fmt: skip
     return y, p, *used
@@ -249,12 +251,12 @@ def spn_bwd(
     # In double, and for 5 x 5 taps, the sums of a program are so many registers that it has half of them.
     halves = k == 5 or x.dtype == torch.float64
     launch(
-        spn_bwd_reduce_kernel, (walk.programs, 2 if halves else 1), grad_y, x, p, *used, *learnt, sums, dm, n, c, h, w,
-        walk.rows, walk.strips, parts, HALVES=halves, **options, **walk.options(channels_last),
+        wrap_triton(spn_bwd_reduce_kernel), (walk.programs, 2 if halves else 1), grad_y, x, p, *used, *learnt, sums, dm,
+        n, c, h, w, walk.rows, walk.strips, parts, HALVES=halves, **options, **walk.options(channels_last),
     )  # fmt: skip
     means = torch.empty((c, 4), dtype=used[0].dtype, device=x.device)
     launch(
-        spn_bwd_finish_kernel, (c,), sums, *learnt[2:], *grads[2:], *grads[:2], means, parts, n * h * w,
+        wrap_triton(spn_bwd_finish_kernel), (c,), sums, *learnt[2:], *grads[2:], *grads[:2], means, parts, n * h * w,
         K=k, TRAINING=training, ONE_MASK=one_mask, PARTS=32, SUMS=power_of_two_from(4 * k * k + 2), num_warps=4,
     )  # fmt: skip
     if one_mask:
@@ -263,8 +265,8 @@ def spn_bwd(
         dp = _dense_like(x)
     walk = _walk(APPLY, x, upsample, k)
     launch(
-        spn_bwd_apply_kernel, (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp, n, c, h, w,
-        walk.rows, walk.strips, **options, **walk.options(channels_last),
+        wrap_triton(spn_bwd_apply_kernel), (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp,
+        n, c, h, w, walk.rows, walk.strips, **options, **walk.options(channels_last),
     )  # fmt: skip
     d_weight = grad_weight(dp, x, weight) if one_mask else add_backward(dx, dp, x, weight, allow_tf32)
     return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads

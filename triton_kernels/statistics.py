@@ -16,6 +16,7 @@ from pixnorm.triton_kernels.common import (
     power_of_two_from,
     power_of_two_in,
     to_accumulator,
+    wrap_triton,
 )
 
 # Elements of a tile, in registers with a mean and a sum of squares each: 16 (double: 8) a thread.
@@ -185,8 +186,8 @@ def partial_statistics(tensors: tuple[Tensor, ...]) -> Tensor:
     parts = triton.cdiv(rows, rows_of_tile * tiles)
     partials = torch.empty((len(tensors), parts, 3, c), dtype=accumulator(first), device=first.device)
     launch(
-        spn_statistics_kernel, (groups, parts, len(tensors)), first, last, partials, n, c, h * w, parts, tiles,
-        ROWS=rows_of_tile, COLUMNS=columns, LAST=channels_last, num_warps=WARPS,
+        wrap_triton(spn_statistics_kernel), (groups, parts, len(tensors)), first, last, partials,
+        n, c, h * w, parts, tiles, ROWS=rows_of_tile, COLUMNS=columns, LAST=channels_last, num_warps=WARPS,
     )  # fmt: skip
     return partials
 
@@ -200,9 +201,12 @@ def finish_statistics(partials: Tensor) -> list[Tensor]:
         groups = triton.cdiv(parts, GROUP)
         grouped = torch.empty((tensors, groups, 3, c), dtype=partials.dtype, device=partials.device)
         grid = triton.cdiv(c, channels), groups, tensors
-        launch(spn_merge_statistics_kernel, grid, partials, grouped, c, parts, groups, GROUP=GROUP, **blocks)
+        launch(
+            wrap_triton(spn_merge_statistics_kernel), grid, partials, grouped, c, parts, groups, GROUP=GROUP, **blocks
+        )
         return finish_statistics(grouped)
     # Also what is not there for one tensor: each pointer is to memory of its own, so that the compiler may copy any.
     found = [torch.empty((c,), dtype=partials.dtype, device=partials.device) for _ in range(4)]
-    launch(spn_finish_statistics_kernel, (triton.cdiv(c, channels), tensors), partials, *found, c, parts, **blocks)
+    grid = triton.cdiv(c, channels), tensors
+    launch(wrap_triton(spn_finish_statistics_kernel), grid, partials, *found, c, parts, **blocks)
     return found[: 2 * tensors]
