@@ -272,6 +272,17 @@ def test_the_table_of_what_is_faster(monkeypatch):
     assert spn_module._preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
 
 
+@pytest.mark.parametrize(
+    "shape, upsample", [((1, 128, 4100, 4100), 1), ((1, 128, 2050, 2050), 2), ((2**21, 1, 32, 32), 1)]
+)
+def test_what_32_bits_cannot_count_is_refused(shape, upsample):
+    tensors = SPN.inputs(Case((1, shape[1], 2, 2), ""), device="meta") | {"x": torch.empty(shape, device="meta")}
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: .* 32 bits"):
+        spn(**tensors, upsample=upsample, impl="triton")
+    with torch.device("meta"):
+        assert spn(**tensors, upsample=upsample).shape[2] == shape[2] * upsample
+
+
 def test_meta_tensors_have_the_shape_of_the_result():
     tensors = {name: tensor.to("meta") for name, tensor in SPN.inputs(Case((2, 3, 4, 5), "")).items()}
     y = spn(**tensors, upsample=2, impl="triton")
