@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
+from pixnorm.ops.spn import is_channels_last
+
 GPUS = ("cuda", "xpu")
 # What kernels that take long to compile are not specialised on: one serves many shapes. They have hints instead.
 SIZES = ["N", "C", "H", "W", "rows", "strips", "parts", "count"]
@@ -100,10 +102,6 @@ def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype of sums and statistics."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

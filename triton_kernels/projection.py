@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import _dense_like, _without_autocast
+from pixnorm.ops.spn import _dense_like, _without_autocast, is_channels_last
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
-    is_channels_last,
     launch,
     memory_format_of,
     power_of_two_from,

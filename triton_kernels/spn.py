@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake
+from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake, is_channels_last
 from pixnorm.triton_kernels.common import (
     SIZES,
     Walk,
     accumulator,
-    is_channels_last,
     launch,
     load_columns,
     memory_format_of,

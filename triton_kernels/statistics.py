@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixnorm.ops.spn import is_channels_last
 from pixnorm.triton_kernels.common import (
     accumulator,
-    is_channels_last,
     launch,
     power_of_two_from,
     power_of_two_in,

@@ -73,11 +73,15 @@ _PARAMETERS = (
 )
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """What is both, as of one channel, counts as contiguous."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
     n, c, h, w = x.shape
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = n, c, h * scale, w * scale
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
@@ -298,8 +302,7 @@ _TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 def _preferred(x: Tensor, upsample: int) -> str:
     if not _TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    kind = _gpu_name(x.device.index), x.dtype, channels_last, upsample
+    kind = _gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
     return "triton" if kind in _TRITON_IS_FASTER else "native"
 
 
