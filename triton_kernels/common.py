@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from pixnorm.ops.spn import is_channels_last
+from pixnorm.ops.common import is_channels_last
 
 GPUS = ("cuda", "xpu")
 # What kernels that take long to compile are not specialised on: one serves many shapes. They have hints instead.

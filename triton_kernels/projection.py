@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import _dense_like, _without_autocast, is_channels_last
+from pixnorm.ops.common import dense_like, is_channels_last, without_autocast
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
@@ -127,14 +127,14 @@ def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, pa
 def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tuple[Tensor, Tensor | None]:
     """p = conv1x1(x), in x's layout; and, if wanted and had for nothing, the partial statistics of x and p."""
     if not (statistics and fits(x, weight, allow_tf32)):
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             p = F.conv2d(x, weight)
         # The library has rules of its own for the layout of p, by that of the weight and by dtype.
         if p.shape[1] == 1:
             return p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1)), None
         return p.contiguous(memory_format=memory_format_of(x)), None
     n, c, h, w = x.shape
-    p = _dense_like(x)
+    p = dense_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)
     partials = torch.empty((2, parts, 3, c), dtype=accumulator(x), device=x.device)
     _launch(weight, (c, 1), x, p, partials)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import _dense_like, _spn_bwd_fake, _spn_fwd_fake, is_channels_last
+from pixnorm.ops.common import dense_like, is_channels_last
+from pixnorm.ops.spn import _spn_bwd_fake, _spn_fwd_fake
 from pixnorm.triton_kernels.common import (
     SIZES,
     Walk,
@@ -180,7 +181,7 @@ def spn_fwd(
     upsample = int(upsample)  # traced with dynamic shapes, it is not one
     x = dense(x)
     n, c, h, w = x.shape
-    y = _dense_like(x, upsample)
+    y = dense_like(x, upsample)
     weight = mask_projection.contiguous().to(x.dtype)
     given = (mean, var, mask_mean, mask_var)
     p, partials = project(x, weight, allow_tf32, mean is None)
@@ -232,7 +233,7 @@ def spn_bwd(
     x = dense(x)
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
-    dx = _dense_like(x)
+    dx = dense_like(x)
     weight = mask_projection.contiguous().to(x.dtype)
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
@@ -246,7 +247,7 @@ def spn_bwd(
     walk = _walk(REDUCE, x, upsample, k)
     parts = walk.parts(c)
     sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
-    dm = _dense_like(x, dtype=used[0].dtype) if one_mask else x
+    dm = dense_like(x, dtype=used[0].dtype) if one_mask else x
     # In double, and for 5 x 5 taps, the sums of a program are so many registers that it has half of them.
     halves = k == 5 or x.dtype == torch.float64
     launch(
@@ -261,7 +262,7 @@ def spn_bwd(
     if one_mask:
         dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
     else:
-        dp = _dense_like(x)
+        dp = dense_like(x)
     walk = _walk(APPLY, x, upsample, k)
     launch(
         wrap_triton(spn_bwd_apply_kernel), (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.spn import is_channels_last
+from pixnorm.ops.common import is_channels_last
 from pixnorm.triton_kernels.common import (
     accumulator,
     launch,

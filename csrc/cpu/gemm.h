@@ -30,6 +30,13 @@ struct Matrices {
   }
 };
 
+// The activations of images as matrices: NCHW, a batch of (C, pixels); channels_last, one (pixels of all, C).
+template <class A>
+Matrices<A> matrices_of(A* data, int64_t images, int64_t channels, int64_t pixels, bool channels_last) {
+  if (channels_last) return {data, 1, images * pixels, channels, 0, channels, 1};
+  return {data, images, channels, pixels, channels * pixels, pixels, 1};
+}
+
 // out = beta * out + a b, for each of the batch.
 template <class A>
 void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, double beta) {

@@ -3,10 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -59,6 +61,30 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
       torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt, std::nullopt, std::nullopt, layout);
   use_huge_pages(t.data_ptr(), t.numel() * t.element_size());
   return t;
+}
+
+// The numbers of a small tensor, and back.
+template <class A>
+std::vector<A> to_vector(const Tensor& t) {
+  const Tensor from = dense(t);
+  return dispatch_floating(from.scalar_type(), [&](auto type) {
+    const auto* data = data_of<typename decltype(type)::type>(from);
+    return std::vector<A>(data, data + from.numel());
+  });
+}
+
+template <class A>
+void copy_to(const std::vector<A>& from, const Tensor& to) {
+  dispatch_floating(to.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    std::transform(from.begin(), from.end(), static_cast<T*>(to.data_ptr()), [](A v) { return static_cast<T>(v); });
+  });
+}
+
+// Images whose activations are taken through a GEMM and the passes beside it while they are in the last-level cache.
+inline int64_t images_per_chunk(int64_t images, int64_t elements, size_t element) {
+  constexpr int64_t kChunkBytes = 1 << 20;
+  return std::clamp<int64_t>(kChunkBytes / (elements * static_cast<int64_t>(element)), 1, images);
 }
 
 }  // namespace pixnorm

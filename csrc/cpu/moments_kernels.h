@@ -1,12 +1,4 @@
-// Means and variances, and conversions of whole arrays. Vector code: included by the kernels' files, once per
-// instruction set.
-
-template <class A>
-PIXNORM_INLINE A sum_lanes(Vec<A> v) {
-  A sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
-  return sum;
-}
+// Means and variances. Vector code: included by the kernels' files, once per instruction set.
 
 // Of `count` values that lie side by side: two passes over runs that stay in L1, the second about the mean of the
 // first, which it also corrects. Stable for |mean| >> std.
@@ -88,22 +80,4 @@ void moments_by_channel(const T* data, int64_t pixels, int64_t channels, acc_t<T
       merge(moments[c], first, {means[c] + correction, squares[c] - correction * rests[c]}, size);
     }
   }
-}
-
-// Arrays between the storage type and the type that it is computed in.
-
-template <class T>
-void widen(const T* from, acc_t<T>* to, int64_t count) {
-  constexpr int n = kLanes<acc_t<T>>;
-  int64_t i = 0;
-  for (; i + n <= count; i += n) store(to + i, load_as<T>(from + i));
-  for (; i < count; ++i) to[i] = static_cast<acc_t<T>>(from[i]);
-}
-
-template <class T>
-void narrow(const acc_t<T>* from, T* to, int64_t count) {
-  constexpr int n = kLanes<acc_t<T>>;
-  int64_t i = 0;
-  for (; i + n <= count; i += n) store_as<T>(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = static_cast<T>(from[i]);
 }

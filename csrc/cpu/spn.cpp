@@ -29,12 +29,6 @@ namespace {
 
 // ---- cutting the work ----
 
-// Images whose activations are taken through a GEMM and the passes beside it while they are in the last-level cache.
-int64_t images_per_chunk(const Shape& s, size_t element) {
-  constexpr int64_t kChunkBytes = 1 << 20;
-  return std::clamp<int64_t>(kChunkBytes / static_cast<int64_t>(s.image() * element), 1, s.n);
-}
-
 // Several small images, one image, or a part of a large one.
 std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
   constexpr int64_t kTilePixels = 2048;
@@ -60,11 +54,9 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
 
 // ---- the projection's GEMMs, on images [n, n + count) that start at a pointer ----
 
-// The activations as matrices: NCHW, a batch of (C, HW); channels_last, one (pixels, C).
 template <class A>
 Matrices<A> as_matrices(A* data, const Shape& s, int64_t count) {
-  if (s.channels_last) return {data, 1, count * s.pixels(), s.c, 0, s.c, 1};
-  return {data, count, s.c, s.pixels(), s.image(), s.pixels(), 1};
+  return matrices_of(data, count, s.c, s.pixels(), s.channels_last);
 }
 
 template <class A>
@@ -99,23 +91,6 @@ void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* 
 }
 
 // ---- arguments ----
-
-template <class A>
-std::vector<A> to_vector(const Tensor& t) {
-  const Tensor from = dense(t);
-  return dispatch_floating(from.scalar_type(), [&](auto type) {
-    const auto* data = data_of<typename decltype(type)::type>(from);
-    return std::vector<A>(data, data + from.numel());
-  });
-}
-
-template <class A>
-void copy_to(const std::vector<A>& from, const Tensor& to) {
-  dispatch_floating(to.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    std::transform(from.begin(), from.end(), static_cast<T*>(to.data_ptr()), [](A v) { return static_cast<T>(v); });
-  });
-}
 
 // The parameters as the caller gave them, in the order of the schema.
 struct ParameterTensors {
@@ -187,7 +162,7 @@ template <class T, int U>
 void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_statistics, const T* x, T* p, T* y) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
-  const int64_t per_chunk = images_per_chunk(s, sizeof(A));
+  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
   const Activations shape{s.n, s.c, s.pixels(), s.channels_last};
   Statistics<T> of_x(shape, per_chunk), of_p(shape, per_chunk);
   const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
@@ -326,7 +301,7 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
 
   // dp never exists whole: it is used up chunk by chunk, while it is in cache.
   const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
-  const int64_t per_chunk = images_per_chunk(s, sizeof(A));
+  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
   const Buffer<A> dp(per_chunk * s.image());
   const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_dx(kWiden ? per_chunk * s.image() : 0);
   for (int64_t n = 0; n < s.n; n += per_chunk) {

@@ -7,6 +7,7 @@
 // With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of
 // w_γ* that fall inside the image: one of nine values per channel. `1 - m` never exists.
 
+#include "cpu/convert_kernels.h"
 #include "cpu/moments_kernels.h"
 #include "cpu/rows.h"
 

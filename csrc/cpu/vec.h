@@ -42,6 +42,13 @@ PIXNORM_INLINE void store(A* to, Vec<A> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+template <class A>
+PIXNORM_INLINE A sum_lanes(Vec<A> v) {
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
 // kLanes<acc_t<T>> elements of storage type T, widened.
 template <class T>
 PIXNORM_INLINE Vec<acc_t<T>> load_as(const T* from) {

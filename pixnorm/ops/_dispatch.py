@@ -63,9 +63,9 @@ def _gpu_obstacle(index: int | None) -> str | None:
     return _gpu_obstacles[index]
 
 
-def _native_obstacle(device: torch.device, refusal: str | None) -> str | None:
-    if device.type == "meta":
-        return refusal  # the op's fake runs
+def _native_obstacle(device: torch.device, refusal: str | None, composite: bool) -> str | None:
+    if device.type == "meta" or (composite and device.type != "cpu"):
+        return refusal  # the op's fake runs, or products of the library
     if device.type in _missing:
         return _missing[device.type]
     if device.type not in _EXTENSIONS:
@@ -109,7 +109,8 @@ def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return f"Triton is for GPUs of compute capability 8.0 and newer, this is {major}.{minor}"
-    importlib.import_module("pixnorm.triton_kernels.spn")
+    for op in ("spn", "gconv"):
+        importlib.import_module(f"pixnorm.triton_kernels.{op}")
     return None
 
 
@@ -126,7 +127,12 @@ def _find_kernels_of_a_clone() -> None:
 
 
 def choose(
-    op: str, impl: str, device: torch.device, refusals: Mapping[str, str | None], preferred: str = "native"
+    op: str,
+    impl: str,
+    device: torch.device,
+    refusals: Mapping[str, str | None],
+    preferred: str = "native",
+    composite: bool = False,
 ) -> str:
     """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
 
@@ -140,6 +146,7 @@ def choose(
         device: of the tensors.
         refusals: for ``"native"`` and ``"triton"``, why those kernels cannot take these arguments (None: they can).
         preferred: ``"native"`` or ``"triton"``, where both can run.
+        composite: elsewhere than on the CPU the native op is made of PyTorch's own, and needs no extension.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -155,7 +162,7 @@ def choose(
     for candidate in candidates:
         refusal = refusals[candidate]
         if candidate == "native":
-            obstacle = _native_obstacle(device, refusal)
+            obstacle = _native_obstacle(device, refusal, composite)
         else:
             obstacle = _triton_obstacle(device.type, device.index) or refusal
         if obstacle is None:

@@ -11,17 +11,22 @@ The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is t
 the image. The bias that the 1x1 convolution might have would be cancelled by BN_m, so there is none.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.common import (
+    FLOAT,
+    HALF,
+    convolutions_allow_tf32,
+    dense_like,
+    gpu_name,
+    is_channels_last,
+    reference_grads,
+    triton_ops,
+)
 from pixnorm.ops.running import update_running
-
-_HALF = (torch.float16, torch.bfloat16)
-_FLOAT = (torch.float64, torch.float32, *_HALF)
 
 
 def spn_reference(
@@ -73,19 +78,6 @@ _PARAMETERS = (
 )
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """What is both, as of one channel, counts as contiguous."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
-    n, c, h, w = x.shape
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    shape = n, c, h * scale, w * scale
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
-
-
 def _statistics_like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((channels,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -94,12 +86,12 @@ def _spn_fwd_fake(x, mask_projection, *args):
     upsample = args[-3]
     n, c, h, w = x.shape
     masks = mask_projection.shape[0]
-    p = _dense_like(x) if masks == c else x.new_empty((n, masks, h, w))
-    return _dense_like(x, upsample), p, *(_statistics_like(x, size) for size in (c, c, masks, masks))
+    p = dense_like(x) if masks == c else x.new_empty((n, masks, h, w))
+    return dense_like(x, upsample), p, *(_statistics_like(x, size) for size in (c, c, masks, masks))
 
 
 def _spn_bwd_fake(grad_y, x, *args):
-    return _dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
+    return dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
 
 
 spn_fwd = define_op(
@@ -117,39 +109,9 @@ spn_bwd = define_op(
 )
 
 
-def _without_autocast(device: torch.device):
-    """As in batch norm, the dtype of x decides."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-@torch.compiler.assume_constant_result
-def _tf32_of_convolutions() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-@torch.compiler.assume_constant_result
-def _one_tf32_flag() -> bool:
-    """Whether convolutions and recurrent networks share a flag; otherwise PyTorch refuses to tell the older one."""
-    try:
-        return torch.backends.cudnn.allow_tf32 is not None
-    except RuntimeError:
-        return False
-
-
-def _convolutions_allow_tf32() -> bool:
-    """Whether the projection, a 1x1 convolution, may round its float32 operands to TF32 (on GPUs that can)."""
-    if torch.compiler.is_compiling() and _one_tf32_flag():
-        return torch.backends.cudnn.allow_tf32  # on this one the compiler puts a guard
-    return _tf32_of_convolutions()
-
-
 def _ops(impl: str):
-    """The forward and the backward op of an impl; those of Triton have a name of their own, and the same schema."""
-    if impl == "triton":
-        return torch.ops.pixnorm.spn_fwd_triton.default, torch.ops.pixnorm.spn_bwd_triton.default
-    return spn_fwd, spn_bwd
+    """The forward and the backward op of an impl."""
+    return triton_ops("spn") if impl == "triton" else (spn_fwd, spn_bwd)
 
 
 class SPNFunction(torch.autograd.Function):
@@ -177,24 +139,17 @@ class SPNFunction(torch.autograd.Function):
         training, eps, upsample, relu = ctx.options
         inputs, (p, *used) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():
-            grads = _reference_grads(grad_y, inputs, used, ctx.needs_input_grad[7:], *ctx.options)
+            statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
+            activation = "relu" if relu else None
+
+            def reference(*inputs):
+                options = {"training": training, "eps": eps, "upsample": upsample, "activation": activation}
+                return spn_reference(*inputs, *statistics, **options)
+
+            grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[7:])
         else:
             grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
         return None, None, None, None, None, None, None, *grads
-
-
-def _reference_grads(grad_y, inputs, used, needs, training, eps, upsample, relu):
-    """The gradients as differentiable functions of `grad_y` and `inputs`."""
-    # A view each: the same tensor given twice must not receive the sum of both gradients twice.
-    inputs = [t.view_as(t) for t in inputs]
-    statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
-    with _without_autocast(grad_y.device):
-        y = spn_reference(
-            *inputs, *statistics, training=training, eps=eps, upsample=upsample, activation="relu" if relu else None
-        )
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
-    return [next(grads) if need else None for need in needs]
 
 
 def spn(
@@ -279,7 +234,7 @@ def spn(
                     buffer.copy_(copy)
         return y
 
-    relu, allow_tf32 = activation == "relu", _convolutions_allow_tf32()
+    relu, allow_tf32 = activation == "relu", convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         y, *used = SPNFunction.apply(chosen, training, eps, upsample, relu, allow_tf32, statistics, *inputs)
@@ -302,13 +257,8 @@ _TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 def _preferred(x: Tensor, upsample: int) -> str:
     if not _TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
-    kind = _gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
+    kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
     return "triton" if kind in _TRITON_IS_FASTER else "native"
-
-
-@torch.compiler.assume_constant_result
-def _gpu_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
 
 
 def _triton_refusal(x: Tensor, upsample: int) -> str | None:
@@ -348,7 +298,7 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
     x, mask_projection, gamma_weight = inputs[0], inputs[1], inputs[4]
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    if x.dtype not in _FLOAT:
+    if x.dtype not in FLOAT:
         raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
     if upsample not in (1, 2):
         raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
@@ -385,7 +335,7 @@ def _check(inputs, buffers, training, upsample, activation) -> None:
             what = "running statistics of the parameters' dtype" if is_buffer else "parameters of one dtype"
             raise TypeError(f"expected {what}, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
     weight_dtype = inputs[2].dtype
-    if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in _HALF):
+    if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")
     for mean, var in ((8, 9), (10, 11)):
         if (buffers[mean - 8] is None) != (buffers[var - 8] is None):

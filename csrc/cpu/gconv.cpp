@@ -1,0 +1,305 @@
+// GConv's mixing on the CPU: y = u + W (s u) + b, and its gradients; the algebra is in pixnorm/ops/gconv.py.
+//
+// A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels as
+// channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more numbers
+// than u; then s u is made, and the product with W is one for all samples (in channels_last).
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/gemm.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "dispatch.h"
+
+#define PIXNORM_VECTOR_CODE "cpu/gconv_kernels.h"
+#include "cpu/foreach_isa.h"
+
+namespace pixnorm::gconv {
+namespace {
+
+struct Shape {
+  int64_t images, n, pixels;
+  bool channels_last;
+
+  int64_t image() const { return n * pixels; }
+  bool weights_of_samples() const { return pixels >= n; }
+};
+
+Shape shape_of(const Tensor& u) {
+  STD_TORCH_CHECK(u.dim() == 4, "pixnorm: u must have 4 dimensions");
+  const int64_t pixels = u.size(2) * u.size(3);
+  // A single pixel is both; as channels_last it makes one product of all samples.
+  return {u.size(0), u.size(1), pixels, pixels == 1 || layout_of(u) == MemoryFormat::ChannelsLast};
+}
+
+
+// f(image, channel, position, rows, columns) of pieces of `images` images, in parallel: some channels each.
+template <class F>
+void for_pieces(const Shape& s, int64_t images, const F& f) {
+  constexpr int64_t kElements = 1 << 13;
+  const int64_t channels = s.channels_last ? 32 : std::clamp<int64_t>(kElements / s.pixels, 1, s.n);
+  const int64_t pieces = ceil_div(s.n, channels);
+  const int64_t grain = ceil_div(kElements, channels * s.pixels);
+  parallel_for(0, images * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / pieces, channel = i % pieces * channels, count = std::min(channels, s.n - channel);
+      const int64_t position = image * s.image() + channel * (s.channels_last ? 1 : s.pixels);
+      s.channels_last ? f(image, channel, position, s.pixels, count) : f(image, channel, position, count, s.pixels);
+    }
+  });
+}
+
+#define PIXNORM_BY_LAYOUT(function, ...)                                              \
+  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__, s.n)             \
+                   : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__, s.pixels))
+
+// I + W diag(s) of each image, (images, n, n).
+template <class A>
+void make_weights(const Shape& s, int64_t images, const A* w, const A* scales, A* out) {
+  constexpr int64_t kRows = 32;
+  const int64_t pieces = ceil_div(s.n, kRows);
+  parallel_for(0, images * pieces, ceil_div(1 << 13, kRows * s.n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / pieces, j = i % pieces * kRows;
+      PIXNORM_BY_ISA(weights_of_sample<A>)(w, scales + image * s.n, out + image * s.n * s.n, s.n, j,
+                                           std::min(j + kRows, s.n));
+    }
+  });
+}
+
+// Each image as a matrix: (n, pixels) in NCHW, (pixels, n) in channels_last.
+template <class A>
+Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
+  if (s.channels_last) return {data, images, s.pixels, s.n, s.image(), s.n, 1};
+  return {data, images, s.n, s.pixels, s.image(), s.pixels, 1};
+}
+
+// All that can be one product.
+template <class A>
+Matrices<A> together(const Shape& s, int64_t images, A* data) {
+  return matrices_of(data, images, s.n, s.pixels, s.channels_last);
+}
+
+// out = beta out + M in, or its transposed, for matrices M (n, n) of the activations.
+template <class A>
+void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in,
+              double beta) {
+  s.channels_last ? gemm(out, in, m.transposed(), beta) : gemm(out, m, in, beta);
+}
+
+template <class A>
+Matrices<const A> square(const A* data, int64_t n, int64_t batch, int64_t batch_stride) {
+  return {data, batch, n, n, batch_stride, n, 1};
+}
+
+// Numbers of the storage type in the type that they are computed in: themselves, or in the buffer.
+template <class T>
+const acc_t<T>* widened(const T* from, const Buffer<acc_t<T>>& buffer, int64_t count) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return from;
+  } else {
+    for_elements(count, [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(from + i, buffer.data() + i, end - i); });
+    return buffer.data();
+  }
+}
+
+// Where results are computed: in their place, or in the buffer; `narrowed` then puts them there.
+template <class T>
+acc_t<T>* wide_place(T* to, const Buffer<acc_t<T>>& buffer) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return to;
+  } else {
+    return buffer.data();
+  }
+}
+
+template <class T>
+void narrowed(const acc_t<T>* from, T* to, int64_t count) {
+  if constexpr (!std::is_same_v<T, acc_t<T>>) {
+    for_elements(count, [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(narrow<T>)(from + i, to + i, end - i); });
+  }
+}
+
+template <class T>
+void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, const std::vector<acc_t<T>>& w,
+             const std::vector<acc_t<T>>& bias, T* y) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  const int64_t per_chunk = images_per_chunk(s.images, s.image(), sizeof(A)), most = per_chunk * s.image();
+  const Buffer<A> wide_u(kWiden ? most : 0), wide_y(kWiden ? most : 0);
+  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const A* const b = bias.empty() ? nullptr : bias.data();
+  for (int64_t first = 0; first < s.images; first += per_chunk) {
+    const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
+    const A* const in = widened(u + first * s.image(), wide_u, elements);
+    A* const out = wide_place(y + first * s.image(), wide_y);
+    const A* const scale_of = scales.data() + first * s.n;
+    if (s.weights_of_samples()) {
+      make_weights(s, images, w.data(), scale_of, scratch.data());
+      multiply(s, by_image(s, images, out), square<A>(scratch.data(), s.n, images, s.n * s.n),
+               by_image(s, images, in), 0);
+      if (b) {
+        for_pieces(s, images, [&](int64_t, int64_t c, int64_t at, int64_t rows, int64_t columns) {
+          PIXNORM_BY_LAYOUT(add_bias, out + at, b + c, rows, columns);
+        });
+      }
+    } else {
+      for_pieces(s, images, [&](int64_t image, int64_t c, int64_t at, int64_t rows, int64_t columns) {
+        PIXNORM_BY_LAYOUT(scale, in + at, scale_of + image * s.n + c, b ? b + c : nullptr, out + at,
+                          scratch.data() + at, rows, columns);
+      });
+      const auto to = together(s, images, out);
+      multiply<A>(s, to, square(w.data(), s.n, to.batch, 0), together<const A>(s, images, scratch.data()), 1);
+    }
+    narrowed(out, y + first * s.image(), elements);
+  }
+}
+
+template <class A>
+struct Gradients {
+  std::vector<A> scales, w, bias;
+};
+
+// From G = dY U^T of each image, (images, n, n): dW += G diag(s), ds = the columns' sums of G W.
+template <class A>
+void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, const A* scales, A* dw, A* d_scales) {
+  const int64_t square = s.n * s.n;
+  parallel_for(0, s.n, ceil_div(1 << 13, images * s.n), [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t image = 0; image < images; ++image) {
+        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n, scales + image * s.n, dw + j * s.n, s.n);
+      }
+    }
+  });
+  constexpr int64_t kColumns = 32;
+  const int64_t pieces = ceil_div(s.n, kColumns);
+  std::fill_n(d_scales, images * s.n, A(0));
+  parallel_for(0, images * pieces, ceil_div(1 << 13, kColumns * s.n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / pieces, c = i % pieces * kColumns, count = std::min(kColumns, s.n - c);
+      for (int64_t j = 0; j < s.n; ++j) {
+        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n + c, w + j * s.n + c,
+                                       d_scales + image * s.n + c, count);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc_t<T>>& scales,
+              const std::vector<acc_t<T>>& w, T* grad_u, Gradients<acc_t<T>>& gradients) {
+  using A = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, A>;
+  const int64_t per_chunk = images_per_chunk(s.images, s.image(), sizeof(A)), most = per_chunk * s.image();
+  const Buffer<A> wide_u(kWiden ? most : 0), wide_dy(kWiden ? most : 0), wide_du(kWiden ? most : 0);
+  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most);
+  const Matrices<A> dw{gradients.w.data(), 1, s.n, s.n, 0, s.n, 1};
+  for (int64_t first = 0; first < s.images; first += per_chunk) {
+    const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
+    const A* const in = widened(u + first * s.image(), wide_u, elements);
+    const A* const dy = widened(grad_y + first * s.image(), wide_dy, elements);
+    A* const du = wide_place(grad_u + first * s.image(), wide_du);
+    const A* const scale_of = scales.data() + first * s.n;
+    A* const d_scales = gradients.scales.data() + first * s.n;
+    if (s.weights_of_samples()) {
+      const Matrices<A> weights{scratch.data(), images, s.n, s.n, s.n * s.n, s.n, 1};
+      const auto left = by_image(s, images, dy), right = by_image(s, images, in);
+      s.channels_last ? gemm<A>(weights, left.transposed(), right, 0) : gemm<A>(weights, left, right.transposed(), 0);
+      reduce_weights(s, images, scratch.data(), w.data(), scale_of, gradients.w.data(), d_scales);
+      make_weights(s, images, w.data(), scale_of, scratch.data());
+      multiply(s, by_image(s, images, du), square<A>(scratch.data(), s.n, images, s.n * s.n).transposed(), left, 0);
+    } else {
+      const auto h = together(s, images, scratch.data());
+      multiply(s, h, square(w.data(), s.n, h.batch, 0).transposed(), together(s, images, dy), 0);
+      for_pieces(s, images, [&](int64_t image, int64_t c, int64_t at, int64_t rows, int64_t columns) {
+        PIXNORM_BY_LAYOUT(scale_backward, in + at, dy + at, scratch.data() + at, scale_of + image * s.n + c, du + at,
+                          scaled.data() + at, d_scales + image * s.n + c, rows, columns);
+      });
+      const auto left = together(s, images, dy), right = together<const A>(s, images, scaled.data());
+      if (s.channels_last) {
+        gemm<A>(dw, left.transposed(), right, first == 0 ? 0 : 1);
+      } else {
+        for (int64_t i = 0; i < images; ++i) gemm<A>(dw, left.at(i), right.at(i).transposed(), first + i == 0 ? 0 : 1);
+      }
+    }
+    if (!gradients.bias.empty()) {
+      // One image after the other, so that each sum is one thread's.
+      for (int64_t i = 0; i < images; ++i) {
+        for_pieces(s, 1, [&](int64_t, int64_t c, int64_t at, int64_t rows, int64_t columns) {
+          PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + at, gradients.bias.data() + c, rows, columns);
+        });
+      }
+    }
+    narrowed(du, grad_u + first * s.image(), elements);
+  }
+}
+
+void check(const Shape& s, const Tensor& u, const Tensor& scales, const Tensor& mix_weight) {
+  check_sizes(scales, "s", {s.images, s.n});
+  check_sizes(mix_weight, "mix_weight", {s.n, s.n});
+  check_same_dtype(scales, "s", u);
+  check_same_dtype(mix_weight, "mix_weight", u);
+}
+
+Tensor gconv_mix_fwd(const Tensor& u, const Tensor& scales, const Tensor& mix_weight, const std::optional<Tensor>& bias,
+                     bool) {
+  const Shape s = shape_of(u);
+  check(s, u, scales, mix_weight);
+  if (bias) {
+    check_sizes(*bias, "bias", {s.n});
+    check_same_dtype(*bias, "bias", u);
+  }
+  const MemoryFormat layout = layout_of(u);
+  const Tensor y = empty({s.images, s.n, u.size(2), u.size(3)}, u.scalar_type(), layout);
+  if (u.numel() == 0) return y;
+  const Tensor u_dense = dense(u, layout);
+  dispatch_floating(u.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    forward<T>(s, data_of<T>(u_dense), to_vector<A>(scales), to_vector<A>(mix_weight),
+               bias ? to_vector<A>(*bias) : std::vector<A>{}, static_cast<T*>(y.data_ptr()));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gconv_mix_bwd(const Tensor& grad_y, const Tensor& u, const Tensor& scales,
+                                                         const Tensor& mix_weight, bool has_bias, bool) {
+  const Shape s = shape_of(u);
+  check(s, u, scales, mix_weight);
+  check_sizes(grad_y, "grad_y", {s.images, s.n, u.size(2), u.size(3)});
+  check_same_dtype(grad_y, "grad_y", u);
+  const MemoryFormat layout = layout_of(u);
+  const Tensor grad_u = empty({s.images, s.n, u.size(2), u.size(3)}, u.scalar_type(), layout);
+  const Tensor u_dense = dense(u, layout), dy_dense = dense(grad_y, layout);
+  return dispatch_floating(u.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    Gradients<A> gradients{std::vector<A>(s.images * s.n), std::vector<A>(s.n * s.n),
+                           std::vector<A>(has_bias ? s.n : 0)};
+    if (u.numel() > 0) {
+      backward<T>(s, data_of<T>(dy_dense), data_of<T>(u_dense), to_vector<A>(scales), to_vector<A>(mix_weight),
+                  static_cast<T*>(grad_u.data_ptr()), gradients);
+    }
+    const auto tensor = [&](const std::vector<A>& v, std::initializer_list<int64_t> sizes) {
+      const Tensor t = empty(sizes, dtype_of<T>);
+      copy_to(v, t);
+      return t;
+    };
+    return {grad_u, tensor(gradients.scales, {s.images, s.n}), tensor(gradients.w, {s.n, s.n}),
+            tensor(gradients.bias, {static_cast<int64_t>(gradients.bias.size())})};
+  });
+}
+
+}  // namespace
+}  // namespace pixnorm::gconv
+
+STABLE_TORCH_LIBRARY_IMPL(pixnorm, CPU, m) {
+  m.impl("gconv_mix_fwd", TORCH_BOX(&pixnorm::gconv::gconv_mix_fwd));
+  m.impl("gconv_mix_bwd", TORCH_BOX(&pixnorm::gconv::gconv_mix_bwd));
+}

@@ -1,0 +1,108 @@
+// GConv's mixing outside the products. Vector code: included by gconv.cpp, once per instruction set.
+//
+// Arrays are rows of `count` numbers that lie `stride` apart. In NCHW a row is a channel of an image, and what belongs to
+// a channel (kPerRow) is one number for each row; in channels_last a row is a pixel, or some of its channels, and there is
+// one for each column.
+
+#include "cpu/convert_kernels.h"
+
+// y = u + b and su = s u; b may be null.
+template <class A, bool kPerRow>
+void scale(const A* u, const A* s, const A* b, A* y, A* su, int64_t rows, int64_t count, int64_t stride) {
+  constexpr int n = kLanes<A>;
+  for (int64_t r = 0; r < rows; ++r, u += stride, y += stride, su += stride) {
+    int64_t i = 0;
+    for (; i + n <= count; i += n) {
+      const Vec<A> v = load(u + i);
+      store(su + i, v * (kPerRow ? broadcast(s[r]) : load(s + i)));
+      store(y + i, b ? v + (kPerRow ? broadcast(b[r]) : load(b + i)) : v);
+    }
+    for (; i < count; ++i) {
+      const int64_t c = kPerRow ? r : i;
+      const A v = u[i];
+      su[i] = v * s[c];
+      y[i] = b ? v + b[c] : v;
+    }
+  }
+}
+
+// du = dy + s h, su = s u, ds = the sums of u h.
+template <class A, bool kPerRow>
+void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* su, A* ds, int64_t rows, int64_t count,
+                    int64_t stride) {
+  constexpr int n = kLanes<A>;
+  if (!kPerRow) {
+    for (int64_t i = 0; i < count; ++i) ds[i] = 0;
+  }
+  for (int64_t r = 0; r < rows; ++r, u += stride, dy += stride, h += stride, du += stride, su += stride) {
+    Vec<A> sums{};
+    A sum = 0;
+    int64_t i = 0;
+    for (; i + n <= count; i += n) {
+      const Vec<A> scale = kPerRow ? broadcast(s[r]) : load(s + i), in = load(u + i), g = load(h + i);
+      store(du + i, load(dy + i) + scale * g);
+      store(su + i, scale * in);
+      if (kPerRow) {
+        sums += in * g;
+      } else {
+        store(ds + i, load(ds + i) + in * g);
+      }
+    }
+    for (; i < count; ++i) {
+      const A scale = s[kPerRow ? r : i];
+      du[i] = dy[i] + scale * h[i];
+      su[i] = scale * u[i];
+      (kPerRow ? sum : ds[i]) += u[i] * h[i];
+    }
+    if (kPerRow) ds[r] = sum + sum_lanes<A>(sums);
+  }
+}
+
+// y += b.
+template <class A, bool kPerRow>
+void add_bias(A* y, const A* b, int64_t rows, int64_t count, int64_t stride) {
+  constexpr int n = kLanes<A>;
+  for (int64_t r = 0; r < rows; ++r, y += stride) {
+    int64_t i = 0;
+    for (; i + n <= count; i += n) store(y + i, load(y + i) + (kPerRow ? broadcast(b[r]) : load(b + i)));
+    for (; i < count; ++i) y[i] += b[kPerRow ? r : i];
+  }
+}
+
+// sums += those of v.
+template <class A, bool kPerRow>
+void add_sums(const A* v, A* sums, int64_t rows, int64_t count, int64_t stride) {
+  constexpr int n = kLanes<A>;
+  for (int64_t r = 0; r < rows; ++r, v += stride) {
+    Vec<A> total{};
+    int64_t i = 0;
+    for (; i + n <= count; i += n) {
+      if (kPerRow) {
+        total += load(v + i);
+      } else {
+        store(sums + i, load(sums + i) + load(v + i));
+      }
+    }
+    for (; i < count; ++i) sums[kPerRow ? r : i] += v[i];
+    if (kPerRow) sums[r] += sum_lanes<A>(total);
+  }
+}
+
+// Rows [j0, j1) of I + W diag(s), (n, n).
+template <class A>
+void weights_of_sample(const A* w, const A* s, A* out, int64_t n, int64_t j0, int64_t j1) {
+  for (int64_t j = j0; j < j1; ++j) {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + j * n + i, load(w + j * n + i) * load(s + i));
+    for (; i < n; ++i) out[j * n + i] = w[j * n + i] * s[i];
+    out[j * n + j] += 1;
+  }
+}
+
+// to += a b, each of `count` numbers.
+template <class A>
+void add_product(const A* a, const A* b, A* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load(to + i) + load(a + i) * load(b + i));
+  for (; i < count; ++i) to[i] += a[i] * b[i];
+}

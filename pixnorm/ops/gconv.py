@@ -1,0 +1,425 @@
+r"""GConv, eq. 5-8 of "Generative Convolution Layer for Image Generation" (arXiv 2111.15171): convolution whose kernels
+are chosen by a latent vector and by the input itself, sample by sample.
+
+    S = sigmoid([mean(x), z] W_s)                   mean over the pixels of x, [,] concatenation   (eq. 5)
+    K̂ = K diag(S) W_L                               kernels scaled, then mixed                     (eq. 6)
+    Y = X * K + X * K̂ = U + (U · S) W_L,   U = X * K                                             (eq. 8)
+
+Here W_sᵀ is `scale_weight` and W_Lᵀ `mix_weight`, in the way of PyTorch's linear layers. The convolution is the
+library's. What follows it, (U, S) -> Y, is an op of our own, `gconv_mix`. It never needs more than U:
+
+    Y = (I + W diag(S)) U                                      W = mix_weight, a product for each sample
+    dU = (I + W diag(S))ᵀ dY,   G = dY Uᵀ,   dW = Σ G diag(S),   dS_i = Σ_j W_ji G_ji
+
+or, where there are fewer pixels than a sample's W diag(S) has numbers to make up for, with H = Wᵀ dY,
+
+    Y = U + W (S · U),   dU = dY + S · H,   dS = Σ U · H,   dW = dY (S · U)ᵀ
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.common import (
+    FLOAT,
+    HALF,
+    convolutions_allow_tf32,
+    dense_like,
+    is_channels_last,
+    products_allow_tf32,
+    reference_grads,
+    triton_ops,
+    without_autocast,
+)
+
+
+def gconv_mix_reference(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The mixing in plain PyTorch: the specification. Arguments as in :func:`gconv_mix`, u with pixels."""
+    return u + F.conv2d(u * s[:, :, None, None], mix_weight[:, :, None, None], bias)
+
+
+def gconv2d_reference(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    scale_weight: Tensor,
+    mix_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """GConv in plain PyTorch: the specification. Any device, any order of gradient. Arguments as in :func:`gconv2d`."""
+    s = torch.sigmoid(F.linear(torch.cat([x.mean((2, 3)), z], dim=1), scale_weight))
+    u = F.conv2d(x, weight, None, stride, padding, dilation)
+    return gconv_mix_reference(u, s, mix_weight, bias)
+
+
+def glinear_reference(
+    x: Tensor, z: Tensor, weight: Tensor, scale_weight: Tensor, mix_weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The same of a fully connected layer. Arguments as in :func:`glinear`."""
+    s = torch.sigmoid(F.linear(torch.cat([x, z], dim=1), scale_weight))
+    u = F.linear(x, weight)
+    return u + F.linear(u * s, mix_weight, bias)
+
+
+# ---- the op, and what runs it where no kernel is: products of the library ----
+
+
+def _pixels_pay_for_weights(u: Tensor) -> bool:
+    """Whether a sample has so many pixels that the n x n numbers of W diag(S) are few: half of those of u or less."""
+    n, h, w = u.shape[1:]
+    return h * w >= 2 * n
+
+
+@contextlib.contextmanager
+def _products(allow_tf32: bool) -> Iterator[None]:
+    """Matrix products in TF32, or not: they stand for a convolution, which has a flag of its own."""
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    flags.fp32_precision = "tf32" if allow_tf32 else "ieee"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
+
+
+def _matrices(t: Tensor) -> Tensor:
+    """(N, C, H, W), dense in either layout, as a view of (N, C, H * W)."""
+    n, c, h, w = t.shape
+    if is_channels_last(t):
+        return t.permute(0, 2, 3, 1).view(n, h * w, c).transpose(1, 2)
+    return t.view(n, c, h * w)
+
+
+def _dense(t: Tensor, like: Tensor) -> Tensor:
+    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return t.contiguous(memory_format=memory_format)
+
+
+def _library_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
+    y = dense_like(u)
+    u = _dense(u, y)
+    with without_autocast(u.device), _products(allow_tf32):
+        if _pixels_pay_for_weights(u):
+            # The identity is not part of the weights: in half precision it would take their digits.
+            torch.baddbmm(_matrices(u), mix_weight * s[:, None, :], _matrices(u), out=_matrices(y))
+        else:
+            torch.add(u, _mixed(u * s[:, :, None, None], mix_weight), out=y)
+        return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _mixed(t: Tensor, weight: Tensor) -> Tensor:
+    """W t, for all samples at once."""
+    return F.linear(t.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+
+
+def _library_bwd(
+    grad_y: Tensor, u: Tensor, s: Tensor, mix_weight: Tensor, has_bias: bool, allow_tf32: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_u = dense_like(u)
+    u, grad_y = _dense(u, grad_u), _dense(grad_y, grad_u)
+    with without_autocast(u.device), _products(allow_tf32):
+        if _pixels_pay_for_weights(u):
+            dy = _matrices(grad_y)
+            weights = mix_weight * s[:, None, :]
+            torch.baddbmm(dy, weights.transpose(1, 2), dy, out=_matrices(grad_u))
+            grad_weights = torch.bmm(dy, _matrices(u).transpose(1, 2))
+            grad_s = (grad_weights * mix_weight).sum(1)
+            grad_mix_weight = (grad_weights * s[:, None, :]).sum(0)
+        else:
+            h = _mixed(grad_y, mix_weight.t())
+            torch.addcmul(grad_y, h, s[:, :, None, None], out=grad_u)
+            grad_s = (u * h).sum((2, 3))
+            scaled = u * s[:, :, None, None]
+            grad_mix_weight = torch.tensordot(grad_y, scaled, dims=([0, 2, 3], [0, 2, 3]))
+        grad_bias = grad_y.sum((0, 2, 3)) if has_bias else s.new_empty((0,))
+    return grad_u, grad_s, grad_mix_weight.contiguous(), grad_bias
+
+
+def _gconv_mix_fwd_fake(u, *args):
+    return dense_like(u)
+
+
+def _gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
+    n = u.shape[1]
+    return dense_like(u), s.new_empty(s.shape), mix_weight.new_empty((n, n)), s.new_empty((n if has_bias else 0,))
+
+
+# `allow_tf32` is PyTorch's flag for convolutions on GPUs, or for matrix products; the CPU has no such mode.
+gconv_mix_fwd = define_op(
+    "gconv_mix_fwd(Tensor u, Tensor s, Tensor mix_weight, Tensor? bias, bool allow_tf32) -> Tensor",
+    _gconv_mix_fwd_fake,
+    everywhere=_library_fwd,
+)
+gconv_mix_bwd = define_op(
+    "gconv_mix_bwd(Tensor grad_y, Tensor u, Tensor s, Tensor mix_weight, bool has_bias, bool allow_tf32) "
+    "-> (Tensor grad_u, Tensor grad_s, Tensor grad_mix_weight, Tensor grad_bias)",
+    _gconv_mix_bwd_fake,
+    everywhere=_library_bwd,
+)
+
+
+def _ops(impl: str):
+    """The forward and the backward op of an impl."""
+    return triton_ops("gconv_mix") if impl == "triton" else (gconv_mix_fwd, gconv_mix_bwd)
+
+
+class GConvMixFunction(torch.autograd.Function):
+    """Saves its inputs and nothing else. A backward that is itself differentiated goes through the reference."""
+
+    @staticmethod
+    def forward(ctx, impl, allow_tf32, u, s, mix_weight, bias):
+        forward, ctx.backward_op = _ops(impl)
+        ctx.allow_tf32 = allow_tf32
+        ctx.save_for_backward(u, s, mix_weight, bias)
+        return forward(u, s, mix_weight, bias, allow_tf32)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        u, s, mix_weight, bias = inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = reference_grads(gconv_mix_reference, inputs, grad_y, ctx.needs_input_grad[2:])
+        else:
+            *grads, grad_bias = ctx.backward_op(grad_y, u, s, mix_weight, bias is not None, ctx.allow_tf32)
+            grads.append(None if bias is None else grad_bias)
+        return None, None, *grads
+
+
+# ---- which impl, on a GPU ----
+
+
+def _preferred(u: Tensor, allow_tf32: bool) -> str:
+    """``"triton"``, the fused kernel, or ``"native"``, which on a GPU is the library's batched product.
+
+    Fused, u is read once and y written: 2 passes over memory, T each. The library reads u twice and y once, writes y
+    twice (a product is added onto a copy of u), and has the weights of each sample to write and to read: 5 T and more.
+    """
+    if u.device.type not in ("cuda", "xpu") or torch.compiler.is_exporting():
+        return "native"
+    n, h, w = u.shape[1:]
+    table = (
+        (n > h * w / 4, "triton", "the weights, n x n for each sample, would take more than 2 x 4 passes over u"),
+        (u.dtype == torch.float64, "native", "bound by its operations, and the library's product does more a second"),
+        (u.dtype == torch.float32 and not allow_tf32, "native", "likewise: without tensor cores"),
+        # 2 n operations per number: what an H200 does while it moves 2 T is at n = 370 (an RTX 3090: 170), and a fused
+        # kernel at two thirds of the library's speed is as slow as 5 T at twice that.
+        (n > 512, "native", "bound by its operations even on tensor cores"),
+        (True, "triton", "bound by its bytes"),
+    )
+    return next(impl for holds, impl, _ in table if holds)
+
+
+def _triton_refusal(u: Tensor) -> str | None:
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return None  # the question would limit the sizes that a graph is for
+    n, c, h, w = u.shape
+    if c * h * w >= 2**31 or n * h * w >= 2**31:
+        return f"the Triton kernels count the numbers of a sample in 32 bits, got u of shape {tuple(u.shape)}"
+    return None
+
+
+# ---- the public functions ----
+
+
+def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    r"""What makes a convolution generative (arXiv 2111.15171, eq. 8): its channels are scaled per sample, mixed, and
+    added to what they were, in one pass.
+
+    ``y[:, j] = u[:, j] + Σᵢ mix_weight[j, i] · s[:, i] · u[:, i] + bias[j]``
+
+    Args:
+        u: (N, n, H, W), or (N, n), floating point; contiguous or channels_last (other strides cost one copy).
+        s: (N, n), the scale of each channel of each sample.
+        mix_weight: (n, n), from the second dimension to the first.
+        bias: (n,) or None.
+        impl: ``"auto"``, ``"native"`` (C++ on the CPU, elsewhere a batched product of the library), ``"triton"`` (GPUs)
+            or ``"reference"`` (plain PyTorch).
+
+    Returns:
+        As u, in dtype and layout.
+
+    All tensors have one dtype; under autocast they are cast to its, as by ``F.conv2d``. On GPUs float32 is rounded to
+    TF32 where ``torch.backends.cudnn.allow_tf32`` allows convolutions that. Gradients of gradients are right in eager
+    mode (computed by the reference).
+
+    Raises:
+        ValueError: wrong rank or shape.
+        TypeError: u is not floating point, or the dtypes differ.
+        RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
+    """
+    if u.dim() == 2:
+        allow_tf32, like_conv = products_allow_tf32(), u[:, :, None, None]
+        return _gconv_mix(like_conv, s, mix_weight, bias, allow_tf32, impl).flatten(1)
+    if u.dim() != 4:
+        raise ValueError(f"expected u of 4 dimensions, or 2, got shape {tuple(u.shape)}")
+    return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
+
+
+def _gconv_mix(
+    u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str
+) -> Tensor:
+    u, s, mix_weight, bias = _cast_by_autocast(u, s, mix_weight, bias)
+    samples, n = u.shape[:2]
+    _check({"s": (s, (samples, n)), "mix_weight": (mix_weight, (n, n)), "bias": (bias, (n,))}, "u", u)
+    refusals = {"native": None, "triton": _triton_refusal(u)}
+    chosen = choose("gconv_mix", impl, u.device, refusals, _preferred(u, allow_tf32), composite=True)
+    if chosen == "reference":
+        return gconv_mix_reference(u, s, mix_weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, s, mix_weight, bias)):
+        return GConvMixFunction.apply(chosen, allow_tf32, u, s, mix_weight, bias)
+    return _ops(chosen)[0](u, s, mix_weight, bias, allow_tf32)
+
+
+def _under_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """As it casts the arguments of ``F.conv2d``."""
+    device = tensors[0].device
+    if not _under_autocast(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    eligible = (torch.float32, *HALF)
+    return [t if t is None or t.dtype not in eligible else t.to(dtype) for t in tensors]
+
+
+def _check(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: str, x: Tensor) -> None:
+    """Each tensor, by its name, with the shape that it must have for x, which is called ``what``."""
+    if x.dtype not in FLOAT:
+        raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for {what} of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"expected all tensors on one device, got {what} on {x.device} and {name} on {tensor.device}"
+            )
+        if tensor.dtype != x.dtype and not (tensor.dtype in FLOAT and _under_autocast(x.device)):
+            raise TypeError(f"expected tensors of one dtype, got {what} of {x.dtype} and {name} of {tensor.dtype}")
+
+
+def gconv2d(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    scale_weight: Tensor,
+    mix_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Generative convolution (arXiv 2111.15171, eq. 5-8): for each sample, kernels are scaled by what a latent vector
+    and the mean of the input say, mixed, and added to what they were.
+
+    The same as ``F.conv2d`` with the kernels ``weight[j] + Σᵢ mix_weight[j, i] · s[i] · weight[i]`` of each sample,
+    where ``s = sigmoid(F.linear(cat([x.mean((2, 3)), z], 1), scale_weight))``.
+
+    Args:
+        x: (N, m, H, W), floating point.
+        z: (N, dz), the latent vectors.
+        weight: (n, m, kh, kw), the kernels.
+        scale_weight: (n, m + dz), from the mean of x and from z to the scale of each kernel.
+        mix_weight: (n, n).
+        bias: (n,) or None, added at the end.
+        stride, padding, dilation: as in ``F.conv2d``.
+        impl: of what follows the convolution, as in :func:`gconv_mix`. The convolution is PyTorch's in all of them.
+
+    Returns:
+        (N, n, H', W') as ``F.conv2d`` does, dtype and layout included.
+
+    All tensors have one dtype, and autocast casts them as it casts those of ``F.conv2d``. Gradients of gradients are
+    right in eager mode.
+
+    Raises:
+        ValueError: wrong rank or shape.
+        TypeError: x is not floating point, or the dtypes differ.
+        RuntimeError: tensors on several devices, an ``impl`` that cannot run here, or what ``F.conv2d`` refuses.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must have shape (n, {x.shape[1]}, kh, kw) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check_layer(x, z, weight, scale_weight, mix_weight, bias)
+    if impl == "reference":
+        options = {"stride": stride, "padding": padding, "dilation": dilation}
+        return gconv2d_reference(x, z, weight, scale_weight, mix_weight, bias, **options)
+    # The gradient of a sum is a view of one number a channel; that of a mean would be a tensor as large as x.
+    pixels = x.shape[2] * x.shape[3]
+    mean = x.mean((2, 3)) if x.dtype in HALF else x.sum((2, 3)) / pixels
+    s = torch.sigmoid(F.linear(torch.cat([mean, z], dim=1), scale_weight))
+    u = F.conv2d(x, weight, None, stride, padding, dilation)
+    return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
+
+
+def glinear(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    scale_weight: Tensor,
+    mix_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    r"""The generative form of ``F.linear``: :func:`gconv2d` of a single pixel (arXiv 2111.15171, eq. 5-8).
+
+    Args:
+        x: (N, m), floating point.
+        z: (N, dz), the latent vectors; in the first layer of a generator, x itself.
+        weight: (n, m).
+        scale_weight: (n, m + dz), from x and z to the scale of each row of ``weight``.
+        mix_weight: (n, n).
+        bias: (n,) or None, added at the end.
+        impl: as in :func:`gconv_mix`.
+
+    Returns:
+        (N, n) in x's dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gconv2d`.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"expected 2D input (got {x.dim()}D input)")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must have shape (n, {x.shape[1]}) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    _check_layer(x, z, weight, scale_weight, mix_weight, bias)
+    if impl == "reference":
+        return glinear_reference(x, z, weight, scale_weight, mix_weight, bias)
+    s = torch.sigmoid(F.linear(torch.cat([x, z], dim=1), scale_weight))
+    return gconv_mix(F.linear(x, weight), s, mix_weight, bias, impl=impl)
+
+
+def _check_layer(x, z, weight, scale_weight, mix_weight, bias) -> None:
+    """The arguments of both layers, but for the shape of the weight."""
+    n, m = weight.shape[:2]
+    if z.dim() != 2 or z.shape[0] != x.shape[0]:
+        raise ValueError(f"z must have shape ({x.shape[0]}, dz) for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")
+    length = z.shape[1]
+    if scale_weight.dim() == 2 and scale_weight.shape[0] == n and scale_weight.shape[1] != m + length:
+        raise ValueError(
+            f"z must have shape ({x.shape[0]}, {scale_weight.shape[1] - m}) for x of shape {tuple(x.shape)} and "
+            f"scale_weight of shape {tuple(scale_weight.shape)}, got {tuple(z.shape)}"
+        )
+    wanted = {"z": (z, tuple(z.shape)), "weight": (weight, tuple(weight.shape))}
+    wanted |= {"scale_weight": (scale_weight, (n, m + length)), "mix_weight": (mix_weight, (n, n)), "bias": (bias, (n,))}
+    _check(wanted, "x", x)
