@@ -1,0 +1,230 @@
+"""The modules of generative convolution, and how they come by the latent vectors."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from pixnorm import functional as F
+from pixnorm.ops._dispatch import IMPLS
+
+
+class _Current(threading.local):
+    z: Tensor | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def latent(z: Tensor) -> Iterator[None]:
+    """Give z to all generative layers that are called without one, while it lasts and in this thread.
+
+    For models whose ``forward`` passes on features alone, such as ``nn.Sequential`` and what ``convert_conv`` returns.
+    Activation checkpoints run their part of the model again in backward: that must be inside too.
+
+    Args:
+        z: (N, latent_dim).
+
+    Example:
+        >>> layers = torch.nn.Sequential(pixnorm.GConv2d(8, 8, 3, latent_dim=4), torch.nn.ReLU())
+        >>> with pixnorm.nn.latent(torch.randn(2, 4)):
+        ...     y = layers(torch.randn(2, 8, 16, 16))
+    """
+    before = _current.z
+    _current.z = z
+    try:
+        yield
+    finally:
+        _current.z = before
+
+
+class _Generative(nn.Module):
+    """The parameters that both layers have."""
+
+    def __init__(self, kernels: tuple[int, ...], latent_dim: int, bias: bool, impl: str, init: str, device, dtype):
+        super().__init__()
+        for name, value, allowed in (("impl", impl, IMPLS), ("init", init, ("glorot", "zero"))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be positive, got {latent_dim}")
+        self.latent_dim = latent_dim
+        self.impl = impl
+        self.init = init
+        n, m = kernels[:2]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = parameter(*kernels)
+        self.scale_weight = parameter(n, m + latent_dim)
+        self.mix_weight = parameter(n, n)
+        if bias:
+            self.bias = parameter(n)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as ``init`` says."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.scale_weight)
+        if self.init == "zero":
+            nn.init.zeros_(self.mix_weight)
+        else:
+            nn.init.xavier_uniform_(self.mix_weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _latent(self, z: Tensor | None) -> Tensor:
+        z = _current.z if z is None else z
+        if z is None:
+            raise RuntimeError(
+                f"{type(self).__name__} needs latent vectors: call it with (x, z), or the model inside "
+                "`with pixnorm.nn.latent(z):`"
+            )
+        return z
+
+
+class GConv2d(_Generative):
+    r"""Generative convolution ("Generative Convolution Layer for Image Generation", arXiv 2111.15171, eq. 5-8).
+
+    Takes the place of :class:`torch.nn.Conv2d` in a generator: its kernels are scaled by what the latent vector and the
+    mean of the input say, mixed, and added to what they were, so that each sample is convolved with kernels of its own.
+    The equation stands in :func:`pixnorm.functional.gconv2d`, which does all the arithmetic.
+
+    Args:
+        in_channels: m, of the input.
+        out_channels: n, of the output.
+        kernel_size, stride, padding, dilation: as in ``nn.Conv2d``.
+        latent_dim: dz, the length of a latent vector.
+        bias: added at the end; off, as a normalisation follows in the paper.
+        impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.gconv2d`.
+        device, dtype: of the parameters.
+        init: ``"glorot"`` draws all weights Glorot uniform; ``"zero"`` does so but for ``mix_weight``, which is 0: the
+            layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step.
+
+    Shape:
+        x (N, m, H, W) and z (N, dz) to (N, n, H', W') as ``nn.Conv2d``, in x's dtype and memory format. z may be left
+        out inside :func:`pixnorm.nn.latent`.
+
+    Parameters ``weight`` (n, m, kh, kw), ``scale_weight`` (n, m + dz), ``mix_weight`` (n, n), ``bias`` (n) or None.
+
+    Raises:
+        ValueError: an argument is outside what is listed above.
+
+    Example:
+        >>> y = pixnorm.GConv2d(64, 64, 3, latent_dim=32, padding=1)(torch.randn(8, 64, 16, 16), torch.randn(8, 32))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        latent_dim: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = False,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+        *,
+        init: str = "glorot",
+    ):
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(f"in_channels and out_channels must be positive, got {in_channels} and {out_channels}")
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and _pair(stride) != (1, 1):
+            raise ValueError(f"padding='same' is for stride 1, got {stride}")
+        kernel_size = _pair(kernel_size)
+        if min(kernel_size) < 1:
+            raise ValueError(f"kernel_size must be positive, got {kernel_size}")
+        super().__init__((out_channels, in_channels, *kernel_size), latent_dim, bias, impl, init, device, dtype)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = _pair(stride)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.dilation = _pair(dilation)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Convolve each sample of x with the kernels that it and its latent vector choose."""
+        return F.gconv2d(
+            x,
+            self._latent(z),
+            self.weight,
+            self.scale_weight,
+            self.mix_weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, latent_dim={self.latent_dim}, "
+            f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, bias={self.bias is not None}, "
+            f"impl={self.impl!r}"
+        )
+
+
+class GLinear(_Generative):
+    r"""The generative form of :class:`torch.nn.Linear`: :class:`GConv2d` of a single pixel (arXiv 2111.15171, eq. 5-8).
+
+    Args:
+        in_features: m, of the input.
+        out_features: n, of the output.
+        latent_dim: dz, the length of a latent vector.
+        bias, impl, device, dtype, init: as in :class:`GConv2d`.
+
+    Shape:
+        x (N, m) and z (N, dz) to (N, n). In the first layer of a generator, both are the latent vectors. z may be left
+        out inside :func:`pixnorm.nn.latent`.
+
+    Parameters ``weight`` (n, m), ``scale_weight`` (n, m + dz), ``mix_weight`` (n, n), ``bias`` (n) or None.
+
+    Raises:
+        ValueError: an argument is outside what is listed above.
+
+    Example:
+        >>> z = torch.randn(8, 32)
+        >>> y = pixnorm.GLinear(32, 128, latent_dim=32, bias=True)(z, z)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        latent_dim: int,
+        bias: bool = False,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+        *,
+        init: str = "glorot",
+    ):
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"in_features and out_features must be positive, got {in_features} and {out_features}")
+        super().__init__((out_features, in_features), latent_dim, bias, impl, init, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Map each sample of x by the weights that it and its latent vector choose."""
+        weights = self.weight, self.scale_weight, self.mix_weight, self.bias
+        return F.glinear(x, self._latent(z), *weights, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, latent_dim={self.latent_dim}, bias={self.bias is not None}, "
+            f"impl={self.impl!r}"
+        )
