@@ -14,7 +14,7 @@ PY := $(PYTHON)
 endif
 BUILT := build/$(subst /,-,$(PY)).built
 
-.PHONY: help build test bench kernels gpu lint format clean
+.PHONY: help build test bench gmm kernels gpu lint format clean
 .PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # with no extension there, the stamp is wrong
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test: build  ## run the tests
 
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 	$(PY) -m benchmarks.report --results $(RESULTS)
+
+gmm: build  ## train the GConv paper's toy, eight Gaussians, with plain and generative layers
+	$(PY) -m benchmarks.paper.gmm --results $(RESULTS)
 
 kernels: $(READY)  ## compile the kernels for GPUs (none needed) and check what their machine code says
 	$(PY) -m benchmarks.kernels

@@ -180,7 +180,7 @@ def launches(configuration: Configuration) -> list[Launch]:
     parameters = dtype if dtype == torch.float64 else torch.float32
     layout = "channels_last" if configuration.channels_last else "contiguous"
     with ExitStack() as recording:
-        recording.enter_context(patch.object(testing, "_ops", lambda impl: (spn.spn_fwd, spn.spn_bwd)))
+        recording.enter_context(patch.object(testing.spn, "_ops", lambda impl: (spn.spn_fwd, spn.spn_bwd)))
         for module in (spn, statistics, projection):
             recording.enter_context(patch.object(module, "launch", record))
         for shape in SHAPES:

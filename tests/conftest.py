@@ -4,6 +4,7 @@
 there. ``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for what concerns one device alone.
 
 ``spec``, ``case``     every op of pixnorm.testing, with each row of its grid
+``spec``, ``variant``  with each of its variants; ``spec``, ``options``, with each combination of its options
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
 
 With ``@pytest.mark.emulated`` those include the CUDA kernels, on CPU tensors (see cuda_emulation); as impl "native".
@@ -74,8 +75,12 @@ def pytest_collection_modifyitems(config, items):
 
     def fits(item):
         asked = item.callspec.params if hasattr(item, "callspec") else {}
-        impl = asked.get("kernel", asked.get("impl"))
-        if impl and "spec" in asked and "case" in asked and not asked["spec"].takes(_named(impl), asked["case"]):
+        impl, spec = asked.get("kernel", asked.get("impl")), asked.get("spec")
+        if impl and spec and "case" in asked and not spec.takes(_named(impl), asked["case"]):
+            return False
+        if impl == EMULATED and spec and not spec.cuda_kernels:
+            return False
+        if spec and not spec.float32_parameters and asked.get("parameter_dtype") != asked.get("dtype"):
             return False
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
@@ -129,6 +134,11 @@ def pytest_generate_tests(metafunc):
     if "case" in wanted:
         cases = [(spec, case) for spec in SPECS for case in spec.cases]
         metafunc.parametrize(("spec", "case"), cases, ids=[f"{spec}-{case}" for spec, case in cases])
+    elif wanted & {"variant", "options"}:
+        name = "variant" if "variant" in wanted else "options"
+        chosen = [(s, of) for s in SPECS for of in (s.variants if name == "variant" else s.combinations())]
+        ids = ["-".join([str(s), *(f"{key}={value}" for key, value in of.items())]) for s, of in chosen]
+        metafunc.parametrize(("spec", name), chosen, ids=ids)
     elif "spec" in wanted:
         metafunc.parametrize("spec", SPECS, ids=str)
     if "impl" in wanted:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_ops import DTYPES, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, Case
+from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,9 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.emulated
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("upsample", [1, 2])
-def test_saved_for_backward(spec, kernel, upsample, dtype, parameter_dtype, layout):
-    case = Case((4, 8, 16, 16), "", {"upsample": upsample, "activation": "relu"})
+def test_saved_for_backward(spec, variant, kernel, dtype, parameter_dtype, layout):
+    case = Case((4, 8, 16, 16), "", variant)
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
     leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
     given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
@@ -67,26 +66,29 @@ def peak_of_gpu(function):
 @pytest.mark.parametrize("kernel", ["native"], indirect=True)  # the convolutions of the others have workspaces
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
 @pytest.mark.parametrize(
-    "layout, upsample, dtype, copies",
+    "spec, layout, upsample, dtype, copies",
     [
-        ("contiguous", 1, torch.float32, 0),
-        ("contiguous", 2, torch.bfloat16, 0),
-        ("channels_last", 2, torch.float32, 0),
-        ("channels_last", 1, torch.bfloat16, 0),
-        ("padded_pixels", 1, torch.float32, 1),
+        (SPN, "contiguous", 1, torch.float32, 0),
+        (SPN, "contiguous", 2, torch.bfloat16, 0),
+        (SPN, "channels_last", 2, torch.float32, 0),
+        (SPN, "channels_last", 1, torch.bfloat16, 0),
+        (SPN, "padded_pixels", 1, torch.float32, 1),
+        (GCONV_MIX, "contiguous", 1, torch.float32, 0),
+        (GCONV_MIX, "channels_last", 1, torch.bfloat16, 0),
     ],
     ids=name_of,
 )
 def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
-    """Forward holds y and p, backward the gradient of x; beside them only what does not grow with the batch.
+    """Forward holds y and what is saved, backward a gradient; beside them only what does not grow with the batch.
 
     On a GPU backward also holds the gradient of p, and in NCHW a transposed x for a GEMM. The copy of an input with
     other strides is the one exception, and shows that a copy would be seen.
     """
-    options = {"upsample": upsample, "activation": "relu"}
+    options = {"upsample": upsample, "activation": "relu"} if spec is SPN else {}
+    saved = int(spec is SPN)  # p
     tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
     leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    one, on_gpu = tensors["x"].numel() * dtype.itemsize, tensors["x"].is_cuda
+    one, on_gpu = tensors[spec.first].numel() * dtype.itemsize, tensors[spec.first].is_cuda
     assert one == 32 * 2**20
     peak_bytes, small = (peak_of_gpu, 2 * 2**20) if on_gpu else (peak_of_process, 14 * 2**20)
     held = 2 + (layout != "channels_last") if on_gpu else 1
@@ -102,5 +104,5 @@ def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
 
     backward()  # what the library allocates once and for all
     peak = peak_bytes(forward)
-    assert abs(peak - (upsample**2 + 1 + copies) * one) <= small
+    assert abs(peak - (upsample**2 + saved + copies) * one) <= small
     assert peak_bytes(backward) <= (held + copies) * one + small

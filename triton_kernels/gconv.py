@@ -1,9 +1,8 @@
 """GConv's mixing in Triton: products whose features are scaled on the way in, and finished on the way out.
 
-Forward reads u and writes y; backward reads dy and u and writes du (3 passes), and reads dy and u again for the gradient
-of the weight. A tile is some pixels by some channels; u is what is scaled, in registers, so it is the left operand (which
-the tensor cores take from there), and a tile's rows are pixels. Of large planes a tile has part of one sample; of small
-planes, several samples.
+Forward reads u and writes y; backward reads dy and u and writes du, and reads dy and u again for the gradient of the
+weight. A tile is some pixels by some channels. What is scaled is the left operand, which tensor cores take from
+registers, so a tile's rows are pixels: of large planes, those of one sample, of small planes, those of several.
 """
 
 from typing import NamedTuple
@@ -39,8 +38,10 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# On tensor cores the tile of sums is 64 registers of a thread; else, and in double, the operands need room too.
+# On tensor cores the tile of sums is 64 registers of a thread; half as many where two more tiles of float32 are loaded
+# at the end. Without them, and in double, the operands need room too.
 TENSOR_CORES = Blocks(rows=128, columns=128, chunk=32, warps=8, stages=3)
+TENSOR_CORES_FLOAT_BACKWARD = TENSOR_CORES._replace(columns=64)
 PLAIN = Blocks(rows=64, columns=64, chunk=16, warps=8, stages=2)
 DOUBLE = Blocks(rows=32, columns=32, chunk=16, warps=4, stages=2)
 # Programs that sum up the gradient of the weight: twice the multiprocessors of the largest GPU, whatever the GPU is.
@@ -51,7 +52,7 @@ PROGRAMS = 264
 def pixels_of(
     tile, N, C, pixels, tiles, LAST: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, SAMPLES: tl.constexpr
 ):
-    """Of a tile of PIXELS of each of SAMPLES: the sample (of each row, if several), its offset, whether it exists."""
+    """Of each row of a tile: its sample (one for all, if SAMPLES is 1), its offset, and whether it exists."""
     o_row = tl.arange(0, SAMPLES * PIXELS)
     if SAMPLES == 1:
         sample = tile // tiles
@@ -218,10 +219,12 @@ def gconv_mix_bwd_weight_kernel(
             tl.store(biases_ptr + (part * C + o_out), sums, mask=o_out < C)
 
 
-def _blocks_of(u: Tensor, allow_tf32: bool) -> Blocks:
+def _blocks_of(u: Tensor, allow_tf32: bool, of_grad_input: bool = False) -> Blocks:
     if u.dtype == torch.float64:
         return DOUBLE
-    return PLAIN if u.dtype == torch.float32 and not allow_tf32 else TENSOR_CORES
+    if u.dtype == torch.float32 and not allow_tf32:
+        return PLAIN
+    return TENSOR_CORES_FLOAT_BACKWARD if u.dtype == torch.float32 and of_grad_input else TENSOR_CORES
 
 
 class Tiles(NamedTuple):
@@ -291,23 +294,25 @@ def gconv_mix_bwd(
     if u.numel() == 0:
         return grad_u, torch.zeros_like(s), torch.zeros_like(mix_weight), s.new_zeros((c if has_bias else 0,))
     grad_y, u, s, mix_weight = _dense(grad_y, grad_u), _dense(u, grad_u), s.contiguous(), mix_weight.contiguous()
-    of = _blocks_of(u, allow_tf32)
+    of = _blocks_of(u, allow_tf32, of_grad_input=True)
     tiles = Tiles.over(u, of.rows)
     options = _options(u, allow_tf32, of, tiles)
-    blocks = triton.cdiv(c, options["COLUMNS"])
+    grid = (tiles.count * triton.cdiv(c, options["COLUMNS"]),)
 
     def sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=accumulator(u), device=u.device)
 
     partials = sums(tiles.of_sample, n, c)
     launch(
-        wrap_triton(gconv_mix_bwd_input_kernel), (tiles.count * blocks,), grad_y, u, s, mix_weight, grad_u, partials,
+        wrap_triton(gconv_mix_bwd_input_kernel), grid, grad_y, u, s, mix_weight, grad_u, partials,
         n, c, h * w, tiles.of_sample, CHUNK=of.chunk, **options,
     )  # fmt: skip
 
     # Of the gradient of the weight, the rows of a tile are what is summed over at a time.
+    of = _blocks_of(u, allow_tf32)
     tiles = Tiles.over(u, of.chunk)
-    options |= {"PIXELS": tiles.pixels, "SAMPLES": tiles.samples}
+    options = _options(u, allow_tf32, of, tiles)
+    blocks = triton.cdiv(c, options["COLUMNS"])
     parts = max(1, min(tiles.count, triton.cdiv(PROGRAMS, blocks * blocks)))
     weights, biases = sums(parts, c, c), sums(parts, c if has_bias else 0)
     launch(

@@ -38,11 +38,13 @@ Shape shape_of(const Tensor& u) {
 }
 
 
+constexpr int64_t kChannels = baseline::kMostSums;  // of channels_last that are worked on together: a cache line or two
+
 // f(image, channel, position, rows, columns) of pieces of `images` images, in parallel: some channels each.
 template <class F>
 void for_pieces(const Shape& s, int64_t images, const F& f) {
   constexpr int64_t kElements = 1 << 13;
-  const int64_t channels = s.channels_last ? 32 : std::clamp<int64_t>(kElements / s.pixels, 1, s.n);
+  const int64_t channels = s.channels_last ? kChannels : std::clamp<int64_t>(kElements / s.pixels, 1, s.n);
   const int64_t pieces = ceil_div(s.n, channels);
   const int64_t grain = ceil_div(kElements, channels * s.pixels);
   parallel_for(0, images * pieces, grain, [&](int64_t begin, int64_t end) {
@@ -162,7 +164,8 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
 
 template <class A>
 struct Gradients {
-  std::vector<A> scales, w, bias;
+  std::vector<A> scales, w;
+  std::vector<double> bias;
 };
 
 // From G = dY U^T of each image, (images, n, n): dW += G diag(s), ds = the columns' sums of G W.
@@ -281,12 +284,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gconv_mix_bwd(const Tensor& grad_y, c
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     Gradients<A> gradients{std::vector<A>(s.images * s.n), std::vector<A>(s.n * s.n),
-                           std::vector<A>(has_bias ? s.n : 0)};
+                           std::vector<double>(has_bias ? s.n : 0)};
     if (u.numel() > 0) {
       backward<T>(s, data_of<T>(dy_dense), data_of<T>(u_dense), to_vector<A>(scales), to_vector<A>(mix_weight),
                   static_cast<T*>(grad_u.data_ptr()), gradients);
     }
-    const auto tensor = [&](const std::vector<A>& v, std::initializer_list<int64_t> sizes) {
+    const auto tensor = [&](const auto& v, std::initializer_list<int64_t> sizes) {
       const Tensor t = empty(sizes, dtype_of<T>);
       copy_to(v, t);
       return t;

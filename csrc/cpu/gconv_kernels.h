@@ -69,22 +69,34 @@ void add_bias(A* y, const A* b, int64_t rows, int64_t count, int64_t stride) {
   }
 }
 
-// sums += those of v.
+// sums += those of v; not more than kMostSums of them. Runs that are short enough for A are added up in double.
+constexpr int64_t kMostSums = 1 << 5;
+
 template <class A, bool kPerRow>
-void add_sums(const A* v, A* sums, int64_t rows, int64_t count, int64_t stride) {
+void add_sums(const A* v, double* sums, int64_t rows, int64_t count, int64_t stride) {
   constexpr int n = kLanes<A>;
-  for (int64_t r = 0; r < rows; ++r, v += stride) {
-    Vec<A> total{};
-    int64_t i = 0;
-    for (; i + n <= count; i += n) {
-      if (kPerRow) {
-        total += load(v + i);
-      } else {
-        store(sums + i, load(sums + i) + load(v + i));
+  constexpr int64_t kRun = 1 << 6;
+  if (kPerRow) {
+    for (int64_t r = 0; r < rows; ++r, v += stride) {
+      for (int64_t first = 0; first < count; first += kRun * n) {
+        const int64_t end = count - first < kRun * n ? count : first + kRun * n;
+        Vec<A> run{};
+        int64_t i = first;
+        for (; i + n <= end; i += n) run += load(v + i);
+        for (; i < end; ++i) sums[r] += v[i];
+        sums[r] += sum_lanes<A>(run);
       }
     }
-    for (; i < count; ++i) sums[kPerRow ? r : i] += v[i];
-    if (kPerRow) sums[r] += sum_lanes<A>(total);
+  } else {
+    for (int64_t first = 0; first < rows; first += kRun) {
+      A run[kMostSums] = {};
+      for (int64_t r = first; r < rows && r < first + kRun; ++r, v += stride) {
+        int64_t i = 0;
+        for (; i + n <= count; i += n) store(run + i, load(run + i) + load(v + i));
+        for (; i < count; ++i) run[i] += v[i];
+      }
+      for (int64_t i = 0; i < count; ++i) sums[i] += run[i];
+    }
   }
 }
 

@@ -1,8 +1,15 @@
-"""The SNGAN generator with batch norm or SPN, as in the SPN paper (arXiv 2201.10725, Tables 2 and 6)."""
+"""The SNGAN generator of the SPN paper (arXiv 2201.10725, Tables 2 and 6) and of the GConv paper (arXiv 2111.15171,
+Tables 1 and 2): with batch norm, SPN, or a batch norm that the latent vector modulates; with plain or generative
+convolutions."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnorm.nn import SPN2d
+from pixnorm.nn import GConv2d, LatentBatchNorm2d, SPN2d
+
+NORMS = ("bn", "spn", "bigbn")
+CONVS = ("conv", "gconv")
 
 
 class UpBlock(nn.Module):
@@ -10,10 +17,26 @@ class UpBlock(nn.Module):
 
     With SPN, upsampling, norm and ReLU are one layer. Batch norm and ReLU commute with nearest upsampling, so there
     they come first, at a quarter of the cost; SPN does not commute (its kernels see different neighbours), and must
-    follow it. The shortcut is an upsampling, after a 1x1 convolution only where the number of channels changes.
+    follow it. The shortcut is an upsampling, after a 1x1 convolution only where the number of channels changes; that
+    one is never generative.
+
+    Args:
+        in_channels, out_channels: of the block.
+        norm, conv, impl, bias: as in :class:`Generator`.
+        latent_dim: of the vectors that modulate ``"bigbn"`` and ``"gconv"``.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str, impl: str = "auto"):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: str,
+        impl: str = "auto",
+        *,
+        conv: str = "conv",
+        latent_dim: int = 0,
+        bias: bool = True,
+    ):
         super().__init__()
         if norm == "spn":
             self.norm1 = SPN2d(in_channels, upsample=2, activation="relu", impl=impl)
@@ -21,40 +44,61 @@ class UpBlock(nn.Module):
             self.norm2 = SPN2d(out_channels, activation="relu", impl=impl)
             self.act2 = nn.Identity()
         else:
-            self.norm1 = nn.BatchNorm2d(in_channels)
+            norms = (
+                LatentBatchNorm2d(size, latent_dim) if norm == "bigbn" else nn.BatchNorm2d(size)
+                for size in (in_channels, out_channels)
+            )
+            self.norm1 = next(norms)
             self.act1 = nn.Sequential(nn.ReLU(inplace=True), nn.Upsample(scale_factor=2))
-            self.norm2 = nn.BatchNorm2d(out_channels)
+            self.norm2 = next(norms)
             self.act2 = nn.ReLU(inplace=True)
-        self.conv1 = _glorot(nn.Conv2d(in_channels, out_channels, 3, padding=1), gain=2**0.5)
-        self.conv2 = _glorot(nn.Conv2d(out_channels, out_channels, 3, padding=1), gain=2**0.5)
+
+        def convolution(size: int) -> nn.Conv2d | GConv2d:
+            if conv == "gconv":
+                layer = GConv2d(size, out_channels, 3, latent_dim, padding=1, bias=bias, impl=impl)
+            else:
+                layer = nn.Conv2d(size, out_channels, 3, padding=1, bias=bias)
+            return _glorot(layer, gain=2**0.5)
+
+        self.conv1 = convolution(in_channels)
+        self.conv2 = convolution(out_channels)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else _glorot(nn.Conv2d(in_channels, out_channels, 1))
+        self.shortcut = nn.Identity() if same else _glorot(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
         self.up = nn.Upsample(scale_factor=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act1(self.norm1(x)))
-        h = self.conv2(self.act2(self.norm2(h)))
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Features of twice the resolution; z for the layers that take one."""
+        h = _call(self.conv1, self.act1(_call(self.norm1, x, z)), z)
+        h = _call(self.conv2, self.act2(_call(self.norm2, h, z)), z)
         return h + self.up(self.shortcut(x))
 
 
 class Generator(nn.Module):
     """The generator for 32x32 images: a fully connected layer to 4x4, three :class:`UpBlock`, norm, ReLU, conv, tanh.
 
-    The last norm is a batch norm in both forms. Weights start Glorot uniform, with gain √2 for the 3x3 convolutions of
-    the blocks; biases start at 0.
+    The last norm is a batch norm, and the last convolution a plain one, in all forms. Weights start Glorot uniform, with
+    gain √2 for the 3x3 convolutions of the blocks; biases start at 0.
+
+    The SPN paper's is ``norm="bn"`` (4 079 363 parameters) or ``"spn"`` (4 527 875). The GConv paper's is
+    ``norm="bigbn", latent_dim=32, bias=False``, with ``conv="conv"`` (3 775 744 parameters, of them 3 538 944 in the six
+    convolutions of the blocks) or ``"gconv"`` (4 611 328; 4 374 528, with ten classes 4 389 888).
 
     Args:
         resolution: of the images; 32.
-        norm: in the blocks: ``"bn"`` (4 079 363 parameters) or ``"spn"`` (4 527 875).
+        norm: in the blocks: ``"bn"``, ``"spn"``, or ``"bigbn"``, :class:`pixnorm.nn.LatentBatchNorm2d`.
         latent_dim: length of a latent vector.
         channels: width of every block.
-        impl: of the SPN layers, see :class:`pixnorm.SPN2d`. Of no effect on parameters and state-dict keys.
+        impl: of the SPN and GConv layers, see :class:`pixnorm.SPN2d`. Of no effect on parameters and state-dict keys.
+        conv: in the blocks: ``"conv"``, or ``"gconv"``, :class:`pixnorm.GConv2d`.
+        num_classes: of a conditional generator, 0 for none. Its ``"bigbn"`` and ``"gconv"`` layers see the one-hot
+            vector of the class behind the latent vector; the fully connected layer does not.
+        bias: of the fully connected layer and of all convolutions.
 
     Shape:
-        (N, latent_dim) to (N, 3, resolution, resolution), in (-1, 1).
+        z (N, latent_dim) and, with classes, y (N) of int64 to (N, 3, resolution, resolution), in (-1, 1).
 
     Raises:
-        ValueError: an unknown ``resolution`` or ``norm``.
+        ValueError: an unknown ``resolution``, ``norm`` or ``conv``, or classes for layers that know none.
     """
 
     def __init__(
@@ -64,29 +108,51 @@ class Generator(nn.Module):
         latent_dim: int = 128,
         channels: int = 256,
         impl: str = "auto",
+        *,
+        conv: str = "conv",
+        num_classes: int = 0,
+        bias: bool = True,
     ):
         super().__init__()
         if resolution != 32:
             raise ValueError(f"resolution must be 32, got {resolution!r}")
-        if norm not in ("bn", "spn"):
-            raise ValueError(f"norm must be 'bn' or 'spn', got {norm!r}")
-        self.fc = _glorot(nn.Linear(latent_dim, channels * 4 * 4))
-        self.block1 = UpBlock(channels, channels, norm, impl)
-        self.block2 = UpBlock(channels, channels, norm, impl)
-        self.block3 = UpBlock(channels, channels, norm, impl)
+        for name, value, allowed in (("norm", norm, NORMS), ("conv", conv, CONVS)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        if num_classes and norm != "bigbn" and conv != "gconv":
+            raise ValueError(f"num_classes={num_classes} needs norm='bigbn' or conv='gconv'")
+        self.num_classes = num_classes
+
+        def block() -> UpBlock:
+            of = {"conv": conv, "latent_dim": latent_dim + num_classes, "bias": bias}
+            return UpBlock(channels, channels, norm, impl, **of)
+
+        self.fc = _glorot(nn.Linear(latent_dim, channels * 4 * 4, bias=bias))
+        self.block1, self.block2, self.block3 = block(), block(), block()
         self.norm = nn.BatchNorm2d(channels)
         self.act = nn.ReLU(inplace=True)
-        self.conv = _glorot(nn.Conv2d(channels, 3, 3, padding=1))
+        self.conv = _glorot(nn.Conv2d(channels, 3, 3, padding=1, bias=bias))
         self.tanh = nn.Tanh()
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Images from latent vectors."""
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images from latent vectors, and from classes where the generator has some."""
         h = self.fc(z).unflatten(1, (-1, 4, 4))
-        h = self.block3(self.block2(self.block1(h)))
+        if (y is None) == bool(self.num_classes):
+            raise ValueError(f"a generator of {self.num_classes} classes got {'no ' if y is None else ''}classes")
+        if y is not None:
+            z = torch.cat([z, F.one_hot(y, self.num_classes).to(z.dtype)], dim=1)
+        h = self.block3(self.block2(self.block1(h, z), z), z)
         return self.tanh(self.conv(self.act(self.norm(h))))
 
 
-def _glorot(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | nn.Conv2d:
+def _call(layer: nn.Module, x: Tensor, z: Tensor | None) -> Tensor:
+    return layer(x, z) if isinstance(layer, GConv2d | LatentBatchNorm2d) else layer(x)
+
+
+def _glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

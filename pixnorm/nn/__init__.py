@@ -1,8 +1,17 @@
 """The layers as modules, and what turns a model's layers into them."""
 
-from pixnorm.nn.convert import Conversion, convert_batchnorm
+from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.latent import LatentBatchNorm2d
 from pixnorm.nn.spn import SPN2d
 
-__all__ = ["Conversion", "GConv2d", "GLinear", "LatentBatchNorm2d", "SPN2d", "convert_batchnorm", "latent"]
+__all__ = [
+    "Conversion",
+    "GConv2d",
+    "GLinear",
+    "LatentBatchNorm2d",
+    "SPN2d",
+    "convert_batchnorm",
+    "convert_conv",
+    "latent",
+]

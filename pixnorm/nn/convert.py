@@ -1,35 +1,42 @@
-"""Turns the batch norms of a model into SPN layers."""
+"""Turns the layers of a model into ours: batch norms into SPN, convolutions into generative ones."""
 
 from collections import Counter
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from pixnorm.nn.gconv import GConv2d
 from pixnorm.nn.spn import SPN2d, start_as_batchnorm_
 
 
 class Conversion(NamedTuple):
-    """What :func:`convert_batchnorm` did.
+    """What :func:`convert_batchnorm` or :func:`convert_conv` did.
 
     Attributes:
-        model: the model that was given, or its replacement where it was itself a batch norm.
-        replaced: names of the layers that are :class:`SPN2d` now, as in ``model.named_modules()``.
-        skipped: name and reason for each batch norm (of any kind) that stayed.
+        model: the model that was given, or its replacement where it was itself such a layer.
+        replaced: names of the layers that are ours now, as in ``model.named_modules()``.
+        skipped: name and reason for each layer (of any such kind) that stayed.
+        layer: what the replaced ones are now: ``"SPN2d"`` or ``"GConv2d"``.
+        usage: what has to change where the model is called.
     """
 
     model: nn.Module
     replaced: list[str]
     skipped: dict[str, str]
+    layer: str = "SPN2d"
+    usage: str = ""
 
     def __repr__(self) -> str:
-        lines = [f"Conversion of {type(self.model).__name__}: {len(self.replaced)} replaced by SPN2d"]
+        lines = [f"Conversion of {type(self.model).__name__}: {len(self.replaced)} replaced by {self.layer}"]
         lines += [f"  {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"{len(self.skipped)} not replaced"]
         lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [self.usage] * bool(self.usage and self.replaced))
 
 
 def convert_batchnorm(model: nn.Module, noise: float = 0.02) -> Conversion:
@@ -57,29 +64,89 @@ def convert_batchnorm(model: nn.Module, noise: float = 0.02) -> Conversion:
     """
     if not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}")
-    owners = Counter(id(tensor) for module in model.modules() for tensor in _tensors(module))
     fallback = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    model, replaced, skipped = _replace(model, _BatchNorm, _obstacle, lambda bn: _convert(bn, noise, fallback))
+    return Conversion(model, replaced, skipped)
 
-    converted: dict[nn.Module, SPN2d] = {}
-    replaced: dict[str, SPN2d] = {}
+
+_USAGE = """\
+They need latent vectors z, of shape (N, {latent_dim}). Where the code can be changed, call them as `layer(x, z)`; where
+not, call the model inside `with pixnorm.nn.latent(z):`."""
+
+
+def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = ()) -> Conversion:
+    """Replace, in place, every ``nn.Conv2d`` of a model by a :class:`GConv2d` that starts as the same function.
+
+    Weight, bias, dtype, device, training mode and ``requires_grad`` carry over. ``mix_weight`` starts at 0, so the
+    model computes what it did; after the first step it no longer does. The parameters are new: convert before building
+    the optimiser and before ``DistributedDataParallel``.
+
+    The layers need latent vectors: call them as ``layer(x, z)``, or leave the model's code as it is and call the model
+    inside ``with pixnorm.nn.latent(z):``.
+
+    What computes something else, or might, stays: other kinds of convolution, groups, padding modes other than zeros,
+    subclasses that define methods, layers with hooks or parametrizations, layers that share parameters with others,
+    lazy layers before their first batch. One layer that is used in several places stays one layer.
+
+    Args:
+        model: any module, also a convolution.
+        latent_dim: length of a latent vector.
+        keep: names of layers that stay, as in ``model.named_modules()``. In the paper the last convolution of a
+            generator and those of shortcuts do.
+
+    Returns:
+        The model, with the names of what was replaced and of what was not, and why.
+
+    Raises:
+        ValueError: ``latent_dim`` is not positive, or ``keep`` names what is not there. The model is untouched, as
+            after any other error.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3))
+        >>> pixnorm.convert_conv(model, latent_dim=4, keep=["2"])
+    """
+    if latent_dim < 1:
+        raise ValueError(f"latent_dim must be positive, got {latent_dim}")
+    unknown = sorted(set(keep) - {name for name, _ in model.named_modules(remove_duplicate=False)})
+    if unknown:
+        raise ValueError(f"keep names what is not in the model: {', '.join(unknown)}")
+    kept = {module for name, module in model.named_modules(remove_duplicate=False) if name in keep}
+
+    def obstacle(conv: _ConvNd, owners: Counter) -> str | None:
+        return "was to be kept" if conv in kept else _obstacle_of_conv(conv, owners)
+
+    model, replaced, skipped = _replace(model, _ConvNd, obstacle, lambda conv: _convert_conv(conv, latent_dim))
+    return Conversion(model, replaced, skipped, "GConv2d", _USAGE.format(latent_dim=latent_dim))
+
+
+def _replace(
+    model: nn.Module,
+    kind: type[nn.Module],
+    obstacle: Callable[[nn.Module, Counter], str | None],
+    convert: Callable[[nn.Module], nn.Module],
+) -> tuple[nn.Module, list[str], dict[str, str]]:
+    """Replace the layers of a kind that have no obstacle: the model, what was replaced, and why the rest was not."""
+    owners = Counter(id(tensor) for module in model.modules() for tensor in _tensors(module))
+    converted: dict[nn.Module, nn.Module] = {}
+    replaced: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, kind):
             continue
-        obstacle = _obstacle(module, owners)
-        if obstacle:
-            skipped[name] = obstacle
+        reason = obstacle(module, owners)
+        if reason:
+            skipped[name] = reason
             continue
         if module not in converted:
-            converted[module] = _convert(module, noise, fallback)
+            converted[module] = convert(module)
         replaced[name] = converted[module]
 
     # Only now, when nothing can fail any more, is the model touched.
-    for name, spn in replaced.items():
+    for name, layer in replaced.items():
         parent, _, key = name.rpartition(".")
         if key:
-            model.get_submodule(parent).register_module(key, spn)
-    return Conversion(replaced.get("", model), list(replaced), skipped)
+            model.get_submodule(parent).register_module(key, layer)
+    return replaced.get("", model), list(replaced), skipped
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -91,21 +158,37 @@ def _obstacle(module: _BatchNorm, owners: Counter) -> str | None:
     """Why this batch norm cannot be replaced, None if it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{type(module).__name__} does not know its channels before its first batch"
-    if not isinstance(module, nn.BatchNorm2d):
-        return f"{type(module).__name__} is not nn.BatchNorm2d"
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    return _difference(module, nn.BatchNorm2d, buffers, owners)
+
+
+def _obstacle_of_conv(module: _ConvNd, owners: Counter) -> str | None:
+    """Why this convolution cannot be replaced, None if it can."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(module).__name__} does not know its channels before its first batch"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"has {module.groups} groups"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"pads by {module.padding_mode!r}, not zeros"
+    return _difference(module, nn.Conv2d, set(), owners)
+
+
+def _difference(module: nn.Module, base: type[nn.Module], buffers: set[str], owners: Counter) -> str | None:
+    """In what a layer is, or has, something else than its base class; None if in nothing."""
+    if not isinstance(module, base):
+        return f"{type(module).__name__} is not nn.{base.__name__}"
     if is_parametrized(module):
         return "has parametrizations"
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.BatchNorm2d)]
+    kinds = type(module).__mro__[: type(module).__mro__.index(base)]
     methods = {name for kind in kinds for name, value in vars(kind).items() if _is_method(name, value)}
     methods |= {"forward"} & vars(module).keys()
     if methods:
         return f"{type(module).__name__} has its own {', '.join(sorted(methods))}"
     if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
         return "has hooks"
-    plain = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    extra = {*module._parameters, *module._buffers, *module._modules} - plain
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"} - buffers
     if extra:
-        return f"has more than a batch norm: {', '.join(sorted(extra))}"
+        return f"has more than nn.{base.__name__}: {', '.join(sorted(extra))}"
     if any(owners[id(tensor)] > 1 for tensor in _tensors(module)):
         return "shares parameters or buffers with another module"
     return None
@@ -144,3 +227,27 @@ def _convert(bn: nn.BatchNorm2d, noise: float, fallback: Tensor) -> SPN2d:
         spn.num_batches_tracked = bn.num_batches_tracked.clone()
     spn.track_running_stats = bn.track_running_stats
     return spn.train(bn.training)
+
+
+def _convert_conv(conv: nn.Conv2d, latent_dim: int) -> GConv2d:
+    """A GConv2d that starts as ``conv``."""
+    gconv = GConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        latent_dim,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+        init="zero",
+    )
+    with torch.no_grad():
+        gconv.weight.copy_(conv.weight)
+        if conv.bias is not None:
+            gconv.bias.copy_(conv.bias)
+    for name, parameter in gconv.named_parameters():
+        parameter.requires_grad_(conv.bias.requires_grad if name == "bias" else conv.weight.requires_grad)
+    return gconv.train(conv.training)

@@ -262,9 +262,7 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
     return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
 
 
-def _gconv_mix(
-    u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str
-) -> Tensor:
+def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
     u, s, mix_weight, bias = _cast_by_autocast(u, s, mix_weight, bias)
     samples, n = u.shape[:2]
     _check({"s": (s, (samples, n)), "mix_weight": (mix_weight, (n, n)), "bias": (bias, (n,))}, "u", u)
@@ -421,5 +419,9 @@ def _check_layer(x, z, weight, scale_weight, mix_weight, bias) -> None:
             f"scale_weight of shape {tuple(scale_weight.shape)}, got {tuple(z.shape)}"
         )
     wanted = {"z": (z, tuple(z.shape)), "weight": (weight, tuple(weight.shape))}
-    wanted |= {"scale_weight": (scale_weight, (n, m + length)), "mix_weight": (mix_weight, (n, n)), "bias": (bias, (n,))}
+    wanted |= {
+        "scale_weight": (scale_weight, (n, m + length)),
+        "mix_weight": (mix_weight, (n, n)),
+        "bias": (bias, (n,)),
+    }
     _check(wanted, "x", x)

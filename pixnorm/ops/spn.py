@@ -25,6 +25,7 @@ from pixnorm.ops.common import (
     is_channels_last,
     reference_grads,
     triton_ops,
+    without_autocast,
 )
 from pixnorm.ops.running import update_running
 
@@ -218,7 +219,7 @@ def spn(
     if chosen == "reference":
         # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             y = spn_reference(
                 *inputs,
                 *copies,

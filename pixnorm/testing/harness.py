@@ -1,22 +1,21 @@
 """What tests and benchmarks know of each op: arguments, the shapes that matter, traffic, and how close is close.
 
-A new op is one more :class:`OpSpec` in ``SPECS``; a new backend is one more name from :func:`available_impls`. Every
-check of ``tests/test_ops.py`` and every row of the benchmarks is made from these.
+A new op is one more :class:`OpSpec`; a new backend is one more name from :func:`available_impls`. Every check of
+``tests/test_ops.py`` and every row of the benchmarks is made from these.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pixnorm import backends
-from pixnorm.functional import spn
 from pixnorm.ops._dispatch import _triton_obstacle
-from pixnorm.ops.spn import _ops, spn_reference
 
 # --- how close is close
 
@@ -182,7 +181,9 @@ class OpSpec:
         name: the op id.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
-        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name, x first.
+        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name, the one whose shape a
+            case gives first.
+        per_sample: names of the arguments that have a batch; of the first a case gives the shape.
         differentiable: names of the arguments that have a gradient.
         buffers: names of the arguments that a training call updates in place.
         cases: the grid, each row with its reason.
@@ -191,12 +192,20 @@ class OpSpec:
         takes: ``(impl, case)`` -> whether the impl can run it.
         kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl is made of, with
             arguments that it can be called with.
+        options: values of the keyword arguments; tests try all combinations.
+        variants: the combinations that tests of other things go through.
+        inference: the keyword arguments of a call that is not training, if that is another one.
+        library_sums: arguments whose gradients are sums of the library's products, whose order is its own.
+        weight_of_product: the argument by which those products multiply.
+        float32_parameters: whether parameters may be float32 where x is not; autocast then changes nothing inside.
+        cuda_kernels: whether there are any in CUDA C++.
     """
 
     name: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     make_inputs: Callable[[Case, torch.dtype, torch.dtype, torch.Generator], dict[str, Tensor]]
+    per_sample: tuple[str, ...]
     differentiable: tuple[str, ...]
     buffers: tuple[str, ...]
     cases: tuple[Case, ...]
@@ -204,6 +213,13 @@ class OpSpec:
     saved_bytes: Callable[[Case, torch.dtype], int]
     takes: Callable[[str, Case], bool]
     kernel_calls: Callable[[str, dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
+    options: Mapping[str, tuple]
+    variants: tuple[Mapping[str, Any], ...]
+    inference: Mapping[str, Any]
+    library_sums: tuple[str, ...]
+    weight_of_product: str
+    float32_parameters: bool
+    cuda_kernels: bool
 
     def __str__(self) -> str:
         return self.name
@@ -218,7 +234,7 @@ class OpSpec:
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """The tensor arguments of a case, the same ones for the same seed on every device; x in the given layout.
+        """The tensor arguments of a case, the same ones for the same seed everywhere; the first in the given layout.
 
         The device is the default one (``torch.set_default_device``), if no other is given.
         """
@@ -226,7 +242,16 @@ class OpSpec:
         tensors = self.make_inputs(case, dtype, parameter_dtype or dtype, generator)
         device = torch.get_default_device() if device is None else device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {"x": LAYOUTS[layout](tensors["x"])}
+        return tensors | {self.first: LAYOUTS[layout](tensors[self.first])}
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All of ``options``."""
+        return [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
+
+    @property
+    def first(self) -> str:
+        """The argument whose shape a case gives."""
+        return self.per_sample[0]
 
     def call(self, impl: str) -> Callable[..., Tensor]:
         """The public function with its impl bound."""
@@ -244,7 +269,8 @@ def evaluate(
 
     The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    given = [name for name in spec.differentiable if name in tensors]
+    leaves = {name: tensors[name].detach().requires_grad_() for name in given}
     buffers = {name: tensors[name].clone() for name in spec.buffers}
     y = function(**leaves, **buffers, **options)
     if grad_y is None:
@@ -269,160 +295,3 @@ def available_impls(device: str | None = None) -> list[str]:
     device = device or torch.get_default_device().type
     native = backends().get(f"native ({device})", "").startswith("available")
     return ["reference", *(["native"] if native else []), *([] if _triton_obstacle(device) else ["triton"])]
-
-
-# --- SPN
-
-_SPN_PARAMETERS = (
-    "mask_projection",
-    "mask_weight",
-    "mask_bias",
-    "gamma_weight",
-    "gamma_weight_inv",
-    "beta_weight",
-    "beta_weight_inv",
-)
-_SPN_BUFFERS = ("running_mean", "running_var", "mask_running_mean", "mask_running_var")
-
-
-def _spn_inputs(
-    case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Tensor]:
-    channels = case.shape[1]
-    x = random(case.shape, generator)
-    per_channel = (1, channels, 1, 1)
-    if case.values == "offset":
-        # Sums of squares without a shift lose all digits; in half precision x itself would, with a larger offset.
-        x = x + (1000 if dtype in (torch.float64, torch.float32) else 20)
-    else:
-        x = x * (1 + random(per_channel, generator).abs()) + random(per_channel, generator)
-    if case.values == "constant":
-        x[:, 0] = 0.75  # no variance, and a mean that is exact in any order of summation
-
-    def draw(shape, scale=1.0):
-        return (scale * random(shape, generator)).to(parameter_dtype)
-
-    taps = (channels, 1, *[case.sizes.get("kernel_size", 3)] * 2)
-    masks = case.sizes.get("masks", channels)
-    tensors = {
-        "x": x.to(dtype),
-        "mask_projection": draw((masks, channels, 1, 1), channels**-0.5),
-        # Saturated: the mask is 0 or 1 nearly everywhere, and the exponential's argument large either way.
-        "mask_weight": draw((masks,), 100.0 if case.values == "saturated" else 1.0),
-        "mask_bias": draw((masks,)),
-    }
-    tensors |= {name: draw(taps, 0.5) for name in _SPN_PARAMETERS[3:]}
-    for name in _SPN_BUFFERS:
-        buffer = draw((masks if name.startswith("mask_") else channels,))
-        tensors[name] = buffer.abs() + 0.5 if name.endswith("var") else buffer
-    return tensors
-
-
-def _spn_traffic(case: Case, dtype: torch.dtype) -> Traffic:
-    # In passes over x; y and its gradient are upsample^2 passes each.
-    tensor_pass = dtype.itemsize * torch.Size(case.shape).numel()
-    large = case.options.get("upsample", 1) ** 2
-    # p = W x: read x, write p.  dgrad: read dp and dx, write dx; wgrad: read dp and x.
-    forward_gemm, backward_gemm = 2, 3 + 2
-    # Statistics: x once, p once. Modulate: read x and p, write y.
-    forward = (2 + large) + (2 if case.options.get("training", True) else 0)
-    # Reduce: read dy, x and p. Apply: read dy, x and p, write dx and dp.
-    backward = (2 + large) + (4 + large)
-    passes = (forward + forward_gemm, backward + backward_gemm, forward_gemm, backward_gemm)
-    return Traffic(*(n * tensor_pass for n in passes))
-
-
-def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
-    # p at the resolution of x, and four vectors of statistics.
-    statistic = 8 if dtype == torch.float64 else 4
-    return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
-
-
-def _spn_takes(impl: str, case: Case) -> bool:
-    return impl != "native" or not case.sizes
-
-
-def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
-    forward, backward = _ops(impl)
-    training = options.get("training", True)
-    inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
-    given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
-    settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu", True
-    yield forward, (*inputs, *given, *settings)
-    y, *saved = forward(*inputs, *given, *settings)
-    yield backward, (torch.ones_like(y), *inputs, *saved, *settings, training)
-
-
-def _spn_cases() -> tuple[Case, ...]:
-    shapes = {
-        (2, 3, 5, 7): "odd everywhere: remainders on every side",
-        (5, 2, 1, 1): "one-pixel planes: only the middle tap is inside (of two, the gradient would be mere rounding)",
-        (3, 2, 1, 5): "one row: top and bottom border at once",
-        (3, 2, 5, 1): "one column: left and right border at once",
-        (2, 3, 4, 2): "two columns: both are border, no interior",
-        (2, 3, 3, 3): "one interior pixel",
-        (1, 2, 2, 2): "one sample, planes smaller than the stencil",
-        (5, 6, 4, 4): "tiny planes: all of them are one piece of work",
-        (40, 3, 8, 8): "2560 pixels in small planes: two pieces of work, the second one smaller",
-        (3, 17, 8, 8): "C = 16 + 1 in channels_last, W a full vector in NCHW",
-        (2, 32, 8, 8): "C and W multiples of every vector: no remainders",
-        (2, 136, 2, 3): "C = 8 x 16 + 8: many blocks of channels, the last one half full",
-        (2, 5, 6, 17): "W = 16 + 1 in NCHW",
-        (2, 3, 3, 66): "W > 64: rows are long enough to be read one by one",
-        (3, 2, 30, 70): "2100 pixels: a plane is summed in two runs, one image is a piece of work",
-        (1, 3, 91, 100): "9100 pixels: a plane is cut into two pieces of rows, so that all threads have work",
-        (1, 2, 3, 4200): "12600 pixels in three rows: pieces of one row",
-        (0, 3, 5, 7): "empty batch",
-    }
-    cases = []
-    for shape, why in shapes.items():
-        cases += [Case(shape, why), Case(shape, why, {"upsample": 2, "activation": "relu"})]
-
-    # In training the scale of a projection of one channel cancels, and its gradient is nothing but rounding.
-    cases.append(Case((2, 1, 6, 9), "one channel: the shortest dot products", {"training": False}))
-
-    # The options, each where it meets a remainder and a full vector in both layouts.
-    odd = (2, 17, 7, 10)
-    options = {
-        "inference: given statistics": {"training": False},
-        "inference, and nothing of the batch in the gradient": {"training": False, "upsample": 2, "activation": "relu"},
-        "activation without upsampling": {"activation": "relu"},
-        "upsampling without activation": {"upsample": 2},
-        "eps and momentum reach the kernel": {"eps": 0.25, "momentum": 0.75},
-    }
-    cases += [Case(odd, why, chosen) for why, chosen in options.items()]
-
-    sizes = {
-        "kernel_size": {1: "no neighbours", 5: "a stencil that reaches over two pixels"},
-        "masks": {1: "one mask for all channels"},
-    }
-    for name, described in sizes.items():
-        for size, why in described.items():
-            cases += [
-                Case((3, 3, 5, 6), why, {}, sizes={name: size}),
-                Case((3, 3, 5, 6), why, {"upsample": 2, "activation": "relu"}, sizes={name: size}),
-                Case((2, 17, 6, 4), why, {"activation": "relu", "training": False}, sizes={name: size}),
-            ]
-    cases.append(Case((3, 3, 6, 8), "both", {"activation": "relu"}, sizes={"kernel_size": 5, "masks": 1}))
-
-    values = {"offset": "|mean| >> std", "saturated": "mask at 0 and 1", "constant": "a channel of zero variance"}
-    for name, why in values.items():
-        cases += [Case((4, 6, 7, 9), why, {"upsample": upsample}, name) for upsample in (1, 2)]
-    return tuple(cases)
-
-
-SPN = OpSpec(
-    name="spn",
-    function=spn,
-    reference=spn_reference,
-    make_inputs=_spn_inputs,
-    differentiable=("x", *_SPN_PARAMETERS),
-    buffers=_SPN_BUFFERS,
-    cases=_spn_cases(),
-    traffic=_spn_traffic,
-    saved_bytes=_spn_saved_bytes,
-    takes=_spn_takes,
-    kernel_calls=_spn_kernel_calls,
-)
-
-SPECS = (SPN,)
