@@ -90,7 +90,7 @@ def test_training(kind, one_thread):
     assert not torch.equal(train(kind, 1, 40, ticks.append), samples)
 
 
-def test_the_program(tmp_path, capsys):
+def test_the_program(tmp_path, capsys, one_thread):
     gmm.main(["--iterations", "20", "--seeds", "2", "--results", str(tmp_path / "new")])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gmm.json", "gmm.md", "gmm.png"]
 

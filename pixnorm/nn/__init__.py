@@ -1,8 +1,8 @@
 """The layers as modules, and what turns a model's layers into them."""
 
+from pixnorm.nn.batchnorm import LatentBatchNorm2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
-from pixnorm.nn.latent import LatentBatchNorm2d
 from pixnorm.nn.spn import SPN2d
 
 __all__ = [

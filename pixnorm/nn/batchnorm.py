@@ -59,4 +59,6 @@ class LatentBatchNorm2d(nn.Module):
             wanted = (x.shape[0], self.gamma.in_features)
             raise ValueError(f"z must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")
         scale, shift = 1 + self.gamma(z), self.beta(z)
-        return torch.addcmul(shift[:, :, None, None], self.norm(x), scale[:, :, None, None])
+        x_hat = self.norm(x)
+        scale, shift = (t.to(x_hat.dtype)[:, :, None, None] for t in (scale, shift))
+        return torch.addcmul(shift, x_hat, scale)
