@@ -19,7 +19,7 @@ PEERS = tuple(f"{peer}-{layout}" for peer in ("eager", "compile") for layout in 
 # With no kernel built, ask for the native one all the same: it fails, and says how to get it.
 KERNELS = tuple(available_impls(DEVICE)[1:]) or ("native",)
 FUSED = tuple(f"{impl}-{layout}" for impl in KERNELS for layout in DENSE_LAYOUTS)
-GEMMS = tuple(f"gemm-{layout}" for layout in DENSE_LAYOUTS)  # of SPN: its projection alone
+GEMMS = tuple(f"gemm-{layout}" for layout in DENSE_LAYOUTS)  # of SPN its projection alone, of GConv its mixing
 COPIES = ("copy", "copy_fresh")
 
 
@@ -80,7 +80,8 @@ class Race:
     def _inputs(self, layout: str) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
         """All tensors, those of them that get a gradient, and a gradient of the output."""
         tensors = draw(self.spec, self.case, layout)
-        leaves = [tensors[name].requires_grad_(self.backward) for name in self.spec.differentiable]
+        differentiable = [name for name in self.spec.differentiable if name in tensors]
+        leaves = [tensors[name].requires_grad_(self.backward) for name in differentiable]
         with torch.no_grad():
             grad = torch.randn_like(self.spec.call(KERNELS[0])(**tensors, **self.case.options))
         return tensors, leaves, grad
@@ -108,7 +109,7 @@ class Race:
 
         if impl == "compile":
             run()
-        if tensors["x"].numel() > LARGE:
+        if tensors[self.spec.first].numel() > LARGE:
             return Contender(run)
         return Contender(run, {"saved_bytes": saved_bytes(forward, tensors.values())})
 
@@ -124,7 +125,7 @@ class Race:
         allocated = self.inputs(DENSE_LAYOUTS[0])[2].nbytes + self.spec.saved_bytes(self.case, DTYPE)
         if self.backward:
             size += traffic.backward - traffic.backward_gemm
-            allocated += self.inputs(DENSE_LAYOUTS[0])[0]["x"].nbytes
+            allocated += self.inputs(DENSE_LAYOUTS[0])[0][self.spec.first].nbytes
         source = torch.ones(size // 2 // DTYPE.itemsize, dtype=DTYPE, device=DEVICE)
         ready = torch.ones_like(source)
         cut = allocated // DTYPE.itemsize if fresh else 0
@@ -153,7 +154,8 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
 
 
 def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
-    """The products with SPN's projection, done as its kernels do them: p = W x; then dx += Wᵀ dp and dW = dp xᵀ."""
+    """The products with a square weight, as SPN's kernels do those with its projection: p = W x; then dx += Wᵀ dp and
+    dW = dp xᵀ. GConv's mixing has three of the same sizes."""
     n, c, h, w = shape
     weight, grad_weight = torch.ones(c, c, dtype=DTYPE), torch.ones(c, c, dtype=DTYPE)
     size = (n * h * w, c) if layout == "channels_last" else (n, c, h * w)

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as tF
 from torch import nn
 
-from pixnorm import SPN2d, convert_batchnorm
+from pixnorm import SPN2d, convert_batchnorm, convert_conv
 from pixnorm.networks import Generator
 from pixnorm.networks.sngan import UpBlock
+from pixnorm.nn import latent
 from pixnorm.testing import random
 
 norms = pytest.mark.parametrize("norm", ["bn", "spn"])
+convs = pytest.mark.parametrize("conv", ["conv", "gconv"])
 backends = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 # float64 through three residual blocks: a few thousand roundings of 1e-16, amplified by the normalisations.
@@ -202,3 +204,107 @@ def test_channels_last(norm, training):
     torch.testing.assert_close(images, plain(z), **close)
     assert all(h.is_contiguous(memory_format=torch.channels_last) for h in layouts.values()) and len(layouts) == 3
     images.square().sum().backward()
+
+
+# --- the GConv paper's form
+
+
+def make_generative(conv="gconv", num_classes=0, **options):
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "latent_dim": 5, "bias": False}
+    return Generator(norm="bigbn", conv=conv, num_classes=num_classes, **sizes, **options).double()
+
+
+@pytest.mark.parametrize(
+    ("conv", "num_classes", "of_blocks"),
+    [("conv", 0, 3_538_944), ("gconv", 0, 4_374_528), ("gconv", 10, 4_389_888), ("gconv", 100, 4_528_128)],
+)
+def test_convolution_weights_of_the_paper(conv, num_classes, of_blocks):
+    """And of the whole generator without classes: 3 775 744, or 4 611 328."""
+    c, dz = 256, 32 + num_classes
+    generative = ((c + dz) * c + c * c) if conv == "gconv" else 0
+    assert 6 * (9 * c * c + generative) == of_blocks
+    with torch.device("meta"):
+        generator = Generator(norm="bigbn", latent_dim=32, bias=False, conv=conv, num_classes=num_classes)
+    counts = {name: p.numel() for name, p in generator.named_parameters()}
+    assert sum(count for name, count in counts.items() if ".conv" in name) == of_blocks
+    assert sum(counts.values()) == of_blocks + 32 * 16 * c + 6 * 2 * dz * c + 2 * c + 9 * c * 3
+    if not num_classes:
+        assert sum(counts.values()) == {"conv": 3_775_744, "gconv": 4_611_328}[conv]
+
+
+@backends
+@convs
+@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_generative_block_by_its_definition(backend, conv, num_classes, training):
+    """Upsampling before the first convolution; the latent vector, and the class behind it, in norms and convolutions."""
+    generator = make_generative(conv, num_classes, impl=backend).train(training)
+    z, y = latents(4, 5), torch.tensor([0, 2, 1, 2]) if num_classes else None
+    code = z if y is None else torch.cat([z, tF.one_hot(y, 3).double()], 1)
+    h = tF.linear(z, generator.fc.weight).view(4, 8, 4, 4)
+
+    def affine(norm, x):
+        x_hat = tF.batch_norm(x, norm.norm.running_mean.clone(), norm.norm.running_var.clone(), training=training)
+        gamma, beta = 1 + code @ norm.gamma.weight.T, code @ norm.beta.weight.T
+        return tF.relu(gamma[..., None, None] * x_hat + beta[..., None, None])
+
+    def convolved(layer, x):
+        u = tF.conv2d(x, layer.weight, padding=1)
+        if conv == "conv":
+            return u
+        s = torch.sigmoid(torch.cat([x.mean((2, 3)), code], 1) @ layer.scale_weight.T)
+        return u + torch.einsum("ji,bi,bihw->bjhw", layer.mix_weight, s, u)
+
+    images = copy.deepcopy(generator)(*((z,) if y is None else (z, y)))
+    for block in (generator.block1, generator.block2, generator.block3):
+        up = tF.interpolate(h, scale_factor=2, mode="nearest")
+        h = up + convolved(block.conv2, affine(block.norm2, convolved(block.conv1, affine(block.norm1, up))))
+    norm = generator.norm
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    h = tF.relu(tF.batch_norm(h, *statistics, norm.weight, norm.bias, training=training))
+    torch.testing.assert_close(images, torch.tanh(tF.conv2d(h, generator.conv.weight, padding=1)), **CLOSE)
+
+
+@convs
+def test_initial_weights_of_the_generative_form(conv):
+    torch.manual_seed(0)
+    generator = Generator(norm="bigbn", latent_dim=32, bias=False, conv=conv)
+    for name, weight in generator.named_parameters():
+        if weight.dim() > 1:
+            gain = math.sqrt(2) if ".conv" in name and weight.dim() == 4 else 1
+            limit = gain * math.sqrt(6 / (weight[0, 0].numel() * sum(weight.shape[:2])))
+            assert 0.98 * limit < weight.abs().max() <= limit, name
+
+
+def test_gradients_reach_every_parameter_of_the_generative_form():
+    generator = make_generative(num_classes=3)
+    generator(latents(4, 5), torch.tensor([0, 1, 2, 0])).sin().sum().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_converted_generator_starts_as_the_same():
+    """Its blocks' convolutions become generative, and the rest is kept."""
+    generator = make("bn")
+    converted = copy.deepcopy(generator)
+    result = convert_conv(converted, 16, keep=["conv"])
+    assert result.replaced == [f"block{i}.conv{j}" for i in (1, 2, 3) for j in (1, 2)]
+    assert result.skipped == {"conv": "was to be kept"}
+    with latent(latents()):
+        torch.testing.assert_close(converted(latents()), generator(latents()), **CLOSE)
+
+
+def test_classes():
+    generator = make_generative(num_classes=3)
+    with pytest.raises(ValueError, match="a generator of 3 classes got no classes"):
+        generator(latents(4, 5))
+    with pytest.raises(ValueError, match="a generator of 0 classes got classes"):
+        make_generative()(latents(4, 5), torch.zeros(4, dtype=torch.long))
+    for options, message in (
+        ({"num_classes": 3}, "num_classes=3 needs norm='bigbn' or conv='gconv'"),
+        ({"num_classes": -1}, "num_classes must not be negative, got -1"),
+        ({"conv": "dense"}, "conv must be one of 'conv', 'gconv', got 'dense'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Generator(**options)

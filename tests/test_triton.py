@@ -1,4 +1,4 @@
-"""SPN in Triton, as far as no GPU is needed. Its kernels' machine code is looked at in test_kernels.py."""
+"""The ops in Triton, as far as no GPU is needed. Their kernels' machine code is looked at in test_triton_code.py."""
 
 import builtins
 import subprocess
@@ -17,10 +17,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pixnorm
-from pixnorm.functional import spn
+from pixnorm.functional import gconv_mix, spn
 from pixnorm.ops import _dispatch
+from pixnorm.ops import gconv as gconv_module
 from pixnorm.ops import spn as spn_module
-from pixnorm.testing import SPN, Case
+from pixnorm.testing import GCONV_MIX, SPN, Case
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -57,35 +58,60 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
 
 
+BACKWARD = ["reduce", "finish", "apply"]  # of SPN
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    "layout, options, sizes, allow_tf32, dynamic, forward, backward",
+    "spec, layout, options, sizes, allow_tf32, dynamic, forward, backward",
     [
-        ("contiguous", {}, {}, True, False, ["projection", "finish_statistics", "modulate"], ["projection", "conv"]),
         (
+            SPN,
+            "contiguous",
+            {},
+            {},
+            True,
+            False,
+            ["projection", "finish_statistics", "modulate"],
+            [*BACKWARD, "projection", "conv"],
+        ),
+        (
+            SPN,
             "channels_last",
             {"upsample": 2, "activation": "relu"},
             {},
             False,
             True,
             ["conv", "statistics", "finish_statistics", "modulate"],
-            ["conv"],
+            [*BACKWARD, "conv"],
         ),
-        ("channels_last", {"training": False}, {}, True, False, ["conv", "modulate"], ["projection", "conv"]),
         (
+            SPN,
+            "channels_last",
+            {"training": False},
+            {},
+            True,
+            False,
+            ["conv", "modulate"],
+            [*BACKWARD, "projection", "conv"],
+        ),
+        (
+            SPN,
             "contiguous",
             {},
             {"masks": 1},
             True,
             False,
             ["conv", "statistics", "finish_statistics", "statistics", "finish_statistics", "modulate"],
-            ["conv"],
+            [*BACKWARD, "conv"],
         ),
+        (GCONV_MIX, "contiguous", {}, {}, True, True, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
+        (GCONV_MIX, "channels_last", {}, {"bias": 0}, False, False, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
     ],
     ids=str,
 )
 def test_the_compiler_sees_the_kernels(
-    pretended_gpu, monkeypatch, layout, options, sizes, allow_tf32, dynamic, forward, backward
+    pretended_gpu, monkeypatch, spec, layout, options, sizes, allow_tf32, dynamic, forward, backward
 ):
     """No graph break; forward and backward are kernels of ours and products of the library, and nothing opaque."""
     torch.compiler.reset()
@@ -96,12 +122,12 @@ def test_the_compiler_sees_the_kernels(
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    tensors = SPN.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
+    tensors = spec.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if dynamic else None) as mode:
         fakes = {name: mode.from_tensor(tensor, static_shapes=not dynamic) for name, tensor in tensors.items()}
-        leaves = [fakes[name].requires_grad_() for name in SPN.differentiable]
+        leaves = [fakes[name].requires_grad_() for name in spec.differentiable if name in fakes]
         backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-        compiled = torch.compile(SPN.call("triton"), fullgraph=True, backend=backend, dynamic=dynamic)
+        compiled = torch.compile(spec.call("triton"), fullgraph=True, backend=backend, dynamic=dynamic)
         y = compiled(**fakes, **options)
         grads = torch.autograd.grad(y.sum(), leaves)
     upsample = options.get("upsample", 1)
@@ -109,9 +135,8 @@ def test_the_compiler_sees_the_kernels(
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
 
-    assert "pixnorm.spn" not in graphs[0].code + graphs[1].code
-    of_backward = ["reduce", "finish", "apply", *backward]
-    for graph, wanted in zip(graphs, (forward, of_backward), strict=True):
+    assert f"pixnorm.{spec.name}" not in graphs[0].code + graphs[1].code
+    for graph, wanted in zip(graphs, (forward, backward), strict=True):
         nodes = [node for node in graph.graph.nodes if name_of_kernel(node)]
         found = [name_of_kernel(node) for node in nodes]
         assert len(found) == len(wanted), found
@@ -139,14 +164,17 @@ def test_pytorch_finds_the_kernels_of_the_ops():
     for op, names in {
         "spn_fwd_triton": ["projection", "statistics", "merge_statistics", "finish_statistics", "fwd_modulate"],
         "spn_bwd_triton": ["projection", "bwd_reduce", "bwd_finish", "bwd_apply"],
+        "gconv_mix_fwd_triton": ["mix_fwd"],
+        "gconv_mix_bwd_triton": ["mix_bwd_input", "mix_bwd_weight"],
     }.items():
         found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
-        assert found == {f"spn_{name}_kernel" for name in names}
+        assert found == {f"{op.partition('_')[0]}_{name}_kernel" for name in names}
 
 
-def test_the_ops_have_the_schemas_of_the_native_ones():
+@pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)
+def test_the_ops_have_the_schemas_of_the_native_ones(module):
     assert _dispatch._find_triton_obstacle("meta", None) is None
-    for native, ours in zip(spn_module._ops("native"), spn_module._ops("triton"), strict=True):
+    for native, ours in zip(module._ops("native"), module._ops("triton"), strict=True):
         for of in ("arguments", "returns"):
             types_of = [[str(value.type) for value in getattr(op._schema, of)] for op in (native, ours)]
             assert types_of[0] == types_of[1]
@@ -281,6 +309,23 @@ def test_what_32_bits_cannot_count_is_refused(shape, upsample):
         spn(**tensors, upsample=upsample, impl="triton")
     with torch.device("meta"):
         assert spn(**tensors, upsample=upsample).shape[2] == shape[2] * upsample
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: .* 32 bits"):
+            scales, weight = torch.empty(shape[:2]), torch.empty(shape[1], shape[1])
+            gconv_mix(torch.empty(shape[0], shape[1], 4100, 4100), scales, weight, impl="triton")
+
+
+@pytest.mark.parametrize("native", [None, "not built"])
+@pytest.mark.parametrize("on_triton", [None, "too old"])
+def test_a_composite_op_needs_no_extension_on_a_gpu(monkeypatch, nothing_known, native, on_triton):
+    """What runs there are products of the library."""
+    monkeypatch.setattr(_dispatch, "_missing", {"cuda": native, "cpu": native} if native else {})
+    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cuda", 0): on_triton})
+    for preferred in ("native", "triton"):
+        arguments = "gconv_mix", "auto", torch.device("cuda", 0), {"native": None, "triton": None}, preferred, True
+        assert _dispatch.choose(*arguments) == ("native" if on_triton else preferred)
+    if native:
+        with pytest.raises(RuntimeError, match="impl='native' cannot run here: not built"):
+            _dispatch.choose("gconv_mix", "native", torch.device("cpu"), {"native": None}, composite=True)
 
 
 def test_meta_tensors_have_the_shape_of_the_result():

@@ -1,6 +1,5 @@
-// Arrays between the storage type and the type that it is computed in. Vector code: included by the kernels' files, once
-// per instruction set.
-
+// Arrays between the storage type and the type that it is computed in. Vector code: included by the kernels' files,
+// once per instruction set.
 
 template <class T>
 void widen(const T* from, acc_t<T>* to, int64_t count) {

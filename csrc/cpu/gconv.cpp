@@ -1,8 +1,8 @@
 // GConv's mixing on the CPU: y = u + W (s u) + b, and its gradients; the algebra is in pixnorm/ops/gconv.py.
 //
-// A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels as
-// channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more numbers
-// than u; then s u is made, and the product with W is one for all samples (in channels_last).
+// A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels
+// as channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more
+// numbers than u; then s u is made, and the product with W is one for all samples (in channels_last).
 
 #include <torch/csrc/stable/library.h>
 
@@ -37,7 +37,6 @@ Shape shape_of(const Tensor& u) {
   return {u.size(0), u.size(1), pixels, pixels == 1 || layout_of(u) == MemoryFormat::ChannelsLast};
 }
 
-
 constexpr int64_t kChannels = baseline::kMostSums;  // of channels_last that are worked on together: a cache line or two
 
 // f(image, channel, position, rows, columns) of pieces of `images` images, in parallel: some channels each.
@@ -56,8 +55,8 @@ void for_pieces(const Shape& s, int64_t images, const F& f) {
   });
 }
 
-#define PIXNORM_BY_LAYOUT(function, ...)                                              \
-  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__, s.n)             \
+#define PIXNORM_BY_LAYOUT(function, ...)                                  \
+  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__, s.n) \
                    : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__, s.pixels))
 
 // I + W diag(s) of each image, (images, n, n).
@@ -105,7 +104,8 @@ const acc_t<T>* widened(const T* from, const Buffer<acc_t<T>>& buffer, int64_t c
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     return from;
   } else {
-    for_elements(count, [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(from + i, buffer.data() + i, end - i); });
+    for_elements(count,
+                 [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(from + i, buffer.data() + i, end - i); });
     return buffer.data();
   }
 }
@@ -143,8 +143,8 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
     const A* const scale_of = scales.data() + first * s.n;
     if (s.weights_of_samples()) {
       make_weights(s, images, w.data(), scale_of, scratch.data());
-      multiply(s, by_image(s, images, out), square<A>(scratch.data(), s.n, images, s.n * s.n),
-               by_image(s, images, in), 0);
+      multiply(s, by_image(s, images, out), square<A>(scratch.data(), s.n, images, s.n * s.n), by_image(s, images, in),
+               0);
       if (b) {
         for_pieces(s, images, [&](int64_t, int64_t c, int64_t at, int64_t rows, int64_t columns) {
           PIXNORM_BY_LAYOUT(add_bias, out + at, b + c, rows, columns);
@@ -186,8 +186,8 @@ void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, cons
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, c = i % pieces * kColumns, count = std::min(kColumns, s.n - c);
       for (int64_t j = 0; j < s.n; ++j) {
-        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n + c, w + j * s.n + c,
-                                       d_scales + image * s.n + c, count);
+        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n + c, w + j * s.n + c, d_scales + image * s.n + c,
+                                       count);
       }
     }
   });

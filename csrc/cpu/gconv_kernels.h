@@ -1,8 +1,8 @@
 // GConv's mixing outside the products. Vector code: included by gconv.cpp, once per instruction set.
 //
-// Arrays are rows of `count` numbers that lie `stride` apart. In NCHW a row is a channel of an image, and what belongs to
-// a channel (kPerRow) is one number for each row; in channels_last a row is a pixel, or some of its channels, and there is
-// one for each column.
+// Arrays are rows of `count` numbers that lie `stride` apart. In NCHW a row is a channel of an image, and what belongs
+// to a channel (kPerRow) is one number for each row; in channels_last a row is a pixel, or some of its channels, and
+// there is one for each column.
 
 #include "cpu/convert_kernels.h"
 
