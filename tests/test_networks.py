@@ -238,7 +238,7 @@ def test_convolution_weights_of_the_paper(conv, num_classes, of_blocks):
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("training", [True, False])
 def test_generative_block_by_its_definition(backend, conv, num_classes, training):
-    """Upsampling before the first convolution; the latent vector, and the class behind it, in norms and convolutions."""
+    """Upsampling before the first convolution; latent vector and class in norms and convolutions."""
     generator = make_generative(conv, num_classes, impl=backend).train(training)
     z, y = latents(4, 5), torch.tensor([0, 2, 1, 2]) if num_classes else None
     code = z if y is None else torch.cat([z, tF.one_hot(y, 3).double()], 1)

@@ -4,14 +4,11 @@ A section that is stopped has written what it had found; a contender that fails 
 """
 
 import argparse
-import json
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,150 +16,104 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import PEERS, implementation, saved_bytes
-from benchmarks.gpu.timing import Launch, Spread, Stopwatch, Timed
+from benchmarks.contenders import PEERS, saved_bytes
+from benchmarks.gpu.section import COMPILED, EAGER, Call, Section
+from benchmarks.gpu.timing import Launch, Spread, Timed
 from benchmarks.model import kernel_bytes
-from benchmarks.test_generator import generator
+from benchmarks.test_generator import LATENT_DIM, generator
 from benchmarks.test_spn import HEADS, case, label
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, available_impls
+from pixnorm.ops.gconv import _preferred
+from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, OpSpec
 
-PRECISIONS = {  # dtype of x (parameters are float32), whether convolutions may round to TF32
-    "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False),
-    "bf16": (torch.bfloat16, True),
-    "fp16": (torch.float16, True),
-}
-# Of the output.
-LAYER_SHAPES = ((64, 256, 32, 32), (16, 256, 32, 32), (32, 64, 128, 128))  # torch.compile takes part in the first
+# Of the output; torch.compile takes part in the first.
+LAYER_SHAPES = ((64, 256, 32, 32), (16, 256, 32, 32), (32, 64, 128, 128))
+MIXING_SHAPES = ((64, 256, 32, 32), (64, 256, 8, 8), (16, 256, 16, 16), (32, 64, 128, 128))
 KERNEL_SHAPES = ((64, 256, 32, 32), (64, 256, 64, 64))
 SMALL_SHAPES = ((64, 256, 4, 4), (64, 256, 8, 8), (16, 256, 4, 4))
 BATCHES = (64, 16)
-FUSED = {impl: tuple(f"{impl}-{layout}" for layout in DENSE_LAYOUTS) for impl in ("native", "triton")}
-EAGER = tuple(name for name in PEERS if name.startswith("eager"))
-COMPILED = tuple(name for name in PEERS if name not in EAGER)
+MIXING_PRECISIONS = ("tf32", "bf16", "fp32")
+MIXING_PASSES = {  # over u
+    "gconv_mix_fwd_kernel": 2,  # u; y
+    "gconv_mix_bwd_input_kernel": 3,  # dy and u; du
+    "gconv_mix_bwd_weight_kernel": 2,  # dy and u
+}
 
 
-class Section:
-    """Where a section writes what it finds, and with what it measures.
+class Pair(NamedTuple):
+    """Two generators: with a plain layer, and with ours in its place."""
 
-    Args:
-        device: to measure on. On the CPU all sizes shrink: that is a trial of this code.
-        records: the file to write, one JSON object a line.
-
-    Attributes:
-        impls: the fused ones that can run here. With none, ask for native all the same: it says how to get it.
-        fused: their contenders.
-    """
-
-    def __init__(self, device: str, records: Path):
-        self.device, self.records = torch.device(device), records
-        self.stopwatch = Stopwatch(self.device)
-        self.failed = False
-        self.impls = [impl for impl in FUSED if impl in available_impls(self.device.type)] or ["native"]
-        self.fused = [name for impl in self.impls for name in FUSED[impl]]
-
-    def add(self, what: str, **record) -> None:
-        record = {"what": what, **record}
-        with self.records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = {key: value for key, value in record.items() if key != "kernels"}
-        print(" ".join(str(value) for value in shown.values()), flush=True)
-
-    @contextmanager
-    def attempt(self, where: str) -> Iterator[None]:
-        """What fails inside is told of, and does not stop the section."""
-        try:
-            yield
-        except Exception as error:
-            self.failed = True
-            traceback.print_exc()
-            self.add("failure", where=where, error=f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
-            self.stopwatch.synchronize()  # after a lost context nothing more can be found: this raises
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        return tuple(PRECISIONS) if self.stopwatch.on_gpu else ("tf32",)
-
-    @property
-    def some_precisions(self) -> tuple[str, ...]:
-        return tuple(precision for precision in self.precisions if precision in ("tf32", "bf16"))
-
-    def sized(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape if self.stopwatch.on_gpu else (2, 8, min(shape[2], 8), min(shape[3], 8))
+    plain: str
+    ours: str
+    spec: OpSpec
 
 
-class Passes(NamedTuple):
-    """Of one contender: its forward, which keeps what backward needs; the backward of a result; the tensors given."""
-
-    forward: Callable[[], Tensor]
-    backward: Callable[[Tensor], object]
-    tensors: dict[str, Tensor]
-
-    def both(self) -> object:
-        return self.backward(self.forward())
+STEPS = {"step": Pair("bn", "SPN", SPN), "gconv_step": Pair("conv", "GConv", GCONV_MIX)}
 
 
-@lru_cache(maxsize=1)  # drawing takes longer than measuring; the precisions of one case follow each other
-def draw(case: Case, device: torch.device) -> dict[str, Tensor]:
-    return SPN.inputs(case, device=device)
+def layer(section: Section, head: str, shape: tuple[int, ...], precision: str) -> Call:
+    """Of SPN; ``head`` is a key of ``HEADS``, the shape that of the output."""
+    return Call(section, SPN, case(head, section.sized(shape)), precision)
 
 
-class Layer:
-    """One call of SPN in one precision, run by several contenders.
+def mixings(
+    section: Section, shapes: Iterable[tuple[int, ...]], precisions: Iterable[str]
+) -> Iterator[tuple[dict, Call]]:
+    """Calls of GConv's mixing, each after what its records say of it. As in the generator, there is no bias."""
+    for shape in shapes:
+        of_shape = Case(section.sized(shape), "", sizes={"bias": 0})
+        for precision in precisions:
+            yield {"shape": label(shape), "precision": precision}, Call(section, GCONV_MIX, of_shape, precision)
 
-    Args:
-        head: a key of ``HEADS``.
-        shape: that of the output.
-        precision: a key of ``PRECISIONS``; sets the flag that allows TF32.
-    """
 
-    def __init__(self, section: Section, head: str, shape: tuple[int, ...], precision: str):
-        self.dtype, torch.backends.cudnn.allow_tf32 = PRECISIONS[precision]
-        self.case = case(head, section.sized(shape))
-        self.tensors = draw(self.case, section.device)
-        self.functions: dict[str, Callable[..., Tensor]] = {}
+def rivals(section: Section, spec: OpSpec, with_compiled: bool) -> list[str]:
+    # Where they are not to, compiling would take longer than all the rest.
+    return [*(PEERS if with_compiled else EAGER), *section.fused(spec)]
 
-    def inputs(self, layout: str) -> dict[str, Tensor]:
-        """The tensors, those that get a gradient as leaves."""
-        tensors = self.tensors | {"x": LAYOUTS[layout](self.tensors["x"].to(self.dtype))}
-        return {
-            name: tensor.detach().requires_grad_() if name in SPN.differentiable else tensor
-            for name, tensor in tensors.items()
-        }
 
-    def passes(self, name: str) -> "Passes":
-        impl, layout = name.split("-")
-        tensors = self.inputs(layout)
-        leaves = [tensors[leaf] for leaf in SPN.differentiable]
-        function = implementation(SPN, impl)
-
-        def forward() -> Tensor:
-            return function(**tensors, **self.case.options)
-
-        grad = torch.randn_like(forward())
-        return Passes(forward, lambda y: torch.autograd.grad(y, leaves, grad), tensors)
+def of_triton(section: Section, spec: OpSpec) -> list[str]:
+    return [name for name in section.fused(spec) if name.startswith("triton")]
 
 
 def compiling(section: Section) -> None:
     """Compile what torch.compile and Triton will be asked for, beside other work; it is then found in their caches."""
-    ours = [name for name in section.fused if name.startswith("triton")]
     for shape in dict.fromkeys((*LAYER_SHAPES, *KERNEL_SHAPES, *SMALL_SHAPES)):
         for head in HEADS:
             for precision in section.precisions if shape in LAYER_SHAPES else section.some_precisions:
                 # The code that torch.compile writes for strict float32 is that for TF32.
                 theirs = COMPILED if shape == LAYER_SHAPES[0] and precision != "fp32" else ()
-                if not ours and not theirs:
-                    continue
-                torch._dynamo.reset()
-                layer = Layer(section, head, shape, precision)
-                for name in (*ours, *theirs):
-                    where = f"{name} {head} {label(shape)} {precision}"
-                    with section.attempt(where):
-                        layer.passes(name).both()
-                        print("compiled", where, flush=True)
-    for batch, precision, name in product(BATCHES, section.some_precisions, ours):
-        with section.attempt(f"step {batch} {precision} {name}"):
-            generator_step(section, batch, precision, name)()
+                if names := (*of_triton(section, SPN), *theirs):
+                    torch._dynamo.reset()
+                    compile_call(
+                        section, layer(section, head, shape, precision), names, f"{head} {label(shape)} {precision}"
+                    )
+    compile_steps(section, "step")
+
+
+def compiling_gconv(section: Section) -> None:
+    """The same for GConv."""
+    for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
+        with_compiled = where["shape"] == label(MIXING_SHAPES[0]) and where["precision"] != "fp32"
+        torch._dynamo.reset()
+        compile_call(
+            section,
+            call,
+            (*of_triton(section, GCONV_MIX), *(COMPILED if with_compiled else ())),
+            " ".join(where.values()),
+        )
+    compile_steps(section, "gconv_step")
+
+
+def compile_call(section: Section, call: Call, names: Iterable[str], where: str) -> None:
+    for name in names:
+        with section.attempt(f"{name} {where}"):
+            call.passes(name).both()
+            print("compiled", name, where, flush=True)
+
+
+def compile_steps(section: Section, of: str) -> None:
+    for batch, precision, name in product(BATCHES, section.some_precisions, of_triton(section, STEPS[of].spec)):
+        with section.attempt(f"{of} {batch} {precision} {name}"):
+            generator_step(section, of, batch, precision, name)()
 
 
 def layers(section: Section) -> None:
@@ -171,30 +122,36 @@ def layers(section: Section) -> None:
     rest = [precision for precision in section.precisions if precision not in section.some_precisions]
     order = [(main, section.precisions), *product(others, [section.some_precisions]), *product(others, [rest])]
     for shape, precisions in order:  # should time run out, what counts least is lost
-        # Elsewhere, compiling would take longer than all the rest.
-        rivals = (*(PEERS if shape == main else EAGER), *section.fused)
-        for head in HEADS:
-            for precision in precisions:
-                if precision != "fp32":  # its code is that of TF32
-                    torch._dynamo.reset()
-                layer = Layer(section, head, shape, precision)
-                forwards, backwards = {}, {}
-                for name in rivals:
-                    with section.attempt(f"{name} {head} {label(shape)} {precision}"):
-                        passes = layer.passes(name)
-                        passes.both()
-                        forwards[name] = Timed(lambda _, passes=passes: passes.forward())
-                        backwards[name] = Timed(passes.backward, passes.forward)
-                for mode, contenders in (("forward", forwards), ("backward", backwards)):
-                    found = section.stopwatch.device_times(contenders)
-                    for name, spread in found.items():
-                        add_layer(section, head, shape, precision, mode, name, spread)
+        for head, precision in product(HEADS, precisions):
+            where = {"head": head, "shape": label(shape), "precision": precision}
+            compare(
+                section, "layer", where, layer(section, head, shape, precision), rivals(section, SPN, shape == main)
+            )
 
 
-def add_layer(section: Section, head, shape, precision, mode, contender, spread: Spread) -> None:
-    section.add(
-        "layer", head=head, shape=label(shape), precision=precision, mode=mode, contender=contender, **spread._asdict()
-    )
+def mixing(section: Section) -> None:
+    """The same of GConv's mixing; and which impl ``auto`` would take."""
+    for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
+        with_compiled = where["shape"] == label(MIXING_SHAPES[0])
+        compare(section, "mixing", where, call, rivals(section, GCONV_MIX, with_compiled))
+        u = call.inputs(DENSE_LAYOUTS[0])["u"]
+        section.add("auto", **where, impl=_preferred(u, torch.backends.cudnn.allow_tf32))
+
+
+def compare(section: Section, what: str, where: dict[str, str], call: Call, names: Iterable[str]) -> None:
+    """Forward, and backward alone, of several contenders."""
+    if where["precision"] != "fp32":  # its code is that of TF32
+        torch._dynamo.reset()
+    forwards, backwards = {}, {}
+    for name in names:
+        with section.attempt(" ".join((what, *where.values(), name))):
+            passes = call.passes(name)
+            passes.both()
+            forwards[name] = Timed(lambda _, passes=passes: passes.forward())
+            backwards[name] = Timed(passes.backward, passes.forward)
+    for mode, contenders in (("forward", forwards), ("backward", backwards)):
+        for name, spread in section.stopwatch.device_times(contenders).items():
+            section.add(what, **where, mode=mode, contender=name, **spread._asdict())
 
 
 def memory(section: Section) -> None:
@@ -202,10 +159,10 @@ def memory(section: Section) -> None:
     shape = LAYER_SHAPES[0]
     for head in HEADS:
         for precision in section.some_precisions:
-            layer = Layer(section, head, shape, precision)
-            for name in (*EAGER, *section.fused):
+            call = layer(section, head, shape, precision)
+            for name in (*EAGER, *section.fused(SPN)):
                 with section.attempt(f"memory {name} {head} {precision}"):
-                    passes = layer.passes(name)
+                    passes = call.passes(name)
                     passes.both()
                     peak = section.stopwatch.peak_bytes(passes.both)
                     saved = saved_bytes(passes.forward, passes.tensors.values())
@@ -218,30 +175,40 @@ def kernels(section: Section) -> None:
     """The time of each kernel of the fused layers, from a profile, and the bytes that it must move."""
     section.add("copy", bandwidth=section.stopwatch.copy_bandwidth())
     memory(section)
-    for shape in KERNEL_SHAPES:
-        for head in HEADS:
-            for precision in section.some_precisions:
-                layer = Layer(section, head, shape, precision)
-                for name in section.fused:
-                    with section.attempt(f"kernels {head} {label(shape)} {precision} {name}"):
-                        calls = section.stopwatch.launches(layer.passes(name).both, rounds=11)
-                        where = {"head": head, "shape": label(shape), "precision": precision, "contender": name}
-                        add_kernels(section, layer, where, calls)
+    for shape, head, precision in product(KERNEL_SHAPES, HEADS, section.some_precisions):
+        where = {"head": head, "shape": label(shape), "precision": precision}
+        profile(section, where, layer(section, head, shape, precision))
+    for where, call in mixings(section, MIXING_SHAPES[:1], section.some_precisions):
+        profile(section, {"head": "mixing"} | where, call)
 
 
-def add_kernels(section: Section, layer: Layer, where: dict, calls: list[list[Launch]]) -> None:
+def profile(section: Section, where: dict[str, str], call: Call) -> None:
+    for name in section.fused(call.spec):
+        with section.attempt(" ".join(("kernels", *where.values(), name))):
+            calls = section.stopwatch.launches(call.passes(name).both, rounds=11)
+            add_kernels(section, call, where | {"contender": name}, calls)
+
+
+def bytes_of_kernels(call: Call, contender: str) -> dict[str, int]:
+    """What each of our kernels must move, by its name."""
+    if call.spec is GCONV_MIX:
+        size = call.dtype.itemsize * prod(call.case.shape)
+        return {name: passes * size for name, passes in MIXING_PASSES.items()}
+    # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
+    like_channels_last = contender != "native-contiguous"
+    return kernel_bytes(call.case.shape, call.dtype.itemsize, call.case.options.get("upsample", 1), like_channels_last)
+
+
+def add_kernels(section: Section, call: Call, where: dict, calls: list[list[Launch]]) -> None:
     if not calls:
         section.add("no kernels", **where)
         return
-    upsample = layer.case.options.get("upsample", 1)
-    # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
-    like_channels_last = where["contender"] != "native-contiguous"
-    moved = kernel_bytes(layer.case.shape, layer.dtype.itemsize, upsample, like_channels_last)
+    moved = bytes_of_kernels(call, where["contender"])
     grouped: dict[str, list[list[Launch]]] = {}
-    for position, call in enumerate(calls):
+    for position, launches in enumerate(calls):
         mode = "forward"
-        for launch in call:
-            ours = re.search(r"spn_\w*kernel", launch.name)
+        for launch in launches:
+            ours = re.search(r"(spn|gconv)_\w*kernel", launch.name)
             key = ours[0] if ours else launch.name[:120]
             if key.startswith("spn_bwd"):
                 mode = "backward"
@@ -265,17 +232,17 @@ def small(section: Section) -> None:
     """Wall time where launches are all that takes time, also replayed from a CUDA graph; and how many there are."""
     for shape in SMALL_SHAPES:
         for head in HEADS:
-            layer = Layer(section, head, shape, "tf32")
+            call = layer(section, head, shape, "tf32")
             where = {"head": head, "shape": label(shape)}
             contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward + backward": {}}
-            for name in (*EAGER, *section.fused):
+            for name in (*EAGER, *section.fused(SPN)):
                 with section.attempt(f"small {head} {label(shape)} {name}"):
-                    passes = layer.passes(name)
+                    passes = call.passes(name)
                     runs = (passes.forward, passes.both)
                     for mode, run in zip(contenders, runs, strict=True):
                         run()
                         contenders[mode][name] = run
-                    if shape == SMALL_SHAPES[0] and name in section.fused:
+                    if shape == SMALL_SHAPES[0] and name in section.fused(SPN):
                         add_launches(section, where | {"contender": name}, *runs)
             for mode, runs in contenders.items():
                 replays = {}
@@ -301,32 +268,33 @@ def add_launches(section: Section, where: dict, forward: Callable[[], object], b
 
 
 def step(section: Section) -> None:
-    """Forward and backward of the whole generator, with batch norm and with SPN."""
-    for batch in BATCHES if section.stopwatch.on_gpu else (2,):
-        for precision in section.some_precisions:
-            contenders = {}
-            for name in (f"{norm}-{layout}" for norm in ("bn", *section.impls, "eager") for layout in DENSE_LAYOUTS):
-                with section.attempt(f"step {batch} {precision} {name}"):
-                    contenders[name] = generator_step(section, batch, precision, name)
-                    contenders[name]()
-                    peak = section.stopwatch.peak_bytes(contenders[name])
-                    section.add("step memory", batch=batch, precision=precision, contender=name, peak=peak)
-            timed = {name: Timed(lambda _, run=run: run()) for name, run in contenders.items()}
-            for clock, found in (
-                ("device", section.stopwatch.device_times(timed)),
-                ("wall", section.stopwatch.wall_times(contenders)),
-            ):
-                for name, spread in found.items():
-                    where = {"batch": batch, "precision": precision, "clock": clock, "contender": name}
-                    section.add("step", **where, **spread._asdict())
+    """Forward and backward of whole generators, each with a plain layer and with ours."""
+    batches = BATCHES if section.stopwatch.on_gpu else (2,)
+    for (of, pair), batch, precision in product(STEPS.items(), batches, section.some_precisions):
+        where = {"of": of, "batch": batch, "precision": precision}
+        contenders = {}
+        for impl, layout in product((pair.plain, *section.impls(pair.spec), "eager"), DENSE_LAYOUTS):
+            name = f"{impl}-{layout}"
+            with section.attempt(f"{of} {batch} {precision} {name}"):
+                contenders[name] = generator_step(section, of, batch, precision, name)
+                contenders[name]()
+                peak = section.stopwatch.peak_bytes(contenders[name])
+                section.add("step memory", **where, contender=name, peak=peak)
+        timed = {name: Timed(lambda _, run=run: run()) for name, run in contenders.items()}
+        for clock, found in (
+            ("device", section.stopwatch.device_times(timed)),
+            ("wall", section.stopwatch.wall_times(contenders)),
+        ):
+            for name, spread in found.items():
+                section.add("step", **where, clock=clock, contender=name, **spread._asdict())
 
 
-def generator_step(section: Section, batch: int, precision: str, name: str) -> Callable[[], object]:
+def generator_step(section: Section, of: str, batch: int, precision: str, name: str) -> Callable[[], object]:
     """In bf16 under autocast, with weights in float32."""
     torch.backends.cudnn.allow_tf32 = True
-    norm, layout = name.split("-")
-    model = generator("reference" if norm == "eager" else norm, layout).to(section.device)
-    z, weights = torch.randn(batch, 128, device=section.device), list(model.parameters())
+    impl, layout = name.split("-")
+    model = generator("reference" if impl == "eager" else impl, layout, of).to(section.device)
+    z, weights = torch.randn(batch, LATENT_DIM[of], device=section.device), list(model.parameters())
 
     def forward() -> Tensor:
         with torch.autocast(section.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -336,7 +304,7 @@ def generator_step(section: Section, batch: int, precision: str, name: str) -> C
     return lambda: torch.autograd.grad(forward(), weights, grad)
 
 
-SECTIONS = {section.__name__: section for section in (compiling, kernels, layers, step, small)}
+SECTIONS = {section.__name__: section for section in (compiling, compiling_gconv, kernels, layers, mixing, step, small)}
 
 
 def main() -> None:

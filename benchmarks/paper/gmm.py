@@ -106,8 +106,8 @@ def markdown(runs: Sequence[Run], iterations: int, facts: dict[str, str]) -> str
         _summary(runs),
         "A sample is good if it lies within 3 standard deviations of a mode, and a mode is covered if one of "
         f"{SAMPLES:,} samples is that near. Samples of the real data cover {MODES}, and {GOOD_OF_REAL:.3f} of them are "
-        f"good. Means over the seeds, in brackets the worst and the best; later half: over its {CHECKPOINTS // 2} "
-        "checkpoints too.",
+        f"good. Means over the seeds, in brackets the least and the greatest; later half: over the last "
+        f"{CHECKPOINTS // 2} of {CHECKPOINTS} checkpoints too.",
         f"## Modes covered, of {MODES}, after so many iterations",
         _over_training(runs, at, lambda run: run.modes, "{:.0f}", "{:.1f}"),
         "## Share of good samples",
@@ -167,7 +167,9 @@ def draw(runs: Sequence[Run], iterations: int, path: Path) -> None:
     with plt.rc_context(STYLE):
         size = 1.7 * len(SHOWN) + 0.9, 1.7 * len(rows) + 0.8
         figure, axes = plt.subplots(len(rows), len(SHOWN), figsize=size, layout="constrained", squeeze=False)
-        figure.suptitle("Samples over training; circles: the modes", x=0.01, ha="left")
+        figure.suptitle(
+            "Samples over training; circles mark the modes, and are wider than 3 standard deviations", x=0.01, ha="left"
+        )
         for run, row in zip(rows, axes, strict=True):
             for i, axis in zip(SHOWN, row, strict=True):
                 _scatter(axis, run, i)

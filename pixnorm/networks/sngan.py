@@ -76,12 +76,12 @@ class UpBlock(nn.Module):
 class Generator(nn.Module):
     """The generator for 32x32 images: a fully connected layer to 4x4, three :class:`UpBlock`, norm, ReLU, conv, tanh.
 
-    The last norm is a batch norm, and the last convolution a plain one, in all forms. Weights start Glorot uniform, with
-    gain √2 for the 3x3 convolutions of the blocks; biases start at 0.
+    The last norm is a batch norm, and the last convolution a plain one, in all forms. Weights start Glorot uniform,
+    with gain √2 for the 3x3 convolutions of the blocks; biases start at 0.
 
     The SPN paper's is ``norm="bn"`` (4 079 363 parameters) or ``"spn"`` (4 527 875). The GConv paper's is
-    ``norm="bigbn", latent_dim=32, bias=False``, with ``conv="conv"`` (3 775 744 parameters, of them 3 538 944 in the six
-    convolutions of the blocks) or ``"gconv"`` (4 611 328; 4 374 528, with ten classes 4 389 888).
+    ``norm="bigbn", latent_dim=32, bias=False``, with ``conv="conv"`` (3 775 744 parameters, of them 3 538 944 in the
+    six convolutions of the blocks) or ``"gconv"`` (4 611 328; 4 374 528, with ten classes 4 389 888).
 
     Args:
         resolution: of the images; 32.

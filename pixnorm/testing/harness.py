@@ -181,8 +181,7 @@ class OpSpec:
         name: the op id.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
-        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name, the one whose shape a
-            case gives first.
+        make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name.
         per_sample: names of the arguments that have a batch; of the first a case gives the shape.
         differentiable: names of the arguments that have a gradient.
         buffers: names of the arguments that a training call updates in place.
