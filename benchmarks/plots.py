@@ -75,7 +75,7 @@ def _speed_up(axis: Axes, results: Results) -> None:
 
 
 def _step(axis: Axes, results: Results) -> None:
-    steps = {title: results.step([impl]) for impl, title in STEPS.items() if impl != "gemm"}
+    steps = {title: results.step("step", [impl]) for impl, title in STEPS["step"].items() if impl != "gemm"}
     bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, ORANGE, *[BLUE] * (len(steps) - 2)])
     axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=12, fontweight="bold")
     axis.axhline(1.05, color="black", linewidth=0.6, linestyle=":")

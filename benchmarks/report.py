@@ -18,13 +18,13 @@ from benchmarks.contenders import DEVICE, KERNELS
 from benchmarks.plots import draw
 from benchmarks.results import Results, file_stem, provenance
 from benchmarks.tables import markdown
-from benchmarks.test_generator import generator
+from benchmarks.test_generator import LATENT_DIM, STEPS, generator
 
 HERE = Path(__file__).parent
 
 
-def agreement(impl: str) -> dict[str, dict[str, float]]:
-    """How far the generators with SPN on the reference and on an impl are apart, with equal weights.
+def agreement(of: str, impl: str) -> dict[str, dict[str, float]]:
+    """How far the generators of a step on the reference and on an impl are apart, with equal weights.
 
     Returns:
         For the images and for the gradient of the worst weight, relative Euclidean distances to the reference in
@@ -34,10 +34,10 @@ def agreement(impl: str) -> dict[str, dict[str, float]]:
         SystemExit: they are not the same function.
     """
     torch.manual_seed(0)
-    z, grad = torch.randn(4, 128, device=DEVICE), torch.randn(4, 3, 32, 32, device=DEVICE)
+    z, grad = torch.randn(4, LATENT_DIM[of], device=DEVICE), torch.randn(4, 3, 32, 32, device=DEVICE)
 
     def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
-        model = generator(impl).to(dtype)
+        model = generator(impl, of=of).to(dtype)
         images = model(z.to(dtype))
         gradients = torch.autograd.grad(images, list(model.parameters()), grad.to(dtype))
         return [t.detach().double() for t in (images, *gradients)]
@@ -67,7 +67,7 @@ def agreement(impl: str) -> dict[str, dict[str, float]]:
         print(f"{what}: " + ", ".join(f"{value:.1e} ({column})" for column, value in distance.items()))
         # In float32 a ReLU goes either way where its input is within rounding of 0, so gradients are 1e-3 off by luck.
         if not (distance["float64"] < 1e-9 and distance["float32"] < 10 * distance["float32, reference"]):
-            sys.exit(f"The generators with SPN on '{impl}' and on the reference differ: no point in timing them.")
+            sys.exit(f"{STEPS[of][impl]} and the reference differ: no point in timing them.")
     return found
 
 
@@ -82,7 +82,7 @@ class Progress:
     @staticmethod
     def weight(nodeid: str) -> int:
         """Roughly how long a case takes: most are short, but the first lap of torch.compile compiles."""
-        return 30 if "lap0-compile" in nodeid else 10 if "test_step" in nodeid else 1
+        return 30 if "lap0-compile" in nodeid else 10 if "_step" in nodeid else 1
 
     def pytest_runtest_logstart(self, nodeid):
         self.bar.set_description_str(nodeid.rpartition("::test_")[2], refresh=False)
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder to write to")
     folder = parser.parse_args().results
 
-    print("Do the generators with SPN on the reference and fused agree?")
-    agreed = {impl: agreement(impl) for impl in KERNELS}
+    print("Do the generators on the reference and fused agree?")
+    agreed = {STEPS[of][impl]: agreement(of, impl) for of in STEPS for impl in KERNELS}
     raw = measure()
     results = Results(facts(raw), agreed, merge_laps(raw))
 

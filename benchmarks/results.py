@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import product
 from math import log, prod
 from pathlib import Path
 from statistics import geometric_mean, linear_regression, median
@@ -13,11 +14,13 @@ from statistics import geometric_mean, linear_regression, median
 import torch
 
 import pixnorm
-from benchmarks.contenders import DTYPE, FUSED, GEMMS, KERNELS, PEERS
+from benchmarks.contenders import DTYPE, FUSED, GEMMS, KERNELS, MODES, PEERS
+from benchmarks.test_generator import STEPS
 from benchmarks.test_spn import SHAPES, SWEEP, label
 from pixnorm.testing import DENSE_LAYOUTS
 
 Statistic = Callable[[Iterable[float]], float]
+LAYOUTS = {"contiguous": "NCHW", "channels_last": "channels_last"}
 
 
 def json_by_line(head: dict, name: str, entries: list[dict]) -> str:
@@ -79,8 +82,11 @@ class Results:
         shape = next(iter(SHAPES))
         return self.bytes(layers(head, "forward_backward")[0], contender) / (prod(shape) * DTYPE.itemsize)
 
+    def has(self, comparison: str, contender: str) -> bool:
+        return (comparison, contender) in self._cases
+
     def _present(self, comparison: str, contenders: Iterable[str]) -> list[str]:
-        return [name for name in contenders if (comparison, name) in self._cases]
+        return [name for name in contenders if self.has(comparison, name)]
 
     def speed_up(self, comparison: str, statistic: Statistic = median) -> float:
         """Of the best backend over the best peer."""
@@ -101,13 +107,22 @@ class Results:
         """The same, in copies of the bytes that must move."""
         return self.outside(comparison, statistic) / self.time(comparison, copy, statistic)
 
-    def step(self, models: Iterable[str], statistic: Statistic = median) -> float:
-        """Time of a generator step, that of batch norm being 1; the best of the models, each in its best layout."""
-        of, bn = (
-            self.time("step", [f"{model}-{layout}" for model in names for layout in DENSE_LAYOUTS], statistic)
-            for names in (models, ["bn"])
+    def mixing(self, comparison: str, layout: str, statistic: Statistic = median) -> float:
+        """How much faster GConv's mixing is than eager mode in the same layout; the best backend."""
+        fused = [name for name in FUSED if name.endswith(layout)]
+        return self.time(comparison, f"eager-{layout}", statistic) / self.time(comparison, fused, statistic)
+
+    def mixing_at_floor(self, comparison: str, layout: str) -> float:
+        """The same of a mixing that takes the time of its products alone."""
+        return self.time(comparison, f"eager-{layout}") / self.time(comparison, f"gemm-{layout}")
+
+    def step(self, of: str, models: Iterable[str], statistic: Statistic = median) -> float:
+        """Time of a generator step, that with plain layers being 1; the best of the models, each in its best layout."""
+        ours, plain = (
+            self.time(of, [f"{model}-{layout}" for model in names for layout in DENSE_LAYOUTS], statistic)
+            for names in (models, [next(iter(STEPS[of]))])
         )
-        return of / bn
+        return ours / plain
 
     def growth(self, size: str, of: Callable[[str], float]) -> float:
         """The power of a size (N, C, HW) with which a figure grows along the sweep."""
@@ -128,6 +143,11 @@ GOALS = dict(zip(NAMES, (4, 3, 8, 8), strict=True))  # speed-ups
 def layers(head: str, mode: str) -> list[str]:
     """The comparisons of a layer, one for each shape."""
     return [f"layer {head}-{label(shape)}-{mode}" for shape in SHAPES]
+
+
+def mixings(mode: str) -> list[str]:
+    """The comparisons of GConv's mixing, one for each shape."""
+    return [f"mixing {label(shape)}-{mode}" for shape in SHAPES]
 
 
 @dataclass(frozen=True)
@@ -169,8 +189,8 @@ def targets(results: Results) -> list[Target]:
         "generator step, over batch norm",
         1.05,
         False,
-        lambda statistic: results.step(KERNELS, statistic),
-        1 + results.step(["gemm"]),
+        lambda statistic: results.step("step", KERNELS, statistic),
+        1 + results.step("step", ["gemm"]),
     )
     for key, goal in GOALS.items():
         add(
@@ -191,4 +211,19 @@ def targets(results: Results) -> list[Target]:
         saved = round(results.saved(head, FUSED[0]), 2)  # beside the tensor there are four vectors
         what = f"{NAMES[head, 'forward_backward']}: saved, in tensors of the output's size"
         add(what, goal, False, lambda statistic, saved=saved: saved)
+    add(
+        "generator step with GConv, over plain convolutions",
+        1.05,
+        False,
+        lambda statistic: results.step("gconv_step", KERNELS, statistic),
+        1 + results.step("gconv_step", ["gemm"]),
+    )
+    for mode, layout in product(MODES, DENSE_LAYOUTS):
+
+        def over_eager(statistic: Statistic, mode: str = mode, layout: str = layout) -> float:
+            return geometric_mean(results.mixing(comparison, layout, statistic) for comparison in mixings(mode))
+
+        floor = geometric_mean(results.mixing_at_floor(comparison, layout) for comparison in mixings(mode))
+        what = f"GConv's mixing, {mode.replace('_', ' + ')}, {LAYOUTS[layout]}: over eager, geometric mean"
+        add(what, 2, True, over_eager, floor)
     return found

@@ -1,8 +1,8 @@
 """One step of the papers' 32x32 generators, forward and backward.
 
-``step``: of the SPN paper's, with batch norm, SPN on the reference, SPN fused. ``gemm`` is what SPN's GEMMs alone take in
-it, which no kernel beside them can make up for. ``gconv_step``: of the GConv paper's, with plain convolutions, with GConv
-on the reference, with GConv fused; ``gemm`` are the products of its mixing.
+``step``: of the SPN paper's, with batch norm, SPN on the reference, SPN fused. ``gemm`` is what SPN's GEMMs alone take
+in it, which no kernel beside them can make up for. ``gconv_step``: of the GConv paper's, with plain convolutions, with
+GConv on the reference, with GConv fused; ``gemm`` are the products of its mixing.
 """
 
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ STEPS = {  # comparison -> impl in the names of contenders -> in words; the firs
     },
 }
 LATENT_DIM = {"step": 128, "gconv_step": 32}
-# Where SPN's inputs have their pixels, norm1 of each block (before its upsampling) and norm2 of each block; and where the
-# outputs of convolutions have theirs.
+# Where SPN's inputs have their pixels, norm1 of each block (before its upsampling) and norm2 of each block; and where
+# the outputs of convolutions have theirs.
 SIDES = {"step": (4, 8, 16, 8, 16, 32), "gconv_step": (8, 16, 32, 8, 16, 32)}
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnorm import GLinear
-from pixnorm.nn.gconv import latent
+from pixnorm.nn import latent
 
 MODES, RADIUS, STD = 8, 2.0, 0.02
 ANGLES = torch.arange(MODES) * (2 * pi / MODES)

@@ -2,7 +2,7 @@
 //
 // A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels
 // as channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more
-// numbers than u; then s u is made, and the product with W is one for all samples (in channels_last).
+// numbers than u; then s u is made, and the product with W is one for all samples.
 
 #include <torch/csrc/stable/library.h>
 
@@ -28,6 +28,13 @@ struct Shape {
 
   int64_t image() const { return n * pixels; }
   bool weights_of_samples() const { return pixels >= n; }
+
+  // By what is made for each: its weights, or its scaled features. One of a few products at once is each thread's.
+  int64_t images_per_chunk(size_t element) const {
+    constexpr int64_t kWeights = 1 << 22;
+    const int64_t by_weights = std::clamp<int64_t>(kWeights / (n * n * static_cast<int64_t>(element)), 1, images);
+    return weights_of_samples() ? by_weights : pixnorm::images_per_chunk(images, image(), element);
+  }
 };
 
 Shape shape_of(const Tensor& u) {
@@ -39,7 +46,14 @@ Shape shape_of(const Tensor& u) {
 
 constexpr int64_t kChannels = baseline::kMostSums;  // of channels_last that are worked on together: a cache line or two
 
-// f(image, channel, position, rows, columns) of pieces of `images` images, in parallel: some channels each.
+// Some channels of an image, as rows.
+struct Piece {
+  int64_t image, channel, rows, columns;
+  int64_t at, stride;       // in the images
+  int64_t packed_at, pack;  // in what the products share: (n, images * pixels) for NCHW, else as in the images
+};
+
+// f(piece) of all pieces of some images, in parallel.
 template <class F>
 void for_pieces(const Shape& s, int64_t images, const F& f) {
   constexpr int64_t kElements = 1 << 13;
@@ -49,15 +63,19 @@ void for_pieces(const Shape& s, int64_t images, const F& f) {
   parallel_for(0, images * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, channel = i % pieces * channels, count = std::min(channels, s.n - channel);
-      const int64_t position = image * s.image() + channel * (s.channels_last ? 1 : s.pixels);
-      s.channels_last ? f(image, channel, position, s.pixels, count) : f(image, channel, position, count, s.pixels);
+      if (s.channels_last) {
+        const int64_t at = image * s.image() + channel;
+        f(Piece{image, channel, s.pixels, count, at, s.n, at, s.n});
+      } else {
+        f(Piece{image, channel, count, s.pixels, image * s.image() + channel * s.pixels, s.pixels,
+                (channel * images + image) * s.pixels, images * s.pixels});
+      }
     }
   });
 }
 
-#define PIXNORM_BY_LAYOUT(function, ...)                                  \
-  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__, s.n) \
-                   : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__, s.pixels))
+#define PIXNORM_BY_LAYOUT(function, ...) \
+  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__) : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__))
 
 // I + W diag(s) of each image, (images, n, n).
 template <class A>
@@ -80,22 +98,30 @@ Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
   return {data, images, s.n, s.pixels, s.image(), s.pixels, 1};
 }
 
-// All that can be one product.
+// What the products share, of all images.
 template <class A>
-Matrices<A> together(const Shape& s, int64_t images, A* data) {
-  return matrices_of(data, images, s.n, s.pixels, s.channels_last);
+Matrices<A> packed(const Shape& s, int64_t images, A* data) {
+  const int64_t pixels = images * s.pixels;
+  if (s.channels_last) return {data, 1, pixels, s.n, 0, s.n, 1};
+  return {data, 1, s.n, pixels, 0, pixels, 1};
 }
 
-// out = beta out + M in, or its transposed, for matrices M (n, n) of the activations.
+// out = M in.
 template <class A>
-void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in,
-              double beta) {
-  s.channels_last ? gemm(out, in, m.transposed(), beta) : gemm(out, m, in, beta);
+void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in) {
+  s.channels_last ? gemm(out, in, m.transposed(), 0) : gemm(out, m, in, 0);
+}
+
+// out = beta out + left rightᵀ, sums over pixels.
+template <class A>
+void multiply_transposed(const Shape& s, const Matrices<A>& out, const Matrices<const A>& left,
+                         const Matrices<const A>& right, double beta) {
+  s.channels_last ? gemm(out, left.transposed(), right, beta) : gemm(out, left, right.transposed(), beta);
 }
 
 template <class A>
-Matrices<const A> square(const A* data, int64_t n, int64_t batch, int64_t batch_stride) {
-  return {data, batch, n, n, batch_stride, n, 1};
+Matrices<const A> square(const A* data, int64_t n, int64_t batch) {
+  return {data, batch, n, n, n * n, n, 1};
 }
 
 // Numbers of the storage type in the type that they are computed in: themselves, or in the buffer.
@@ -132,9 +158,10 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
              const std::vector<acc_t<T>>& bias, T* y) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
-  const int64_t per_chunk = images_per_chunk(s.images, s.image(), sizeof(A)), most = per_chunk * s.image();
+  const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
   const Buffer<A> wide_u(kWiden ? most : 0), wide_y(kWiden ? most : 0);
-  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const Buffer<A> weights(s.weights_of_samples() ? per_chunk * s.n * s.n : 0);
+  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most), product(s.weights_of_samples() ? 0 : most);
   const A* const b = bias.empty() ? nullptr : bias.data();
   for (int64_t first = 0; first < s.images; first += per_chunk) {
     const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
@@ -142,21 +169,24 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
     A* const out = wide_place(y + first * s.image(), wide_y);
     const A* const scale_of = scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      make_weights(s, images, w.data(), scale_of, scratch.data());
-      multiply(s, by_image(s, images, out), square<A>(scratch.data(), s.n, images, s.n * s.n), by_image(s, images, in),
-               0);
+      make_weights(s, images, w.data(), scale_of, weights.data());
+      multiply<A>(s, by_image(s, images, out), square<A>(weights.data(), s.n, images), by_image(s, images, in));
       if (b) {
-        for_pieces(s, images, [&](int64_t, int64_t c, int64_t at, int64_t rows, int64_t columns) {
-          PIXNORM_BY_LAYOUT(add_bias, out + at, b + c, rows, columns);
+        for_pieces(s, images, [&](const Piece& p) {
+          PIXNORM_BY_LAYOUT(add_bias, out + p.at, b + p.channel, p.rows, p.columns, p.stride);
         });
       }
     } else {
-      for_pieces(s, images, [&](int64_t image, int64_t c, int64_t at, int64_t rows, int64_t columns) {
-        PIXNORM_BY_LAYOUT(scale, in + at, scale_of + image * s.n + c, b ? b + c : nullptr, out + at,
-                          scratch.data() + at, rows, columns);
+      for_pieces(s, images, [&](const Piece& p) {
+        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, scaled.data() + p.packed_at, p.pack,
+                          p.rows, p.columns, p.stride);
       });
-      const auto to = together(s, images, out);
-      multiply<A>(s, to, square(w.data(), s.n, to.batch, 0), together<const A>(s, images, scratch.data()), 1);
+      multiply<A>(s, packed(s, images, product.data()), square(w.data(), s.n, 1),
+                  packed<const A>(s, images, scaled.data()));
+      for_pieces(s, images, [&](const Piece& p) {
+        PIXNORM_BY_LAYOUT(finish, in + p.at, product.data() + p.packed_at, b ? b + p.channel : nullptr, out + p.at,
+                          p.pack, p.rows, p.columns, p.stride);
+      });
     }
     narrowed(out, y + first * s.image(), elements);
   }
@@ -198,10 +228,11 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
               const std::vector<acc_t<T>>& w, T* grad_u, Gradients<acc_t<T>>& gradients) {
   using A = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, A>;
-  const int64_t per_chunk = images_per_chunk(s.images, s.image(), sizeof(A)), most = per_chunk * s.image();
+  const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
   const Buffer<A> wide_u(kWiden ? most : 0), wide_dy(kWiden ? most : 0), wide_du(kWiden ? most : 0);
-  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
-  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most);
+  const Buffer<A> weights(s.weights_of_samples() ? per_chunk * s.n * s.n : 0);
+  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most), product(s.weights_of_samples() ? 0 : most);
+  const Buffer<A> packed_dy(s.weights_of_samples() || s.channels_last ? 0 : most);
   const Matrices<A> dw{gradients.w.data(), 1, s.n, s.n, 0, s.n, 1};
   for (int64_t first = 0; first < s.images; first += per_chunk) {
     const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
@@ -211,31 +242,36 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
     const A* const scale_of = scales.data() + first * s.n;
     A* const d_scales = gradients.scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      const Matrices<A> weights{scratch.data(), images, s.n, s.n, s.n * s.n, s.n, 1};
-      const auto left = by_image(s, images, dy), right = by_image(s, images, in);
-      s.channels_last ? gemm<A>(weights, left.transposed(), right, 0) : gemm<A>(weights, left, right.transposed(), 0);
-      reduce_weights(s, images, scratch.data(), w.data(), scale_of, gradients.w.data(), d_scales);
-      make_weights(s, images, w.data(), scale_of, scratch.data());
-      multiply(s, by_image(s, images, du), square<A>(scratch.data(), s.n, images, s.n * s.n).transposed(), left, 0);
+      const Matrices<A> g{weights.data(), images, s.n, s.n, s.n * s.n, s.n, 1};
+      multiply_transposed<A>(s, g, by_image(s, images, dy), by_image(s, images, in), 0);
+      reduce_weights(s, images, weights.data(), w.data(), scale_of, gradients.w.data(), d_scales);
+      make_weights(s, images, w.data(), scale_of, weights.data());
+      multiply<A>(s, by_image(s, images, du), square<A>(weights.data(), s.n, images).transposed(),
+                  by_image(s, images, dy));
     } else {
-      const auto h = together(s, images, scratch.data());
-      multiply(s, h, square(w.data(), s.n, h.batch, 0).transposed(), together(s, images, dy), 0);
-      for_pieces(s, images, [&](int64_t image, int64_t c, int64_t at, int64_t rows, int64_t columns) {
-        PIXNORM_BY_LAYOUT(scale_backward, in + at, dy + at, scratch.data() + at, scale_of + image * s.n + c, du + at,
-                          scaled.data() + at, d_scales + image * s.n + c, rows, columns);
-      });
-      const auto left = together(s, images, dy), right = together<const A>(s, images, scaled.data());
-      if (s.channels_last) {
-        gemm<A>(dw, left.transposed(), right, first == 0 ? 0 : 1);
-      } else {
-        for (int64_t i = 0; i < images; ++i) gemm<A>(dw, left.at(i), right.at(i).transposed(), first + i == 0 ? 0 : 1);
+      if (!s.channels_last) {
+        for_pieces(s, images, [&](const Piece& p) {
+          for (int64_t r = 0; r < p.rows; ++r) {
+            std::copy_n(dy + p.at + r * p.stride, p.columns, packed_dy.data() + p.packed_at + r * p.pack);
+          }
+        });
       }
+      const auto left = packed<const A>(s, images, s.channels_last ? dy : packed_dy.data());
+      multiply<A>(s, packed(s, images, product.data()), square(w.data(), s.n, 1).transposed(), left);
+      for_pieces(s, images, [&](const Piece& p) {
+        const int64_t of_channel = p.image * s.n + p.channel;
+        PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, product.data() + p.packed_at, scale_of + of_channel,
+                          du + p.at, scaled.data() + p.packed_at, d_scales + of_channel, p.pack, p.rows, p.columns,
+                          p.stride);
+      });
+      multiply_transposed<A>(s, dw, left, packed<const A>(s, images, scaled.data()), first == 0 ? 0 : 1);
     }
     if (!gradients.bias.empty()) {
       // One image after the other, so that each sum is one thread's.
       for (int64_t i = 0; i < images; ++i) {
-        for_pieces(s, 1, [&](int64_t, int64_t c, int64_t at, int64_t rows, int64_t columns) {
-          PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + at, gradients.bias.data() + c, rows, columns);
+        for_pieces(s, 1, [&](const Piece& p) {
+          PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + p.at, gradients.bias.data() + p.channel, p.rows, p.columns,
+                            p.stride);
         });
       }
     }
