@@ -8,10 +8,11 @@ Three gates (``Kernel.violations``):
 - The main loop moves every element once, and as many bytes at once as the design says: 16 where rows are aligned.
 - Registers and shared memory leave room for as many warps as the design counts on (``WARPS``).
 
-The main loop and the model's bytes then give a prediction: a kernel takes as long as the larger of its bytes, at the
-speed of a copy, and its instructions, at one a cycle and scheduler. Counted is the whole body of the loop, also what
-only rows at a border run: an upper bound for a row. Not counted are the rows above and below a strip, which are worked
-on twice, and what comes before and after the loop.
+The main loop and the model's bytes then give a prediction: a kernel takes as long as the largest of its bytes, at the
+speed of a copy, its instructions, at one a cycle and scheduler, and, if it multiplies matrices, its products, at the
+speed of large ones. Counted is the whole body of the loop, also what only rows at a border run: an upper bound for a
+row. Not counted are the rows above and below a strip, which are worked on twice, and what comes before and after the
+loop.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from benchmarks import triton_code
+from benchmarks import triton_code, triton_gconv, triton_spn
 from benchmarks.machine_code import ROOT, Function, functions, listed, missing
 from benchmarks.model import GPU, GPUS, KB, WARP, gemm_times, kernel_bytes
 from benchmarks.triton_code import Processes, TritonKernel, triton_kernels
@@ -252,8 +253,9 @@ def predictions(found: list[Kernel] | list[TritonKernel]) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def _bound(by_bytes: float, by_instructions: float) -> str:
-    return "bytes" if by_bytes >= by_instructions else f"issue, {by_instructions / by_bytes:.1f}x"
+def _bound(*times: float) -> str:
+    longest, name = max(zip(times, ("bytes", "issue", "products")[: len(times)], strict=True), key=lambda of: of[0])
+    return name if name == "bytes" else f"{name}, {longest / times[0]:.1f}x"
 
 
 def layers(found: list[Kernel]) -> str:
@@ -305,11 +307,13 @@ def main() -> None:
         print("\n## Predictions of the layer", layers(usual), sep="\n\n")
     if lacking := triton_code.missing():
         sys.exit(f"Triton's kernels cannot be compiled: {lacking}")
+    ops = (triton_spn, triton_gconv)
+    wanted = [one for op in ops for one in (op.everything() if arguments.all else op.selection())]
     with Processes() as processes:
-        of_triton = triton_kernels(processes, arguments.all)
+        of_triton = triton_kernels(processes, wanted)
     faults += _print_gates("Triton", of_triton)
-    if arguments.all:
-        print("\n## Predictions of Triton's", predictions(of_triton), sep="\n\n")
+    shown = of_triton if arguments.all else [kernel for kernel in of_triton if kernel.name in triton_gconv.KERNELS]
+    print("\n## Predictions of Triton's", predictions(shown), sep="\n\n")
     sys.exit(f"{len(faults)} gates are not passed" if faults else 0)
 
 

@@ -1,4 +1,4 @@
-"""What a GPU cannot do faster: the bytes that each CUDA kernel moves, and the machines that move them.
+"""What a GPU cannot do faster: the bytes that each kernel moves, and the machines that move them.
 
 Times that follow from it are predictions: a kernel takes as long as its bytes, or as its instructions.
 """
@@ -54,6 +54,11 @@ class GPU(NamedTuple):
         """Instructions per second, counted by thread: each of an SM's four schedulers issues one of a warp a cycle."""
         return self.sms * self.clock * 4 * WARP
 
+    @property
+    def without_tensor(self) -> float:
+        """Multiplications and additions of float32 per second, without tensor cores."""
+        return 2 * self.fma * self.sms * self.clock
+
     def occupancy(self, threads: int, registers: int, shared: int) -> int:
         """The warps that an SM holds of a kernel, by a block's threads and shared bytes, and a thread's registers.
 
@@ -91,7 +96,7 @@ OTHER_GPUS = {
 
 
 def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:
-    """How often each of SPN's kernels must read and write as many elements as x has, by its name."""
+    """How often each kernel must read and write as many elements as x has, by its name; for GConv, as u has."""
     large = upsample**2
     return {
         "spn_statistics_kernel": (2, 0),  # x and p
@@ -102,15 +107,18 @@ def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, in
         # Of Triton alone; the first sums up the statistics as well.
         "spn_projection_kernel, forward": (1, 1),  # x; p
         "spn_projection_kernel, backward": (2, 1),  # dp and dx; dx
+        "gconv_mix_fwd_kernel": (1, 1),  # u; y
+        "gconv_mix_bwd_input_kernel": (2, 1),  # dy and u; du
+        "gconv_mix_bwd_weight_kernel": (2, 0),  # dy and u
     }
 
 
 def kernel_bytes(shape: tuple[int, ...], itemsize: int, upsample: int, channels_last: bool) -> dict[str, int]:
-    """The bytes that each of SPN's kernels must read and write, by its name.
+    """The bytes that each kernel must read and write, by its name.
 
     Args:
-        shape: of x; y and its gradient have ``upsample``² times as many pixels.
-        itemsize: bytes per element of x.
+        shape: of x or u; SPN's y and its gradient have ``upsample``² times as many pixels.
+        itemsize: bytes per element of it.
         upsample: 1 or 2.
         channels_last: the layout.
     """

@@ -1,103 +1,81 @@
 """The Triton kernels as machine code, for GPUs that need not be there; ``benchmarks.kernels`` prints what is found.
 
-Compiled is what SPN launches: the launches are recorded on meta tensors, and block sizes stand in triton_kernels alone.
-Triton specialises its kernels; this is how it does where tensors are aligned and sizes are multiples of 16. The gates
-(``TritonKernel.violations``):
+Compiled is what the ops launch: the launches are recorded on meta tensors, and block sizes stand in triton_kernels
+alone. Triton specialises its kernels; this is how it does where tensors are aligned and sizes are multiples of 16. Each
+op has a file of its own, ``benchmarks.triton_spn`` and ``benchmarks.triton_gconv``: what it is specialised on, and what
+its kernels should look like. The gates of all (``TritonKernel.violations``; ops have more):
 
-- Nothing that a thread has in registers spills in the main loop, and beside it no more than ``PARKED`` bytes. Doubles
-  and 5 x 5 taps may.
-- The main loop has the loads and stores of the design, 16 bytes of a row of y at once in NCHW. (Beside them it loads
-  neighbours, which are few bytes.)
-- No lane waits for another while it walks: no barrier and no shared memory in the main loop, and in NCHW nowhere in
-  the kernel. Triton puts them where what is computed next lies otherwise over the threads.
+- Nothing that a thread has in registers spills in the main loop, and beside it no more than ``PARKED`` bytes.
+- The main loop has the loads and stores of the design.
 - Room for two warps for each of the four schedulers.
 """
 
 import multiprocessing
 import os
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import product
-from math import prod
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
 
 from benchmarks import machine_code
 from benchmarks.machine_code import BUILD, Function, listed, read
-from benchmarks.model import GPU, GPUS, OTHER_GPUS, WARP, kernel_bytes
-from pixnorm import testing
+from benchmarks.model import GPU, GPUS, OTHER_GPUS, WARP
 from pixnorm.ops._dispatch import _triton_obstacle
-from pixnorm.testing import SPN, Case
 
 DTYPES = {"float": torch.float32, "BFloat16": torch.bfloat16, "Half": torch.float16, "double": torch.float64}
 IN_SIGNATURES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 TRITON_GPUS = sorted((GPUS | OTHER_GPUS).values())
 
-STATISTICS, PROJECTION = "spn_statistics_kernel", "spn_projection_kernel"
-MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
-# Of x: so few channels that the projection is a kernel of our own, and so many that it is not. In the first its
-# statistics have so many parts that they are added up in two steps.
-SHAPES = ((32, 64, 64, 64), (4, 256, 64, 64))
 LEAST_WARPS = 8
 # Bytes of local memory: ptxas puts a number or two there, and fetches it once, where that makes room for more warps.
 PARKED = 16
 
 
-class Configuration(NamedTuple):
-    """What a call of SPN is specialised on."""
+@dataclass(frozen=True, order=True)
+class Configuration:
+    """What a call of an op is specialised on; each op has more."""
+
+    of_kernel: ClassVar[type["TritonKernel"]]
+    upsample = 1  # no field, as not all have it
 
     dtype: str
     channels_last: bool = False
-    upsample: int = 1
-    relu: bool = False
-    kernel_size: int = 3
-    one_mask: bool = False
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
 
     @property
     def options(self) -> str:
-        taps = [f"k = {self.kernel_size}"] * (self.kernel_size != 3)
-        return ", ".join(["relu"] * self.relu + taps + ["one mask"] * self.one_mask)
+        """The rest of it, in words."""
+        raise NotImplementedError
+
+    def call(self) -> None:
+        """A forward and a backward in training, on meta tensors: the functions that launch kernels, not the ops."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "NCHW"
         return ", ".join([self.dtype, layout, *["up"] * (self.upsample == 2), *[self.options] * bool(self.options)])
 
 
-def selection() -> list[tuple[Configuration, GPU]]:
-    """Few enough for every run of the tests; ``everything`` is for ``python -m benchmarks.kernels --all``.
+class Wanted(NamedTuple):
+    """Kernels to look at: those of a configuration, on a GPU; all that it has, if none is named."""
 
-    In float32 and in bfloat16, each row of the tables of block sizes is here for one GPU: of the four pairs of layout
-    and upsampling each GPU has one, and in bfloat16 the opposite one. So each GPU has each kernel that walks in both;
-    the others it has in the one that comes first. What else there is, in NCHW, for one GPU each. Half is as bfloat16.
-    """
-    walks = [(last, upsample, upsample == 2) for last, upsample in product((False, True), (1, 2))]
-    found = []
-    for i, gpu in enumerate(TRITON_GPUS):
-        of_both = [Configuration("float", *walks[i]), Configuration("BFloat16", *walks[~i])]
-        found += [(of, gpu) for of in (of_both if i % 2 == 0 else of_both[::-1])]
-    others = [
-        Configuration("double"),
-        Configuration("float", kernel_size=1),
-        Configuration("float", kernel_size=5),
-        Configuration("float", one_mask=True),
-    ]
-    return found + list(zip(others, TRITON_GPUS, strict=True))
-
-
-def everything() -> list[tuple[Configuration, GPU]]:
-    """All that kernels are specialised on, for all GPUs."""
-    options = product(DTYPES, (False, True), (1, 2), (False, True), ((3, False), (3, True), (1, False), (5, False)))
-    configurations = [Configuration(*of_x, *of_parameters) for *of_x, of_parameters in options]
-    return list(product(configurations, TRITON_GPUS))
+    configuration: Configuration
+    gpu: GPU
+    kernels: tuple[str, ...] = ()
 
 
 # ---- launches, and what they compile to ----
@@ -143,18 +121,7 @@ class Launch(NamedTuple):
         return cls(configuration, kernel.fn.__module__, kernel.__name__, signature, constants, attributes, of_compiler)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.configuration}"
-
-    @property
-    def name(self) -> str:
-        """The kernel's, with what it is there for where that are two things."""
-        if self.kernel == PROJECTION:
-            return f"{PROJECTION}, {'forward' if self.constants['STATISTICS'] else 'backward'}"
-        return self.kernel
-
-    @property
-    def walks(self) -> bool:
-        return self.kernel in WALKS
+        return f"{self.kernel} {self.configuration}"
 
     def key(self, *but: str) -> str:
         """The same one for what compiles to the same code."""
@@ -164,30 +131,22 @@ class Launch(NamedTuple):
 def launches(configuration: Configuration) -> list[Launch]:
     """Those of a forward and a backward in training."""
     _import_kernels()
-    from pixnorm.triton_kernels import projection, spn, statistics
+    from pixnorm import triton_kernels
 
     found = {}
 
     def record(wrapped, grid, *arguments, **options):
         kernel = getattr(wrapped, "kernel", wrapped)
         launch = Launch.of(configuration, kernel, arguments, options)
-        # Both shapes have most of them, and differ in what their sizes can be divided by.
+        # Calls of two shapes may have most of them, and differ in what their sizes can be divided by.
         found.setdefault(launch.key("signature", "attributes"), launch)
 
-    options = {"upsample": configuration.upsample, "activation": "relu" if configuration.relu else None}
-    sizes = {"kernel_size": configuration.kernel_size} | ({"masks": 1} if configuration.one_mask else {})
-    dtype = DTYPES[configuration.dtype]
-    parameters = dtype if dtype == torch.float64 else torch.float32
-    layout = "channels_last" if configuration.channels_last else "contiguous"
     with ExitStack() as recording:
-        recording.enter_context(patch.object(testing.spn, "_ops", lambda impl: (spn.spn_fwd, spn.spn_bwd)))
-        for module in (spn, statistics, projection):
-            recording.enter_context(patch.object(module, "launch", record))
-        for shape in SHAPES:
-            case = Case(shape, "", options, sizes=sizes)
-            tensors = SPN.inputs(case, dtype, parameter_dtype=parameters, layout=layout, device="meta")
-            for function, arguments in SPN.kernel_calls("triton", tensors, options):
-                function(*arguments)
+        for entry in pkgutil.iter_modules(triton_kernels.__path__):
+            module = import_module(f"{triton_kernels.__name__}.{entry.name}")
+            if hasattr(module, "launch"):
+                recording.enter_context(patch.object(module, "launch", record))
+        configuration.call()
     return list(found.values())
 
 
@@ -260,7 +219,10 @@ def _titled(job: tuple) -> str:
 
 
 class TritonKernel(NamedTuple):
-    """A launch, as it is for one GPU: what the reports ask of ``benchmarks.kernels.Kernel`` this answers too."""
+    """A launch, as it is for one GPU: what the reports ask of ``benchmarks.kernels.Kernel`` this answers too.
+
+    Each op has a class of its own, which knows ``design`` and what follows from it.
+    """
 
     gpu: GPU
     code: Function
@@ -268,7 +230,7 @@ class TritonKernel(NamedTuple):
     launch: Launch
 
     def __str__(self) -> str:
-        return f"{self.launch} {self.gpu.arch}"
+        return f"{self.name} {self.launch.configuration} {self.gpu.arch}"
 
     def __getattr__(self, name: str):
         """Of the configuration."""
@@ -276,11 +238,8 @@ class TritonKernel(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.launch.name
-
-    @property
-    def walks(self) -> bool:
-        return self.launch.walks
+        """The kernel's, with what it is there for where that are two things."""
+        return self.launch.kernel
 
     @property
     def itemsize(self) -> int:
@@ -302,83 +261,46 @@ class TritonKernel(NamedTuple):
 
     @property
     def design(self) -> Counter[tuple[str, int]]:
-        """The ``Function.moves`` of a round of the main loop, but for neighbours and what is one number a channel.
-
-        Reduce and apply have p twice: for the mask of the row below, and for p̂ of the row above.
-        """
-        constants, found = self.launch.constants, Counter()
-
-        def add(kind: str, elements: int, itemsize: int = self.itemsize, wide: bool = True, count: int = 1) -> None:
-            width = min(16, elements * itemsize) if wide else itemsize
-            found[kind, width] += count * elements * itemsize // width
-
-        if self.launch.kernel == STATISTICS:
-            add("LDG", constants["ROWS"] * constants["COLUMNS"] // self.code.threads)
-        elif self.launch.kernel == PROJECTION:
-            for outer in (constants["OUT"], constants["PIXELS"]):  # of the weight and of x, by way of shared memory
-                add("LDGSTS", constants["CHUNK"] * outer // self.code.threads)
-        elif self.walks:
-            row, one_mask, wide = self.columns, self.one_mask, not self.channels_last
-            y = {"elements": row * self.upsample, "wide": wide, "count": self.upsample}
-            add("LDG", row, wide=wide or one_mask)
-            add("LDG", row, wide=wide)
-            if self.launch.kernel == MODULATE:
-                add("STG", **y)
-            else:
-                add("LDG", **y)
-            if self.launch.kernel == REDUCE and one_mask:
-                add("STG", row, max(4, self.itemsize), wide)  # dm
-            elif self.launch.kernel != MODULATE:
-                add("LDG", row, wide=wide or one_mask)  # p, or, with one mask, the finished dp
-            if self.launch.kernel == APPLY:
-                add("STG", row, wide=wide, count=1 if one_mask else 2)
-        return found
+        """The ``Function.moves`` that a round of the main loop must have."""
+        raise NotImplementedError
 
     @property
     def rounds(self) -> int:
         """How many the main loop has."""
-        kind = next((kind for kind, _ in self.design if kind == "STG"), "LDG")
-        counted = [sum(count for move, count in of.items() if move[0] == kind) for of in (self.code.moves, self.design)]
-        return 1 if kind == "LDG" else max(1, counted[0] // max(1, counted[1]))
+        raise NotImplementedError
 
     @property
     def instructions(self) -> float:
-        """Per element of y; for the statistics and the projection, per element. What a halo costs is not in it."""
-        constants = self.launch.constants
-        elements = self.columns * self.upsample**2
-        if self.launch.kernel == STATISTICS:
-            elements = constants["ROWS"] * constants["COLUMNS"] / self.code.threads
-        elif self.launch.kernel == PROJECTION:
-            elements = constants["CHUNK"] * constants["PIXELS"] / self.code.threads
-        return len(self.code.main_loop) / (self.rounds * elements)
+        """Of the main loop, per element."""
+        raise NotImplementedError
+
+    @property
+    def may_spill(self) -> bool:
+        return False
+
+    def may_move(self, beyond: Counter[tuple[str, int]]) -> bool:
+        """Whether the main loop may have these moves that are not of the design."""
+        return True
 
     def violations(self) -> list[str]:
         """The gates that it does not pass, and why."""
         found = []
         in_loop = any(opcode in self.code.local_moves for opcode in self.code.main_loop)
-        if (in_loop or self.code.local > PARKED) and self.dtype != "double" and self.kernel_size < 5:
+        if (in_loop or self.code.local > PARKED) and not self.may_spill:
             found.append(f"{self.code.local} bytes of local memory: {self.code.local_moves}")
         wanted = Counter({move: self.rounds * count for move, count in self.design.items()})
-        # Statistics of the projection's tiles are stored as they come.
-        beyond = [move for move in self.code.moves - wanted if move[0] == "STG"] if self.walks else []
-        if wanted - self.code.moves or beyond:
+        if wanted - self.code.moves or not self.may_move(self.code.moves - wanted):
             found.append(f"moves in the main loop: {listed(self.code.moves)}, not {listed(self.design)}")
-        code = self.code.main_loop if self.channels_last else self.code.opcodes
-        waits = sorted({opcode for opcode in code if opcode.startswith(("BAR", "LDS", "STS"))})
-        if self.walks and (waits or (self.shared and not self.channels_last)):
-            found.append(f"{self.shared} bytes of shared memory, {waits}")
         if self.warps < self.warps_needed:
             found.append(f"room for {self.warps} warps, not {self.warps_needed}")
         return found
 
-    def seconds(self, x: tuple[int, ...]) -> tuple[float, float] | None:
-        """Predictions for an input of that shape: by bytes, and by instructions. None where there is no model."""
-        if self.one_mask or not self.design:
-            return None
-        # In both layouts the bytes of channels_last: apply never writes a copy of x here.
-        moved = kernel_bytes(x, self.itemsize, self.upsample, channels_last=True)[self.name]
-        elements = prod(x) * (self.upsample**2 if self.walks else 2 if self.launch.kernel == STATISTICS else 1)
-        return moved / self.gpu.copy, elements * self.instructions / self.gpu.issue
+    def seconds(self, x: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Predictions for an input of that shape: by bytes, by instructions, and, if it multiplies, by products.
+
+        None where there is no model.
+        """
+        raise NotImplementedError
 
 
 def missing() -> str | None:
@@ -388,17 +310,18 @@ def missing() -> str | None:
     return machine_code.missing(["nvdisasm", "cuobjdump", "c++filt"])
 
 
-def triton_kernels(processes: Processes, all_of_them: bool = False) -> list[TritonKernel]:
-    """Those of ``selection`` or of ``everything``, each as it is for the GPU beside it; compiles what has changed."""
-    wanted = everything() if all_of_them else selection()
-    configurations = list(dict.fromkeys(configuration for configuration, _ in wanted))
+def triton_kernels(processes: Processes, wanted: Iterable[Wanted]) -> list[TritonKernel]:
+    """The kernels that are wanted, each as it is for the GPU beside it; compiles what has changed."""
+    wanted = list(wanted)
+    configurations = list(dict.fromkeys(of for of, *_ in wanted))
     recorded = dict(zip(configurations, processes.map(launches, [(of,) for of in configurations]), strict=True))
     jobs = {}
-    for of, gpu in wanted:
+    for of, gpu, kernels in wanted:
         for launch in recorded[of]:
-            key = launch.key() if all_of_them or launch.walks else launch.name
-            jobs.setdefault((gpu.arch, key), (launch, gpu))
-    slow_first = sorted(jobs.values(), key=lambda job: (job[0].kernel == REDUCE, job[0].configuration[1:]))[::-1]
+            if not kernels or launch.kernel in kernels:
+                jobs.setdefault((gpu.arch, launch.key()), (launch, gpu))
+    slow_first = sorted(jobs.values(), key=lambda job: "reduce" not in job[0].kernel)
     codes = processes.map(compiled, slow_first)
-    found = [TritonKernel(gpu, *code, launch) for (launch, gpu), code in zip(slow_first, codes, strict=True)]
+    compiled_jobs = zip(slow_first, codes, strict=True)
+    found = [launch.configuration.of_kernel(gpu, *code, launch) for (launch, gpu), code in compiled_jobs]
     return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, kernel.launch.configuration))

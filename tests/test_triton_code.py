@@ -1,26 +1,24 @@
 """What the machine code of the Triton kernels shows, without a GPU: see benchmarks.triton_code."""
 
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from benchmarks import kernels as report
+from benchmarks import triton_gconv, triton_spn
 from benchmarks.model import KB
 from benchmarks.triton_code import (
-    APPLY,
     LEAST_WARPS,
-    MODULATE,
-    REDUCE,
-    STATISTICS,
     TRITON_GPUS,
-    WALKS,
     Processes,
-    TritonKernel,
     compiled,
     missing,
     triton_kernels,
 )
+from benchmarks.triton_gconv import FORWARD, GRAD_WEIGHT, KERNELS
+from benchmarks.triton_spn import APPLY, MODULATE, REDUCE, STATISTICS, WALKS, SPNConfiguration
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -32,12 +30,23 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def found(processes):
-    return triton_kernels(processes)
+def all_found(processes):
+    return triton_kernels(processes, triton_spn.selection() + triton_gconv.selection())
 
 
-def test_all_kernels_pass_the_gates(found):
-    assert [f"{kernel}: {violation}" for kernel in found for violation in kernel.violations()] == []
+@pytest.fixture(scope="module")
+def found(all_found):
+    """SPN's."""
+    return [kernel for kernel in all_found if kernel.name not in KERNELS]
+
+
+@pytest.fixture(scope="module")
+def of_gconv(all_found):
+    return [kernel for kernel in all_found if kernel.name in KERNELS]
+
+
+def test_all_kernels_pass_the_gates(all_found):
+    assert [f"{kernel}: {violation}" for kernel in all_found for violation in kernel.violations()] == []
 
 
 def test_selection_has_every_kernel_for_every_gpu_and_every_row_of_the_block_sizes(found):
@@ -53,6 +62,14 @@ def test_selection_has_every_kernel_for_every_gpu_and_every_row_of_the_block_siz
         assert (kernel, False, 3, True) in others
 
 
+def test_selection_has_every_kernel_of_gconv_for_every_gpu_and_on_all_kinds_of_cores(of_gconv):
+    assert {(k.gpu.arch, k.name) for k in of_gconv} == set(product({gpu.arch for gpu in TRITON_GPUS}, KERNELS))
+    usual = {(k.name, k.dtype, k.channels_last) for k in of_gconv if k.dtype != "double" and not k.strict}
+    assert usual == set(product(KERNELS, ("float", "BFloat16"), (False, True)))
+    assert {(k.name, k.small_planes) for k in of_gconv} == set(product(KERNELS, (False, True)))
+    assert {k.multiplier for k in of_gconv} == {"HGMMA", "HMMA", "DMMA", None}
+
+
 def test_predictions_follow_from_bytes_and_instructions(found):
     """Reading x and p of (64, 256, 32, 32) in float32, by hand: 128 MB at 4.3 TB/s."""
     (statistics,) = (kernel for kernel in found if (kernel.gpu.arch, kernel.name) == ("sm_90", STATISTICS))
@@ -63,21 +80,55 @@ def test_predictions_follow_from_bytes_and_instructions(found):
     assert report.predictions(found).count("\n") == 1 + len(found)
 
 
+def test_predictions_of_a_product(of_gconv):
+    """The same shape through GConv, by hand: 128 MB at 1.83 TB/s; 2 · 256 operations of each element at 125 TFLOP/s."""
+    (forward,) = (k for k in of_gconv if (k.gpu.arch, k.name) == ("sm_80", FORWARD))
+    assert str(forward.launch.configuration) == "float, NCHW, TF32"
+    by_bytes, by_instructions, by_products = forward.seconds((64, 256, 32, 32))
+    assert by_bytes == pytest.approx(73.3e-6, rel=0.01)
+    assert by_products == pytest.approx(68.7e-6, rel=0.01)
+    elements_per_second = 108 * 1.41e9 * 128 / forward.instructions
+    assert by_instructions == pytest.approx(64 * 256 * 32 * 32 / elements_per_second, rel=0.01)
+    assert report.predictions(of_gconv).count("\n") == 1 + len(of_gconv)
+
+
 def test_each_gate_can_fail(found, processes):
     """Of what passes, one thing is made worse at a time."""
-    of = {k.name: k for k in found if k.walks and k.launch.configuration == ("float", False, 1, False, 3, False)}
+    of = {k.name: k for k in found if k.walks and k.launch.configuration == SPNConfiguration("float")}
     modulate, reduce, apply = (of[name] for name in (MODULATE, REDUCE, APPLY))
     unaligned = modulate.launch._replace(attributes={})
     few_registers = reduce.launch._replace(options=reduce.launch.options | {"maxnreg": 96})
     many_channels = apply.launch._replace(constants=apply.launch.constants | {"CHANNELS": 32})
     at_fault = [(launch, modulate.gpu) for launch in (unaligned, few_registers, many_channels)]
-    codes = zip(at_fault, processes.map(compiled, at_fault), strict=True)
-    faults = [" ".join(TritonKernel(gpu, *code, launch).violations()) for (launch, gpu), code in codes]
+    faults = _faults(processes, at_fault)
     assert "not 2 LDG of 16 bytes, 1 STG of 16 bytes" in faults[0]
     assert "bytes of local memory: {" in faults[1] and "'STL" in faults[1]
     assert "bytes of shared memory, ['BAR" in faults[2]
     crowded = modulate._replace(gpu=modulate.gpu._replace(registers=16 * KB))
     assert crowded.violations() == [f"room for {crowded.warps} warps, not {LEAST_WARPS}"]
+
+
+def test_each_gate_of_gconv_can_fail(of_gconv, processes):
+    """Of what passes, one thing is made worse at a time."""
+    of = {k.name: k for k in of_gconv if k.gpu.arch == "sm_80" and k.dtype != "double"}
+    forward, grad_weight = of[FORWARD], of[GRAD_WEIGHT]
+    unaligned = grad_weight.launch._replace(attributes={})
+    not_rounded = forward.launch._replace(constants=forward.launch.constants | {"TF32": False})
+    faults = _faults(processes, [(unaligned, forward.gpu), (not_rounded, forward.gpu)])
+    assert "not 4 LDGSTS of 16 bytes" in faults[0]
+    assert "multiplies by no tensor cores, not HMMA" in faults[1]
+    must_not_round = replace(forward.launch.configuration, strict=True)
+    rounded = forward._replace(launch=forward.launch._replace(configuration=must_not_round))
+    assert rounded.violations() == ["multiplies by ['HMMA'] tensor cores, not None"]
+    loads_again = forward.code._replace(main_loop=forward.code.main_loop + ["LDG.E"] * 4)
+    assert "not 8 LDGSTS of 16 bytes" in " ".join(forward._replace(code=loads_again).violations())
+    shares_much = forward._replace(shared=forward.gpu.shared_per_block + 1)
+    assert shares_much.violations() == [f"room for 0 warps, not {LEAST_WARPS}"]
+
+
+def _faults(processes: Processes, at_fault: list) -> list[str]:
+    codes = zip(at_fault, processes.map(compiled, at_fault), strict=True)
+    return [" ".join(launch.configuration.of_kernel(gpu, *code, launch).violations()) for (launch, gpu), code in codes]
 
 
 def test_a_compiler_that_dies_is_told_with_what_it_worked_on(processes):

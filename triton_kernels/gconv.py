@@ -38,10 +38,11 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# On tensor cores the tile of sums is 64 registers of a thread; half as many where two more tiles of float32 are loaded
-# at the end. Without them, and in double, the operands need room too.
+# On tensor cores the tile of sums is 64 registers of a thread; half as many where there are other things to keep: two
+# more tiles of float32 at the end, scales of several samples, addresses that do not follow each other. Without tensor
+# cores, and in double, the operands need room too.
 TENSOR_CORES = Blocks(rows=128, columns=128, chunk=32, warps=8, stages=3)
-TENSOR_CORES_FLOAT_BACKWARD = TENSOR_CORES._replace(columns=64)
+TENSOR_CORES_CROWDED = TENSOR_CORES._replace(columns=64)
 PLAIN = Blocks(rows=64, columns=64, chunk=16, warps=8, stages=2)
 DOUBLE = Blocks(rows=32, columns=32, chunk=16, warps=4, stages=2)
 # Programs that sum up the gradient of the weight: twice the multiprocessors of the largest GPU, whatever the GPU is.
@@ -224,7 +225,9 @@ def _blocks_of(u: Tensor, allow_tf32: bool, of_grad_input: bool = False) -> Bloc
         return DOUBLE
     if u.dtype == torch.float32 and not allow_tf32:
         return PLAIN
-    return TENSOR_CORES_FLOAT_BACKWARD if u.dtype == torch.float32 and of_grad_input else TENSOR_CORES
+    _, c, h, w = u.shape
+    crowded = h * w < TENSOR_CORES.rows or c % 16 or (not is_channels_last(u) and h * w % 16)
+    return TENSOR_CORES_CROWDED if crowded or (u.dtype == torch.float32 and of_grad_input) else TENSOR_CORES
 
 
 class Tiles(NamedTuple):

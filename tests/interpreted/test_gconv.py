@@ -18,7 +18,7 @@ SMALL = [case for case in GCONV_MIX.cases if torch.Size(case.shape).numel() <= 5
 def small_tiles(monkeypatch):
     """So that a few pixels and channels are several tiles, several chunks of a sum, and several parts of a gradient."""
     blocks = gconv.Blocks(rows=32, columns=16, chunk=16, warps=4, stages=1)
-    for name in ("TENSOR_CORES", "TENSOR_CORES_FLOAT_BACKWARD", "PLAIN", "DOUBLE"):
+    for name in ("TENSOR_CORES", "TENSOR_CORES_CROWDED", "PLAIN", "DOUBLE"):
         monkeypatch.setattr(gconv, name, blocks)
     monkeypatch.setattr(gconv, "PROGRAMS", 8)
 
