@@ -100,8 +100,8 @@ class Part:
                 self.last = line.strip() or self.last
 
 
-def parts(device: str, results: Path) -> tuple[Part, list[Part]]:
-    """The part that runs beside the others until the benchmarks begin, and those that follow each other."""
+def parts(device: str, results: Path) -> tuple[list[Part], list[Part]]:
+    """The parts that run beside the others until the benchmarks begin, and those that follow each other."""
     python = [sys.executable, "-u"]
 
     def section(name: str, until: float) -> Part:
@@ -116,13 +116,14 @@ def parts(device: str, results: Path) -> tuple[Part, list[Part]]:
     if device == "cpu":
         tests += ["-k", "test_errors"]
     report = [*python, "-m", "benchmarks.gpu.report", "--records", str(FOLDER), "--results", str(results)]
-    return section("compiling", 290), [
+    return [section("compiling", 264), section("compiling_gconv", 264)], [
         Part("build", [*python, "setup.py", "build_ext", "--inplace"], 150),
-        Part("tests", tests, 290),
-        section("kernels", 332),
-        section("layers", 420),
+        Part("tests", tests, 264),
+        section("kernels", 304),
+        section("layers", 380),
+        section("mixing", 408),
         section("step", 444),
-        section("small", 466),
+        section("small", 465),
         Part("report", report, 478),
     ]
 
@@ -151,36 +152,39 @@ def main() -> None:
     started, variables = monotonic(), environment(arguments.device)
     beside, sequence = parts(arguments.device, arguments.results.absolute())
 
-    beside.start(variables)
-    companion = threading.Thread(target=beside.follow, args=(started + beside.until, False), daemon=True)
-    companion.start()
+    companions = []
+    for part in beside:
+        part.start(variables)
+        companions.append(threading.Thread(target=part.follow, args=(started + part.until, False), daemon=True))
+        companions[-1].start()
     try:
         for part in sequence:
             if part.name == "kernels":  # from here on time is taken: nothing else may run
-                companion.join()
+                for companion in companions:
+                    companion.join()
             print(f"\n=== {part.name}: {' '.join(part.command)}", flush=True)
             part.start(variables)
             part.follow(started + part.until, echo=True)
             print(f"=== {part.name}: {part.state}, {part.seconds:.0f} s", flush=True)
             save(beside, sequence, monotonic() - started)
     finally:  # also when interrupted
-        for part in (beside, *sequence):
+        for part in (*beside, *sequence):
             part.kill()
 
-    print(f"\n{'part':9} {'s':>4}  ")
-    for part in (*sequence, beside):
-        print(f"{part.name:9} {part.seconds:4.0f}  {part.state}")
-    print(f"{'all':9} {monotonic() - started:4.0f}  logs in {FOLDER}")
-    failed = [part.name for part in (*sequence, beside) if part.state != "done"]
+    print(f"\n{'part':15} {'s':>4}  ")
+    for part in (*sequence, *beside):
+        print(f"{part.name:15} {part.seconds:4.0f}  {part.state}")
+    print(f"{'all':15} {monotonic() - started:4.0f}  logs in {FOLDER}")
+    failed = [part.name for part in (*sequence, *beside) if part.state != "done"]
     if failed:
         sys.exit(f"make gpu: not everything went well: {', '.join(failed)}")
 
 
-def save(beside: Part, sequence: list[Part], seconds: float) -> None:
+def save(beside: list[Part], sequence: list[Part], seconds: float) -> None:
     """What the report tells of the parts."""
     told = [
         {"name": part.name, "seconds": round(part.seconds), "state": part.state, "last": re.sub("=+", "", part.last)}
-        for part in (*sequence, beside)
+        for part in (*sequence, *beside)
         if part.state != "not run"
     ]
     (FOLDER / "parts.json").write_text(json.dumps({"seconds": round(seconds), "parts": told}, indent=2) + "\n")

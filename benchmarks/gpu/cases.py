@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,23 +30,30 @@ MIXING_SHAPES = ((64, 256, 32, 32), (64, 256, 8, 8), (16, 256, 16, 16), (32, 64,
 KERNEL_SHAPES = ((64, 256, 32, 32), (64, 256, 64, 64))
 SMALL_SHAPES = ((64, 256, 4, 4), (64, 256, 8, 8), (16, 256, 4, 4))
 BATCHES = (64, 16)
-MIXING_PRECISIONS = ("tf32", "bf16", "fp32")
-MIXING_PASSES = {  # over u
-    "gconv_mix_fwd_kernel": 2,  # u; y
-    "gconv_mix_bwd_input_kernel": 3,  # dy and u; du
-    "gconv_mix_bwd_weight_kernel": 2,  # dy and u
-}
+MIXING_PRECISIONS = ("tf32", "fp32", "bf16")
 
 
 class Pair(NamedTuple):
-    """Two generators: with a plain layer, and with ours in its place."""
+    """Two generators: with a plain layer, and with ours in its place.
+
+    Attributes:
+        plain: the former among contenders.
+        plainly, ours: the layers in words.
+        spec: of our layer.
+        goal: most time of the latter, that of the former being 1.
+    """
 
     plain: str
+    plainly: str
     ours: str
     spec: OpSpec
+    goal: float
 
 
-STEPS = {"step": Pair("bn", "SPN", SPN), "gconv_step": Pair("conv", "GConv", GCONV_MIX)}
+PAIRS = {
+    "step": Pair("bn", "batch norm", "SPN", SPN, 1),
+    "gconv_step": Pair("conv", "plain convolutions", "GConv", GCONV_MIX, 1.05),
+}
 
 
 def layer(section: Section, head: str, shape: tuple[int, ...], precision: str) -> Call:
@@ -55,9 +61,7 @@ def layer(section: Section, head: str, shape: tuple[int, ...], precision: str) -
     return Call(section, SPN, case(head, section.sized(shape)), precision)
 
 
-def mixings(
-    section: Section, shapes: Iterable[tuple[int, ...]], precisions: Iterable[str]
-) -> Iterator[tuple[dict, Call]]:
+def mixings(section: Section, shapes: Iterable[tuple], precisions: Iterable[str]) -> Iterator[tuple[dict, Call]]:
     """Calls of GConv's mixing, each after what its records say of it. As in the generator, there is no bias."""
     for shape in shapes:
         of_shape = Case(section.sized(shape), "", sizes={"bias": 0})
@@ -66,7 +70,7 @@ def mixings(
 
 
 def rivals(section: Section, spec: OpSpec, with_compiled: bool) -> list[str]:
-    # Where they are not to, compiling would take longer than all the rest.
+    """Of a comparison; compiling for every shape would take longer than all the rest."""
     return [*(PEERS if with_compiled else EAGER), *section.fused(spec)]
 
 
@@ -82,28 +86,22 @@ def compiling(section: Section) -> None:
                 # The code that torch.compile writes for strict float32 is that for TF32.
                 theirs = COMPILED if shape == LAYER_SHAPES[0] and precision != "fp32" else ()
                 if names := (*of_triton(section, SPN), *theirs):
-                    torch._dynamo.reset()
-                    compile_call(
-                        section, layer(section, head, shape, precision), names, f"{head} {label(shape)} {precision}"
-                    )
+                    call = layer(section, head, shape, precision)
+                    compile_call(section, f"{head} {label(shape)} {precision}", call, names)
     compile_steps(section, "step")
 
 
 def compiling_gconv(section: Section) -> None:
     """The same for GConv."""
     for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
-        with_compiled = where["shape"] == label(MIXING_SHAPES[0]) and where["precision"] != "fp32"
-        torch._dynamo.reset()
-        compile_call(
-            section,
-            call,
-            (*of_triton(section, GCONV_MIX), *(COMPILED if with_compiled else ())),
-            " ".join(where.values()),
-        )
+        main = where["shape"] == label(MIXING_SHAPES[0])
+        theirs = COMPILED if main and where["precision"] != "fp32" else ()
+        compile_call(section, " ".join(where.values()), call, (*of_triton(section, GCONV_MIX), *theirs))
     compile_steps(section, "gconv_step")
 
 
-def compile_call(section: Section, call: Call, names: Iterable[str], where: str) -> None:
+def compile_call(section: Section, where: str, call: Call, names: Iterable[str]) -> None:
+    torch._dynamo.reset()
     for name in names:
         with section.attempt(f"{name} {where}"):
             call.passes(name).both()
@@ -111,7 +109,7 @@ def compile_call(section: Section, call: Call, names: Iterable[str], where: str)
 
 
 def compile_steps(section: Section, of: str) -> None:
-    for batch, precision, name in product(BATCHES, section.some_precisions, of_triton(section, STEPS[of].spec)):
+    for batch, precision, name in product(BATCHES, section.some_precisions, of_triton(section, PAIRS[of].spec)):
         with section.attempt(f"{of} {batch} {precision} {name}"):
             generator_step(section, of, batch, precision, name)()
 
@@ -124,16 +122,15 @@ def layers(section: Section) -> None:
     for shape, precisions in order:  # should time run out, what counts least is lost
         for head, precision in product(HEADS, precisions):
             where = {"head": head, "shape": label(shape), "precision": precision}
-            compare(
-                section, "layer", where, layer(section, head, shape, precision), rivals(section, SPN, shape == main)
-            )
+            contenders = rivals(section, SPN, with_compiled=shape == main)
+            compare(section, "layer", where, layer(section, head, shape, precision), contenders)
 
 
 def mixing(section: Section) -> None:
     """The same of GConv's mixing; and which impl ``auto`` would take."""
     for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
-        with_compiled = where["shape"] == label(MIXING_SHAPES[0])
-        compare(section, "mixing", where, call, rivals(section, GCONV_MIX, with_compiled))
+        main = where["shape"] == label(MIXING_SHAPES[0])
+        compare(section, "mixing", where, call, rivals(section, GCONV_MIX, with_compiled=main))
         u = call.inputs(DENSE_LAYOUTS[0])["u"]
         section.add("auto", **where, impl=_preferred(u, torch.backends.cudnn.allow_tf32))
 
@@ -189,21 +186,14 @@ def profile(section: Section, where: dict[str, str], call: Call) -> None:
             add_kernels(section, call, where | {"contender": name}, calls)
 
 
-def bytes_of_kernels(call: Call, contender: str) -> dict[str, int]:
-    """What each of our kernels must move, by its name."""
-    if call.spec is GCONV_MIX:
-        size = call.dtype.itemsize * prod(call.case.shape)
-        return {name: passes * size for name, passes in MIXING_PASSES.items()}
-    # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
-    like_channels_last = contender != "native-contiguous"
-    return kernel_bytes(call.case.shape, call.dtype.itemsize, call.case.options.get("upsample", 1), like_channels_last)
-
-
 def add_kernels(section: Section, call: Call, where: dict, calls: list[list[Launch]]) -> None:
     if not calls:
         section.add("no kernels", **where)
         return
-    moved = bytes_of_kernels(call, where["contender"])
+    upsample = call.case.options.get("upsample", 1)
+    # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
+    like_channels_last = where["contender"] != "native-contiguous"
+    moved = kernel_bytes(call.case.shape, call.dtype.itemsize, upsample, like_channels_last)
     grouped: dict[str, list[list[Launch]]] = {}
     for position, launches in enumerate(calls):
         mode = "forward"
@@ -270,7 +260,7 @@ def add_launches(section: Section, where: dict, forward: Callable[[], object], b
 def step(section: Section) -> None:
     """Forward and backward of whole generators, each with a plain layer and with ours."""
     batches = BATCHES if section.stopwatch.on_gpu else (2,)
-    for (of, pair), batch, precision in product(STEPS.items(), batches, section.some_precisions):
+    for (of, pair), batch, precision in product(PAIRS.items(), batches, section.some_precisions):
         where = {"of": of, "batch": batch, "precision": precision}
         contenders = {}
         for impl, layout in product((pair.plain, *section.impls(pair.spec), "eager"), DENSE_LAYOUTS):

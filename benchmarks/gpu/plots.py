@@ -8,17 +8,19 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.gpu.cases import BATCHES, COMPILED, EAGER, FUSED, LAYER_SHAPES, SMALL_SHAPES
-from benchmarks.gpu.report import MODES, SHARES, TITLES, WORDS, Records, share_goals, step_ratio
+from benchmarks.gpu.cases import BATCHES, LAYER_SHAPES, MIXING_PRECISIONS, MIXING_SHAPES, PAIRS, SMALL_SHAPES
+from benchmarks.gpu.goals import SHARES, share_goals
+from benchmarks.gpu.records import MODES, TITLES, WORDS, Records
+from benchmarks.gpu.section import COMPILED, EAGER, FUSED
 from benchmarks.plots import BLUE, GREY, ORANGE, PALE, STYLE, bars
-from benchmarks.tables import LAYOUTS
+from benchmarks.results import LAYOUTS
 from benchmarks.test_spn import HEADS, label
 
 TONES = {"native": (BLUE, "#9ec5e8"), "triton": (ORANGE, "#f6cda9")}  # of an impl: full, and pale
 
 
 def draw(records: Records, path: Path) -> None:
-    """Write the picture: the layer above, kernels and memory in the middle, the generator and small shapes below."""
+    """Write the picture: SPN's layer, its kernels, memory, generator and small shapes, and below GConv."""
     matplotlib.use("agg")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
@@ -27,8 +29,9 @@ def draw(records: Records, path: Path) -> None:
                 ["time"] * 5 + ["shares"] * 7,
                 ["memory"] * 5 + ["step"] * 7,
                 ["small"] * 12,
+                ["mixing"] * 5 + ["gconv_step"] * 7,
             ],
-            figsize=(13, 14),
+            figsize=(13, 17),
             layout="constrained",
         )
         figure.suptitle(f"pixnorm on {records.facts['machine']} · {records.facts['commit']}", x=0.01, ha="left")
@@ -38,8 +41,10 @@ def draw(records: Records, path: Path) -> None:
             ("time", _time),
             ("shares", _shares),
             ("memory", _memory),
-            ("step", _step),
+            ("step", partial(_step, of="step")),
             ("small", _small),
+            ("mixing", _mixing),
+            ("gconv_step", partial(_step, of="gconv_step")),
         ):
             panel(axes[name], records)
         figure.savefig(path, dpi=110)
@@ -52,27 +57,43 @@ def _or_zero(value: float | None) -> float:
 
 def _speed_up(axis: Axes, records: Records, head: str) -> None:
     shape = label(LAYER_SHAPES[0])
-    series, colours = {}, []
-    for (impl, mode), tone in zip(product(records.impls, MODES), _tones(records), strict=True):
+    series, impls = {}, records.impls("layer")
+    for impl, mode in product(impls, MODES):
         where = {"head": head, "shape": shape, "mode": mode}
         series[f"{impl}, {mode}"] = [_or_zero(records.speed_up(impl, precision=p, **where)) for p in WORDS]
-        colours.append(tone)
-    bars(axis, list(WORDS.values()), series, colours, "%.1f")
     goal = 8 if head == "up" else 4
-    axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
+    _speed_up_bars(axis, list(WORDS.values()), series, impls, goal)
     axis.set_title(f"{TITLES[head]}, {shape}: speed-up over peers (native's goal {goal})")
+
+
+def _mixing(axis: Axes, records: Records) -> None:
+    shape = label(MIXING_SHAPES[0])
+    series, impls = {}, records.impls("mixing")
+    for impl, mode in product(impls, MODES):
+        ratio = partial(records.ratio, EAGER, FUSED[impl], "mixing", shape=shape, mode=mode)
+        series[f"{impl}, {mode}"] = [_or_zero(ratio(precision=precision)) for precision in MIXING_PRECISIONS]
+    _speed_up_bars(axis, [WORDS[precision] for precision in MIXING_PRECISIONS], series, impls, goal=2)
+    axis.set_title(f"{TITLES['mixing']}, {shape}: speed-up over eager (goal 2)")
+
+
+def _speed_up_bars(
+    axis: Axes, groups: list[str], series: dict[str, list[float]], impls: list[str], goal: float
+) -> None:
+    bars(axis, groups, series, _tones(impls), "%.1f")
+    axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
     axis.legend(ncols=2, loc="upper left")
     axis.margins(y=0.35)
 
 
-def _tones(records: Records) -> list[str]:
-    """Two colours of each impl that ran."""
-    return [tone for impl in records.impls for tone in TONES[impl]]
+def _tones(impls: list[str]) -> list[str]:
+    """Two colours of each impl."""
+    return [tone for impl in impls for tone in TONES[impl]]
 
 
 def _time(axis: Axes, records: Records) -> None:
     shape = label(LAYER_SHAPES[0])
-    contenders = {"eager": EAGER, "torch.compile": COMPILED} | {impl: FUSED[impl] for impl in records.impls}
+    impls = records.impls("layer")
+    contenders = {"eager": EAGER, "torch.compile": COMPILED} | {impl: FUSED[impl] for impl in impls}
     groups, series = [], {name: [] for name in contenders}
     for precision, mode in product(("tf32", "bf16"), MODES):
         groups.append(f"{WORDS[precision]}\n{mode}")
@@ -80,7 +101,7 @@ def _time(axis: Axes, records: Records) -> None:
             where = {"head": "plain", "shape": shape, "precision": precision, "mode": mode}
             best = records.best(names, "layer", **where)
             series[name].append(1e6 * best["median"] if best else 0.0)
-    bars(axis, groups, series, [GREY, PALE, *_tones(records)[::2]])
+    bars(axis, groups, series, [GREY, PALE, *_tones(impls)[::2]])
     axis.set_title(f"SPN, {shape}: device time, µs")
     axis.legend(ncols=2, loc="upper left")
     axis.margins(y=0.25)
@@ -103,7 +124,7 @@ def _shares(axis: Axes, records: Records) -> None:
                         markersize=5,
                         fillstyle="full" if head == "plain" else "none",
                     )
-    for impl in records.impls:
+    for impl in records.impls("kernel"):
         axis.plot([], [], "o", color=TONES[impl][0], label=impl)
     for layout, marker in markers.items():
         axis.plot([], [], marker, color="black", label=LAYOUTS[layout])
@@ -122,7 +143,8 @@ def _shares(axis: Axes, records: Records) -> None:
 
 
 def _memory(axis: Axes, records: Records) -> None:
-    contenders = {"eager": EAGER} | {impl: FUSED[impl] for impl in records.impls}
+    impls = records.impls("memory")
+    contenders = {"eager": EAGER} | {impl: FUSED[impl] for impl in impls}
     series = {}
     for (name, names), key in product(contenders.items(), ("peak", "saved")):
         values = []
@@ -130,28 +152,29 @@ def _memory(axis: Axes, records: Records) -> None:
             entries = [e for e in records.all("memory", head=head) if e["contender"] in names and e[key]]
             values.append(min((e[key] / e["output"] for e in entries), default=0.0))
         series[f"{name}, {key}"] = values
-    bars(axis, list(TITLES.values()), series, [GREY, PALE, *_tones(records)], "%.2f")
-    axis.set_title("Memory in outputs, at the peak and saved for backward")
+    bars(axis, [TITLES[head] for head in HEADS], series, [GREY, PALE, *_tones(impls)], "%.2f")
+    axis.set_title("SPN: memory in outputs, at the peak and saved for backward")
     axis.legend(ncols=len(contenders), loc="upper left", fontsize=7)
     axis.margins(y=0.3)
 
 
-def _step(axis: Axes, records: Records) -> None:
-    norms = ["eager", *records.impls]
-    groups, series = [], {f"SPN, {norm}": [] for norm in norms}
+def _step(axis: Axes, records: Records, of: str) -> None:
+    pair, impls = PAIRS[of], records.impls("step", of=of)
+    groups, series = [], {f"{pair.ours}, {impl}": [] for impl in ("eager", *impls)}
     for batch, precision, clock in product(BATCHES, ("tf32", "bf16"), ("device", "wall")):
         groups.append(f"{precision.replace('tf32', 'fp32')}\n{batch}\n{clock}")
-        for norm in norms:
-            series[f"SPN, {norm}"].append(_or_zero(step_ratio(records, norm, batch, precision, clock)))
-    bars(axis, groups, series, [GREY, *_tones(records)[::2]], "%.2f")
-    axis.axhline(1, color="black", linewidth=0.6, linestyle=":")
-    axis.set_title("Generator step, batch norm = 1 (goal 1)")
+        for impl, ratios in zip(("eager", *impls), series.values(), strict=True):
+            ratios.append(_or_zero(records.step_ratio(of, [impl], batch, precision, clock)))
+    bars(axis, groups, series, [GREY, *_tones(impls)[::2]], "%.2f")
+    axis.axhline(pair.goal, color="black", linewidth=0.6, linestyle=":")
+    axis.set_title(f"Generator step, {pair.plainly} = 1 (goal {pair.goal:g})")
     axis.legend(loc="upper left", ncols=3)
     axis.margins(y=0.2)
 
 
 def _small(axis: Axes, records: Records) -> None:
-    contenders = {"eager": EAGER} | {impl: FUSED[impl] for impl in records.impls}
+    impls = records.impls("small")
+    contenders = {"eager": EAGER} | {impl: FUSED[impl] for impl in impls}
     choices = {
         name + (", CUDA graph" if graph else ""): (names, graph)
         for name, names in contenders.items()
@@ -163,8 +186,8 @@ def _small(axis: Axes, records: Records) -> None:
         for name, (names, graph) in choices.items():
             best = records.best(names, "small", head="plain", shape=shape, mode=mode, graph=graph)
             series[name].append(1e6 * best["median"] if best else 0.0)
-    bars(axis, groups, series, [GREY, PALE, *_tones(records)])
+    bars(axis, groups, series, [GREY, PALE, *_tones(impls)])
     axis.set_yscale("log")
-    axis.set_title("Small shapes: wall time per call, µs")
+    axis.set_title("SPN, small shapes: wall time per call, µs")
     axis.legend(ncols=6, loc="upper left")
     axis.margins(y=0.2)
