@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from pixnorm.ops.common import constant_in_graphs
+
 IMPLS = ("auto", "native", "triton", "reference")
 
 _library = torch.library.Library("pixnorm", "DEF")
@@ -54,7 +56,7 @@ def load_extensions() -> None:
 _gpu_obstacles: dict[int | None, str | None] = {}  # device index -> why its GPU cannot run the kernels
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _gpu_obstacle(index: int | None) -> str | None:
     if index not in _gpu_obstacles:
         major, minor = torch.cuda.get_device_capability(index)
@@ -77,7 +79,7 @@ _OLDEST_TRITON = (3, 6)
 _triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> why it cannot run the Triton kernels
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _triton_obstacle(device_type: str, index: int | None = None) -> str | None:
     """Why Triton kernels cannot run on a device; None where they can, and then they are imported and registered."""
     if (device_type, index) not in _triton_obstacles:

@@ -10,6 +10,12 @@ HALF = (torch.float16, torch.bfloat16)
 FLOAT = (torch.float64, torch.float32, *HALF)
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does; that one imports the compiler, for two seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def is_channels_last(x: Tensor) -> bool:
     """What is both, as of one channel, counts as contiguous."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -30,12 +36,12 @@ def without_autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _tf32_of_convolutions() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _one_tf32_flag() -> bool:
     """Whether convolutions and recurrent networks share a flag; otherwise PyTorch refuses to tell the older one."""
     try:
@@ -51,7 +57,7 @@ def convolutions_allow_tf32() -> bool:
     return _tf32_of_convolutions()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def products_allow_tf32() -> bool:
     """The same of matrix products, as of ``F.linear``; a flag of their own, off by default."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -77,6 +83,6 @@ def reference_grads(
     return [next(grads) if need else None for need in needs]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def gpu_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
