@@ -7,6 +7,9 @@ there. ``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for what concerns one 
 ``spec``, ``variant``  with each of its variants; ``spec``, ``options``, with each combination of its options
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
 
+``@pytest.mark.beside(arguments, environment=function)`` has pytest run with these, in a process of its own, one after
+the other while this one goes on; the fixture ``beside`` is the outcome. Such tests come last.
+
 With ``@pytest.mark.emulated`` those include the CUDA kernels, on CPU tensors (see cuda_emulation); as impl "native".
 Triton's are among them on a GPU; on the CPU they have tests of their own, in interpreted/.
 """
@@ -14,6 +17,8 @@ Triton's are among them on a GPU; on the CPU they have tests of their own, in in
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,7 +49,8 @@ DEVICES = {
 }
 
 EMULATED = "native-cuda-emulated"
-INTERPRETER = pytest.StashKey[subprocess.Popen]()
+BESIDE = pytest.StashKey["Beside"]()
+IN_A_PROCESS_BESIDE = "PIXNORM_TESTS_BESIDE"
 
 # Triton decides when it is imported whether its kernels are interpreted: test_triton.py starts a Python for these.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -59,6 +65,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{device}: the test {meaning}; deselected elsewhere")
     config.addinivalue_line("markers", "emulated(runs=True): whether the test also runs the emulated CUDA kernels")
     config.addinivalue_line("markers", "gpu_memory(gigabytes): what the test needs; deselected on a smaller GPU")
+    config.addinivalue_line("markers", "beside(arguments, environment): what pytest is to run in a process of its own")
     # The yardstick is float32 itself; what TF32 changes has a test of its own.
     torch.backends.cudnn.allow_tf32 = False
     if config.getoption("--device") == "cuda":
@@ -88,27 +95,62 @@ def pytest_collection_modifyitems(config, items):
     kept, left_out = [], []
     for item in items:
         elsewhere = any(item.get_closest_marker(other) for other in DEVICES.keys() - {device})
+        elsewhere |= item.get_closest_marker("beside") is not None and IN_A_PROCESS_BESIDE in os.environ
         (left_out if elsewhere or not fits(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+class Beside:
+    """Runs of pytest, one after the other, beside the tests of this process."""
+
+    def __init__(self):
+        self.executor = ThreadPoolExecutor(1)
+        self.outcomes: dict[str, Future] = {}
+        self.running: subprocess.Popen | None = None
+        self.ended = False
+
+    def start(self, test: str, mark: pytest.Mark) -> None:
+        self.outcomes[test] = self.executor.submit(self._run, mark.args, mark.kwargs["environment"])
+
+    def _run(
+        self, arguments: tuple[str, ...], environment: Callable[[], dict[str, str]]
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--show-capture=no"]
+        variables = os.environ | environment() | {IN_A_PROCESS_BESIDE: "1"}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.running = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=variables, **output)
+        if self.ended:
+            self.running.kill()
+        printed, _ = self.running.communicate()
+        return subprocess.CompletedProcess(command, self.running.returncode, printed)
+
+    def end(self) -> None:
+        self.ended = True
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        if self.running:
+            self.running.kill()
+
+
+@pytest.fixture
+def beside(request):
+    """The outcome of the run that the mark asks for."""
+    return request.config.stash[BESIDE].outcomes[request.node.nodeid].result(timeout=1800)
 
 
 def pytest_collection_finish(session):
-    """The interpreted kernels take minutes, but not of this process: they run beside its other tests."""
-    if any(item.name == "test_kernels_under_the_interpreter" for item in session.items):
-        session.config.stash[INTERPRETER] = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "tests/interpreted", "-q", "-p", "no:cacheprovider", "--show-capture=no"],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    """The longest first: they take minutes, but not of this process."""
+    marks = {item.nodeid: item.get_closest_marker("beside") for item in session.items}
+    wanted = {test: mark for test, mark in marks.items() if mark}
+    if wanted and not session.config.option.collectonly:
+        session.config.stash[BESIDE] = Beside()
+        for test in sorted(wanted, key=lambda test: "interpreter" not in test):
+            session.config.stash[BESIDE].start(test, wanted[test])
 
 
 def pytest_unconfigure(config):
-    if INTERPRETER in config.stash:
-        config.stash[INTERPRETER].kill()
+    if BESIDE in config.stash:
+        config.stash[BESIDE].end()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,11 +4,9 @@ import pytest
 import torch
 from test_ops import assert_same_bits, check_against_eager, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, evaluate
 
 pytestmark = pytest.mark.cuda
-
-HEADS = [{}, {"upsample": 2, "activation": "relu"}]
 
 
 def leaves_of(spec, tensors):
@@ -16,30 +14,28 @@ def leaves_of(spec, tensors):
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("upsample", [1, 2])
-def test_tf32_follows_the_flag_of_convolutions(spec, kernel, upsample, layout):
+def test_tf32_follows_the_flag_of_convolutions(spec, variant, kernel, layout):
     """With it, as close to float64 as plain PyTorch with it; every other test is without."""
-    shape, options = (4, 64, 16, 16), {"upsample": upsample}
+    shape = 4, 64, 16, 16
     tensors = spec.inputs(Case(shape, ""), layout=layout)
-    strict = spec.function(**tensors, **options, impl=kernel)
+    strict = spec.function(**tensors, **variant, impl=kernel)
     torch.backends.cudnn.allow_tf32 = True
     try:
-        check_against_eager(spec, kernel, Case(shape, "TF32", options), layout=layout)
-        rounded = spec.function(**tensors, **options, impl=kernel)
+        check_against_eager(spec, kernel, Case(shape, "TF32", variant), layout=layout)
+        rounded = spec.function(**tensors, **variant, impl=kernel)
     finally:
         torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.get_device_capability() >= (8, 0):
         assert not torch.equal(rounded, strict)
-    assert torch.equal(spec.function(**tensors, **options, impl=kernel), strict)
+    assert torch.equal(spec.function(**tensors, **variant, impl=kernel), strict)
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_work_is_queued_on_the_current_stream(spec, kernel, options, layout):
+def test_work_is_queued_on_the_current_stream(spec, variant, kernel, layout):
     """On a stream that is late the inputs are NaN until its turn comes; the default stream would read that."""
-    tensors = spec.inputs(Case((4, 16, 12, 20), "", options), layout=layout)
-    grad_y = torch.randn_like(spec.reference(**tensors, **options))
-    expected = evaluate(spec, spec.call(kernel), tensors, options, grad_y)
+    tensors = spec.inputs(Case((4, 16, 12, 20), "", variant), layout=layout)
+    grad_y = torch.randn_like(spec.reference(**tensors, **variant))
+    expected = evaluate(spec, spec.call(kernel), tensors, variant, grad_y)
     late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
     late_grad = torch.full_like(grad_y, torch.nan)
     torch.cuda.synchronize()
@@ -48,18 +44,17 @@ def test_work_is_queued_on_the_current_stream(spec, kernel, options, layout):
         for name, tensor in tensors.items():
             late[name].copy_(tensor)
         late_grad.copy_(grad_y)
-        actual = evaluate(spec, spec.call(kernel), late, options, late_grad)
+        actual = evaluate(spec, spec.call(kernel), late, variant, late_grad)
     torch.cuda.synchronize()
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_no_call_waits_for_the_gpu(spec, kernel, options):
-    tensors = spec.inputs(Case((4, 16, 8, 8), "", options))
+def test_no_call_waits_for_the_gpu(spec, variant, kernel):
+    tensors = spec.inputs(Case((4, 16, 8, 8), "", variant))
     leaves, buffers = leaves_of(spec, tensors), {name: tensors[name] for name in spec.buffers}
 
     def step():
-        y = spec.function(**leaves, **buffers, **options, impl=kernel)
+        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
         return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
 
     step()  # what is set up once may wait
@@ -72,17 +67,16 @@ def test_no_call_waits_for_the_gpu(spec, kernel, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("options", HEADS, ids=str)
 @pytest.mark.parametrize("shape", [(4, 16, 4, 4), (4, 64, 32, 32)], ids=str)
-def test_a_graph_replays_the_same_bits(spec, kernel, shape, options, layout, dtype):
+def test_a_graph_replays_the_same_bits(spec, variant, kernel, shape, layout, dtype):
     """Forward, backward and running statistics, captured once and replayed on other numbers."""
-    first, second = (spec.inputs(Case(shape, "", options), dtype, layout=layout, seed=seed) for seed in (0, 1))
-    grad_y = torch.randn_like(spec.reference(**first, **options))
+    first, second = (spec.inputs(Case(shape, "", variant), dtype, layout=layout, seed=seed) for seed in (0, 1))
+    grad_y = torch.randn_like(spec.reference(**first, **variant))
     inputs = {name: tensor.clone() for name, tensor in first.items()}
     leaves, buffers = leaves_of(spec, inputs), {name: inputs[name] for name in spec.buffers}
 
     def step():
-        y = spec.function(**leaves, **buffers, **options, impl=kernel)
+        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
         return y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_y)
 
     stream = torch.cuda.Stream()
@@ -97,7 +91,7 @@ def test_a_graph_replays_the_same_bits(spec, kernel, shape, options, layout, dty
         inputs[name].copy_(tensor)
     graph.replay()
 
-    expected = evaluate(spec, spec.call(kernel), second, options, grad_y)
+    expected = evaluate(spec, spec.call(kernel), second, variant, grad_y)
     for name, actual in zip(leaves, grads, strict=True):
         assert torch.equal(actual, expected.grads[name]), name
     for name, actual in buffers.items():
@@ -110,6 +104,7 @@ def assert_about_equal(actual, expected):
     assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.parametrize("spec", [SPN], ids=str)
 @pytest.mark.gpu_memory(60)
 @pytest.mark.parametrize("layout, upsample", [("contiguous", 1), ("channels_last", 1), ("contiguous", 2)])
 def test_more_elements_than_32_bits_count(spec, kernel, layout, upsample):

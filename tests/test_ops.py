@@ -1,16 +1,24 @@
 """Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
 
 import functools
-import os
-import subprocess
-import sys
+import importlib
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, assert_close_as_eager, evaluate, in_double, random
+from pixnorm.testing import (
+    DENSE_LAYOUTS,
+    LAYOUTS,
+    Case,
+    assert_close_as_eager,
+    available_impls,
+    evaluate,
+    in_double,
+    random,
+)
 
 # Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
@@ -468,24 +476,34 @@ def test_empty_batch(spec, variant, impl, layout):
 # --- vector code for other machines
 
 
+def lesser_capabilities():
+    """Those below the one that this machine runs all other tests with."""
+    if "native" not in available_impls("cpu"):
+        return ()
+    names = ("baseline", "avx2", "avx512")
+    return names[: names.index(importlib.import_module("pixnorm._C").cpu_capability())]
+
+
+CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or test_two_runs"
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_cpu_capability(capability):
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param(
+            capability,
+            marks=pytest.mark.beside(
+                "tests/test_ops.py",
+                "-x",
+                "-k",
+                f"({CORE}) and not native-cuda-emulated",
+                environment=partial(dict, PIXNORM_CPU_CAPABILITY=capability),
+            ),
+        )
+        for capability in lesser_capabilities()
+    ],
+)
+def test_cpu_capability(capability, beside):
     """The core checks again with the vector code that a lesser machine would run."""
-    environment = os.environ | {"PIXNORM_CPU_CAPABILITY": capability}
-
-    def used(environment):
-        probe = "import torch, pixnorm._C; print(pixnorm._C.cpu_capability())"
-        command = [sys.executable, "-c", probe]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-    if used(os.environ) == capability:
-        pytest.skip(f"all other tests run the {capability} code here")
-    if used(environment) != capability:
-        pytest.skip(f"this machine has no {capability}")
-    core = "(test_forward_and_gradients and not float16-float32) or test_every_remainder or test_two_runs"
-    core = f"({core}) and not native-cuda-emulated"
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", core]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
+    assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]

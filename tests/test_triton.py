@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INTERPRETER
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # Inductor's
@@ -29,12 +28,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.cpu
-def test_kernels_under_the_interpreter(request):
-    """tests/interpreted, in a process of its own; started by conftest.py, so that it runs beside other tests."""
-    process = request.config.stash[INTERPRETER]
-    output, _ = process.communicate(timeout=1200)
-    assert process.returncode == 0, output[-6000:]
-    assert " passed" in output and "skipped" not in output
+@pytest.mark.beside("tests/interpreted", environment=lambda: {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+def test_kernels_under_the_interpreter(beside):
+    """Triton decides when it is imported whether its kernels are interpreted."""
+    assert beside.returncode == 0, beside.stdout[-6000:]
+    assert " passed" in beside.stdout and "skipped" not in beside.stdout
 
 
 # --- torch.compile

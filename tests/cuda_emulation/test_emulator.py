@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 
 import pytest
@@ -309,12 +310,18 @@ SANITIZER_CASES = [
 ]
 
 
-@only_from_plain
-@pytest.mark.parametrize("variant", ["ucontext", "sanitized"])
-def test_other_builds(variant):
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, env=environment(variant), capture_output=True, text=True)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
+THIS = "tests/cuda_emulation/test_emulator.py"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=pytest.mark.beside(THIS, "-x", environment=partial(environment, variant)))
+        for variant in ("ucontext", "sanitized")
+    ],
+)
+def test_other_builds(variant, beside):
+    assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]
 
 
 def run_sanitizer_cases():

@@ -1,28 +1,29 @@
 """The CUDA kernels on the CPU, beyond what tests/test_ops.py asks of every backend."""
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-from pixnorm.testing import DENSE_LAYOUTS, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate
 
-from . import VARIANT, emulated, set_seed
-from .build import ROOT, environment
+from . import emulated, set_seed
+from .build import environment
 
 pytestmark = pytest.mark.cpu
+specs = pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.cuda_kernels], ids=str)
 
 
+@specs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 33, 131)], ids=str)
 def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
     with emulated():
-        for options in [{}, {"upsample": 2, "activation": "relu"}]:
+        for options in spec.variants:
             tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
             results = []
-            for seed in range(4):
+            for seed in range(3):
                 set_seed(seed)
                 results.append(evaluate(spec, spec.call("native"), tensors, options))
             for result in results[1:]:
@@ -30,6 +31,7 @@ def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
                     assert torch.equal(a, b), name
 
 
+@specs
 def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
     """What a GPU would round, the emulated cuBLAS does: so this sees what it was asked for."""
     tensors = spec.inputs(Case((2, 16, 8, 8), ""))
@@ -42,13 +44,12 @@ def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
     assert 10 * errors[False] < errors[True] < 0.1
 
 
-@pytest.mark.skipif(VARIANT != "plain", reason="one process in another is enough")
-def test_under_the_sanitizers():
+SHAPES = "2x3x5x7 or 3x2x1x5 or 2x5x6x17 or 2x17x7x10"
+VALUES = f"(forward_and_gradients and ({SHAPES}) and (float32-float32 or bfloat16-float32))"
+CHOSEN = f"native-cuda-emulated and ({VALUES} or (test_layouts and bfloat16) or empty_batch)"
+
+
+@pytest.mark.beside("tests/test_ops.py", "-x", "-k", CHOSEN, environment=partial(environment, "sanitized"))
+def test_under_the_sanitizers(beside):
     """No access outside of a tensor or of shared memory, no misaligned vector, no overflow: small cases."""
-    shapes = "2x3x5x7 or 3x2x1x5 or 2x5x6x17 or 2x17x7x10"
-    dtypes = "float32-float32 or bfloat16-float32"
-    values = f"(forward_and_gradients and ({shapes}) and ({dtypes}))"
-    chosen = f"native-cuda-emulated and ({values} or (test_layouts and bfloat16) or empty_batch)"
-    command = [sys.executable, "-m", "pytest", "tests/test_ops.py", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    result = subprocess.run(command, cwd=ROOT, env=environment("sanitized"), capture_output=True, text=True)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
+    assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]
