@@ -76,6 +76,11 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 def with_hook():
     conv = nn.Conv2d(4, 4, 1)
     conv.register_forward_hook(lambda *args: None)
@@ -92,6 +97,8 @@ def with_hook():
         (nn.LazyConv2d(4, 3), "LazyConv2d does not know its channels before its first batch"),
         (nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)), "has parametrizations"),
         (Doubled(4, 4, 1), "Doubled has its own forward"),
+        (Called(4, 4, 1), "Called has its own __call__"),
+        (nn.Conv2d(4, 4, 1, dtype=torch.complex64), "has a weight of torch.complex64"),
         (with_hook(), "has hooks"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -117,6 +124,16 @@ def test_what_is_kept_stays():
     result = convert_conv(model, 5, keep=["4"])
     assert result.replaced == ["0", "3"] and result.skipped == {"4": "was to be kept"}
     assert isinstance(model[4], nn.Conv2d)
+    model = nn.Sequential(make(), make())
+    assert convert_conv(model, 5, keep=iter(["0", "1.3"])).replaced == ["1.0", "1.4"]
+    assert convert_conv(nn.Conv2d(3, 3, 1), 5, keep=[""]).replaced == []
+    with pytest.raises(TypeError, match="keep must be a list of names, got '4'"):
+        convert_conv(make(), 5, keep="4")
+
+
+def test_memory_format_carries_over():
+    conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    assert convert_conv(conv, 2).model.weight.stride() == conv.weight.stride()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """GConv: the identities of its definition, for every impl; both layers through autograd, the compiler and autocast."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ops import HALF, layout_of, name_of
+from torch.utils.checkpoint import checkpoint
 
 import pixnorm
 from pixnorm.functional import gconv2d, gconv_mix, glinear
@@ -225,6 +229,35 @@ def test_products_of_the_library(shape, layout, dtype):
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+def test_products_of_the_library_do_not_overflow():
+    """Sums over pixels may be larger than float16 holds, before they are scaled."""
+    generator = torch.Generator().manual_seed(0)
+    u, noise, w = (random(shape, generator) for shape in ((2, 16, 64, 64), (2, 16, 64, 64), (16, 16)))
+    u, dy, s, w = (t.half() for t in (8 * u, 8 * noise + 8 * u, torch.full((2, 16), 0.02), 0.005 * w))
+    _, grad_s, grad_w, _ = gconv._library_bwd(dy, u, s, w, False, True)
+    sums = torch.einsum("bjhw,bihw->bji", dy.double(), u.double())
+    assert sums.abs().max() > 65504
+    torch.testing.assert_close(grad_w.double(), (sums * s.double()[:, None]).sum(0), rtol=0.01, atol=100)
+    torch.testing.assert_close(grad_s.double(), (sums * w.double()).sum(1), rtol=0.01, atol=100)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_sums_over_many_pixels(kernel, layout):
+    """65536 of them in float32, of a mean that is not 0: as close as plain PyTorch, which adds them up in pairs."""
+
+    def draw(seed):
+        tensors = GCONV_MIX.inputs(Case((2, 8, 256, 256), "", sizes={"bias": 0}), layout=layout, seed=seed)
+        tensors["u"] = tensors["u"] + 1
+        grad_y = 1 + random((2, 8, 256, 256), torch.Generator().manual_seed(seed + 1)).float()
+        exact = {name: tensor.double() for name, tensor in tensors.items()}
+        results = [evaluate(GCONV_MIX, GCONV_MIX.call(kernel), tensors, {}, grad_y)]
+        results += [evaluate(GCONV_MIX, GCONV_MIX.reference, t, {}, grad_y) for t in (tensors, exact)]
+        for (name, a), (_, b), (_, e) in zip(*(result.named() for result in results), strict=True):
+            yield name, a, [b], e
+
+    assert_close_as_eager(draw, torch.float32)
+
+
 def test_the_table_of_what_is_faster(monkeypatch):
     """On a GPU: the fused kernel where samples have few pixels, or bytes are the bound; else the library."""
 
@@ -363,7 +396,13 @@ def test_only_the_input_and_the_convolution_are_saved(kernel, which):
 # --- bad input
 
 MIX_ERRORS = {
-    "three dimensions": ({"u": torch.ones(2, 4, 3)}, ValueError, r"u of 4 dimensions, or 2, got shape \(2, 4, 3\)"),
+    "three dimensions": ({"u": torch.ones(2, 4, 3)}, ValueError, r"\(N, n, H, W\), or \(N, n\), .* got \(2, 4, 3\)"),
+    "no pixels": ({"u": torch.ones(2, 4, 0, 3)}, ValueError, r"with pixels, got \(2, 4, 0, 3\)"),
+    "s of features": (
+        {"u": torch.ones(2, 4), "s": torch.ones(2, 3)},
+        ValueError,
+        r"for u of shape \(2, 4\), got \(2, 3",
+    ),
     "s": ({"s": torch.ones(2, 3)}, ValueError, r"s must have shape \(2, 4\).*\(2, 4, 5, 6\), got \(2, 3\)"),
     "mix_weight": ({"mix_weight": torch.ones(4, 3)}, ValueError, r"mix_weight must have shape \(4, 4\).*got \(4, 3\)"),
     "bias": ({"bias": torch.ones(1)}, ValueError, r"bias must have shape \(4,\).*got \(1,\)"),
@@ -378,6 +417,14 @@ def test_mixing_refuses(impl, which):
     wrong, error, message = MIX_ERRORS[which]
     with pytest.raises(error, match=message):
         gconv_mix(**(GCONV_MIX.inputs(Case((2, 4, 5, 6), "")) | wrong), impl=impl)
+
+
+def test_mixing_under_autocast_refuses_what_it_cannot_cast(impl):
+    tensors = GCONV_MIX.inputs(Case((2, 4, 5, 6), ""))
+    with torch.autocast(tensors["u"].device.type, torch.bfloat16):
+        assert gconv_mix(**tensors, impl=impl).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="one dtype, got u of torch.float64 and s of torch.bfloat16"):
+            gconv_mix(**(tensors | {"u": tensors["u"].double()}), impl=impl)
 
 
 LAYER_ERRORS = {
@@ -483,11 +530,38 @@ def test_an_error_inside_does_not_leave_the_latent_vectors():
         pixnorm.GLinear(1, 1, 1)(torch.ones(1, 1))
 
 
+def test_latent_vectors_and_checkpoints():
+    """Backward runs the layer again, on a GPU in a thread of its own."""
+    layer, x, z = pixnorm.GConv2d(3, 4, 3, 5), torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5)
+    layer(x, z).sin().sum().backward()
+    expected, x.grad = x.grad, None
+
+    def contexts():
+        return contextlib.nullcontext(), pixnorm.nn.latent(z)
+
+    with pixnorm.nn.latent(z):
+        y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: y.sin().sum().backward()).result()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_export_wants_the_latent_vectors():
+    layer, x, z = pixnorm.GConv2d(3, 4, 3, 5), torch.randn(2, 3, 6, 6), torch.randn(2, 5)
+    with pixnorm.nn.latent(z), pytest.raises(Exception, match=r"make the latent vectors of GConv2d a constant"):
+        torch.export.export(layer, (x,))
+    exported = torch.export.export(layer, (x, z)).module()
+    other = torch.randn(2, 5)
+    torch.testing.assert_close(exported(x, other), layer(x, other))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ((0, 4, 3, 2), "in_channels and out_channels must be positive, got 0 and 4"),
-        ((3, 4, 0, 2), "kernel_size must be positive"),
+        ((3, 4, 0, 2), r"kernel_size must be one or two positive numbers, got \(0, 0\)"),
+        ((3, 4, (3, 3, 3), 2), r"kernel_size must be one or two positive numbers, got \(3, 3, 3\)"),
+        ((3, 4, 3, 2, 0), r"stride must be one or two positive numbers, got \(0, 0\)"),
         ((3, 4, 3, 0), "latent_dim must be positive, got 0"),
         ((3, 4, 3, 2, 1, "full"), "padding must be numbers, 'same' or 'valid', got 'full'"),
         ((3, 4, 3, 2, 2, "same"), "padding='same' is for stride 1"),

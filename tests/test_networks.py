@@ -301,6 +301,9 @@ def test_classes():
         generator(latents(4, 5))
     with pytest.raises(ValueError, match="a generator of 0 classes got classes"):
         make_generative()(latents(4, 5), torch.zeros(4, dtype=torch.long))
+    for y in (torch.zeros(4, 1, dtype=torch.long), torch.zeros(4), torch.zeros(3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="y must be 4 classes of int64, got"):
+            generator(latents(4, 5), y)
     for options, message in (
         ({"num_classes": 3}, "num_classes=3 needs norm='bigbn' or conv='gconv'"),
         ({"num_classes": -1}, "num_classes must not be negative, got -1"),

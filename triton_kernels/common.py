@@ -104,10 +104,6 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
-
-
 def power_of_two_in(size: int, most: int) -> int:
     """The largest power of two, up to ``most``, that divides ``size``."""
     divisor = 1

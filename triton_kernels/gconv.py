@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.common import dense_like, is_channels_last
+from pixnorm.ops.common import dense, dense_like, is_channels_last
 from pixnorm.ops.gconv import _gconv_mix_bwd_fake, _gconv_mix_fwd_fake
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
     launch,
-    memory_format_of,
     op_of_kernels,
     power_of_two_from,
     power_of_two_in,
@@ -51,13 +50,16 @@ PROGRAMS = 264
 
 @triton.jit
 def pixels_of(
-    tile, N, C, pixels, tiles, LAST: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, SAMPLES: tl.constexpr
+    tile, N, C, pixels, of_sample, LAST: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr, SAMPLES: tl.constexpr
 ):
-    """Of each row of a tile: its sample (one for all, if SAMPLES is 1), its offset, and whether it exists."""
+    """Of each row of a tile: its sample (one for all, if SAMPLES is 1), its offset, and whether it exists.
+
+    Samples of more pixels than a tile has have several, `of_sample`.
+    """
     o_row = tl.arange(0, SAMPLES * PIXELS)
     if SAMPLES == 1:
-        sample = tile // tiles
-        pixel = (tile - sample * tiles) * PIXELS + o_row
+        sample = tile // of_sample
+        pixel = (tile - sample * of_sample) * PIXELS + o_row
     else:
         sample = tile * SAMPLES + o_row // PIXELS
         pixel = o_row % PIXELS
@@ -74,10 +76,10 @@ def pixels_of(
 def scales_of(s_ptr, sample, o_channel, exists, N, C, SAMPLES: tl.constexpr):
     """The scales of some channels, for each row, or one row for all where the sample is one."""
     if SAMPLES == 1:
-        return tl.load(s_ptr + (sample * C + o_channel), mask=exists, other=0.0)[None, :]
+        return tl.load(s_ptr + (sample.to(tl.int64) * C + o_channel), mask=exists, other=0.0)[None, :]
     else:
         mask = (sample < N)[:, None] & exists[None, :]
-        return tl.load(s_ptr + (sample[:, None] * C + o_channel[None, :]), mask=mask, other=0.0)
+        return tl.load(s_ptr + (sample.to(tl.int64)[:, None] * C + o_channel[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def add_product(
 
 @triton.jit
 def gconv_mix_fwd_kernel(
-    u_ptr, s_ptr, weight_ptr, bias_ptr, y_ptr, N, C, pixels, tiles,
+    u_ptr, s_ptr, weight_ptr, bias_ptr, y_ptr, N, C, pixels, of_sample,
     BIAS: tl.constexpr, LAST: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
     PIXELS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +140,7 @@ def gconv_mix_fwd_kernel(
     o_out = (program - tile * blocks) * COLUMNS + tl.arange(0, COLUMNS)
     exists = o_out < C
     channel = 1 if LAST else pixels
-    sample, start, valid = pixels_of(tile, N, C, pixels, tiles, LAST, VECTOR, PIXELS, SAMPLES)
+    sample, start, valid = pixels_of(tile, N, C, pixels, of_sample, LAST, VECTOR, PIXELS, SAMPLES)
     # What is added goes first into the sums, exactly.
     total = to_accumulator(load_features(u_ptr, start, o_out, valid, exists, channel), u_ptr)
     if BIAS:
@@ -153,7 +155,7 @@ def gconv_mix_fwd_kernel(
 
 @triton.jit
 def gconv_mix_bwd_input_kernel(
-    grad_ptr, u_ptr, s_ptr, weight_ptr, grad_u_ptr, partials_ptr, N, C, pixels, tiles,
+    grad_ptr, u_ptr, s_ptr, weight_ptr, grad_u_ptr, partials_ptr, N, C, pixels, of_sample,
     LAST: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
     PIXELS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +166,7 @@ def gconv_mix_bwd_input_kernel(
     o_out = (program - tile * blocks) * COLUMNS + tl.arange(0, COLUMNS)
     exists = o_out < C
     channel = 1 if LAST else pixels
-    sample, start, valid = pixels_of(tile, N, C, pixels, tiles, LAST, VECTOR, PIXELS, SAMPLES)
+    sample, start, valid = pixels_of(tile, N, C, pixels, of_sample, LAST, VECTOR, PIXELS, SAMPLES)
     total = tl.zeros([SAMPLES * PIXELS, COLUMNS], dtype=partials_ptr.dtype.element_ty)
     h = add_product(
         total, grad_ptr, s_ptr, weight_ptr, sample, start, valid, o_out, N, C, channel, 1, C,
@@ -176,18 +178,18 @@ def gconv_mix_bwd_input_kernel(
     tl.store(pointers, (grad + scale * h).to(grad_u_ptr.dtype.element_ty), mask=valid[:, None] & exists[None, :])
     product = h * to_accumulator(load_features(u_ptr, start, o_out, valid, exists, channel), u_ptr)
     if SAMPLES == 1:
-        part = (tile - sample * tiles) * N + sample
+        part = (tile - sample * of_sample) * N + sample
         tl.store(partials_ptr + (part.to(tl.int64) * C + o_out), tl.sum(product, axis=0), mask=exists)
     else:
         sums = tl.sum(tl.reshape(product, [SAMPLES, PIXELS, COLUMNS]), axis=1)
         o_sample = tile * SAMPLES + tl.arange(0, SAMPLES)
-        to = partials_ptr + (o_sample[:, None] * C + o_out[None, :])
+        to = partials_ptr + (o_sample.to(tl.int64)[:, None] * C + o_out[None, :])
         tl.store(to, sums, mask=(o_sample < N)[:, None] & exists[None, :])
 
 
 @triton.jit
 def gconv_mix_bwd_weight_kernel(
-    grad_ptr, u_ptr, s_ptr, weights_ptr, biases_ptr, N, C, pixels, tiles, all_tiles,
+    grad_ptr, u_ptr, s_ptr, weights_ptr, biases_ptr, N, C, pixels, of_sample, tiles,
     BIAS: tl.constexpr, LAST: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
     PIXELS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -203,8 +205,8 @@ def gconv_mix_bwd_weight_kernel(
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     total = tl.zeros([COLUMNS, COLUMNS], dtype=weights_ptr.dtype.element_ty)
     sums = tl.zeros([COLUMNS], dtype=weights_ptr.dtype.element_ty)
-    for tile in range(part, all_tiles, parts):
-        sample, start, valid = pixels_of(tile, N, C, pixels, tiles, LAST, VECTOR, PIXELS, SAMPLES)
+    for tile in range(part, tiles, parts):
+        sample, start, valid = pixels_of(tile, N, C, pixels, of_sample, LAST, VECTOR, PIXELS, SAMPLES)
         value = to_accumulator(load_features(u_ptr, start, o_in, valid, o_in < C, channel), u_ptr)
         value *= to_accumulator(scales_of(s_ptr, sample, o_in, o_in < C, N, C, SAMPLES), u_ptr)
         grad = load_features(grad_ptr, start, o_out, valid, o_out < C, channel)
@@ -268,15 +270,11 @@ def _options(u: Tensor, allow_tf32: bool, of: Blocks, tiles: Tiles) -> dict:
     }
 
 
-def _dense(t: Tensor, like: Tensor) -> Tensor:
-    return t.contiguous(memory_format=memory_format_of(like))
-
-
 def gconv_mix_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
     y = dense_like(u)
     if u.numel() == 0:
         return y
-    u, s, mix_weight = _dense(u, y), s.contiguous(), mix_weight.contiguous()
+    u, s, mix_weight = dense(u, y), s.contiguous(), mix_weight.contiguous()
     n, c, h, w = u.shape
     of = _blocks_of(u, allow_tf32)
     tiles = Tiles.over(u, of.rows)
@@ -295,8 +293,8 @@ def gconv_mix_bwd(
     grad_u = dense_like(u)
     n, c, h, w = u.shape
     if u.numel() == 0:
-        return grad_u, torch.zeros_like(s), torch.zeros_like(mix_weight), s.new_zeros((c if has_bias else 0,))
-    grad_y, u, s, mix_weight = _dense(grad_y, grad_u), _dense(u, grad_u), s.contiguous(), mix_weight.contiguous()
+        return grad_u, s.new_zeros((n, c)), s.new_zeros((c, c)), s.new_zeros((c if has_bias else 0,))
+    grad_y, u, s, mix_weight = dense(grad_y, grad_u), dense(u, grad_u), s.contiguous(), mix_weight.contiguous()
     of = _blocks_of(u, allow_tf32, of_grad_input=True)
     tiles = Tiles.over(u, of.rows)
     options = _options(u, allow_tf32, of, tiles)

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.common import dense_like, is_channels_last, without_autocast
+from pixnorm.ops.common import dense, dense_like, is_channels_last, without_autocast
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
     launch,
-    memory_format_of,
     power_of_two_from,
     power_of_two_in,
     wrap_triton,
@@ -132,7 +131,7 @@ def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tu
         # The library has rules of its own for the layout of p, by that of the weight and by dtype.
         if p.shape[1] == 1:
             return p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1)), None
-        return p.contiguous(memory_format=memory_format_of(x)), None
+        return dense(p, x), None
     n, c, h, w = x.shape
     p = dense_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)

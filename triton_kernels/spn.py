@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixnorm.ops.common import dense_like, is_channels_last
+from pixnorm.ops.common import dense, dense_like, is_channels_last
 from pixnorm.ops.spn import _spn_bwd_fake, _spn_fwd_fake
 from pixnorm.triton_kernels.common import (
     SIZES,
@@ -19,7 +19,6 @@ from pixnorm.triton_kernels.common import (
     accumulator,
     launch,
     load_columns,
-    memory_format_of,
     op_of_kernels,
     power_of_two_from,
     store_columns,
@@ -134,11 +133,6 @@ def spn_fwd_modulate_kernel(
         masks = masks[1:]
 
 
-def dense(x: Tensor) -> Tensor:
-    """x, contiguous or channels_last."""
-    return x if is_channels_last(x) else x.contiguous()
-
-
 def contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
@@ -179,7 +173,7 @@ def spn_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op of SPN, see pixnorm/ops/spn.py."""
     upsample = int(upsample)  # traced with dynamic shapes, it is not one
-    x = dense(x)
+    x = dense(x, x)
     n, c, h, w = x.shape
     y = dense_like(x, upsample)
     weight = mask_projection.contiguous().to(x.dtype)
@@ -230,7 +224,7 @@ def spn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op of SPN, see pixnorm/ops/spn.py."""
     upsample = int(upsample)
-    x = dense(x)
+    x = dense(x, x)
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
     dx = dense_like(x)
@@ -239,7 +233,7 @@ def spn_bwd(
     grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
     if x.numel() == 0:
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
-    grad_y, p = (t.contiguous(memory_format=memory_format_of(x)) for t in (grad_y, p))
+    grad_y, p = (dense(t, x) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
     options = _options(gamma_weight, mask_weight, c, eps, upsample, relu)
     one_mask, k = options["ONE_MASK"], options["K"]

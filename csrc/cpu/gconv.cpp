@@ -29,11 +29,12 @@ struct Shape {
   int64_t image() const { return n * pixels; }
   bool weights_of_samples() const { return pixels >= n; }
 
-  // By what is made for each: its weights, or its scaled features. One of a few products at once is each thread's.
+  // Of weights and images what the last-level cache holds: each thread can have some of the products.
   int64_t images_per_chunk(size_t element) const {
-    constexpr int64_t kWeights = 1 << 22;
-    const int64_t by_weights = std::clamp<int64_t>(kWeights / (n * n * static_cast<int64_t>(element)), 1, images);
-    return weights_of_samples() ? by_weights : pixnorm::images_per_chunk(images, image(), element);
+    constexpr int64_t kWeights = 1 << 22, kImages = 1 << 23;
+    if (!weights_of_samples()) return pixnorm::images_per_chunk(images, image(), element);
+    const int64_t size = static_cast<int64_t>(element);
+    return std::clamp<int64_t>(std::min(kWeights / (n * n * size), kImages / (image() * size)), 1, images);
   }
 };
 
@@ -91,11 +92,16 @@ void make_weights(const Shape& s, int64_t images, const A* w, const A* scales, A
   });
 }
 
-// Each image as a matrix: (n, pixels) in NCHW, (pixels, n) in channels_last.
+// Each image, or a run of its pixels, as a matrix: (n, pixels) in NCHW, (pixels, n) in channels_last.
+template <class A>
+Matrices<A> by_image(const Shape& s, int64_t images, A* data, int64_t first, int64_t pixels) {
+  if (s.channels_last) return {data + first * s.n, images, pixels, s.n, s.image(), s.n, 1};
+  return {data + first, images, s.n, pixels, s.image(), s.pixels, 1};
+}
+
 template <class A>
 Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
-  if (s.channels_last) return {data, images, s.pixels, s.n, s.image(), s.n, 1};
-  return {data, images, s.n, s.pixels, s.image(), s.pixels, 1};
+  return by_image(s, images, data, 0, s.pixels);
 }
 
 // What the products share, of all images.
@@ -201,11 +207,11 @@ struct Gradients {
 // From G = dY U^T of each image, (images, n, n): dW += G diag(s), ds = the columns' sums of G W.
 template <class A>
 void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, const A* scales, A* dw, A* d_scales) {
-  const int64_t square = s.n * s.n;
+  const int64_t of_image = s.n * s.n;
   parallel_for(0, s.n, ceil_div(1 << 13, images * s.n), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       for (int64_t image = 0; image < images; ++image) {
-        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n, scales + image * s.n, dw + j * s.n, s.n);
+        PIXNORM_BY_ISA(add_product<A>)(g + image * of_image + j * s.n, scales + image * s.n, dw + j * s.n, s.n);
       }
     }
   });
@@ -216,10 +222,32 @@ void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, cons
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, c = i % pieces * kColumns, count = std::min(kColumns, s.n - c);
       for (int64_t j = 0; j < s.n; ++j) {
-        PIXNORM_BY_ISA(add_product<A>)(g + image * square + j * s.n + c, w + j * s.n + c, d_scales + image * s.n + c,
+        PIXNORM_BY_ISA(add_product<A>)(g + image * of_image + j * s.n + c, w + j * s.n + c, d_scales + image * s.n + c,
                                        count);
       }
     }
+  });
+}
+
+// G = dY U^T of each image, (images, n, n). Sums over many pixels lose digits in float32: runs of them are added up in
+// double.
+template <class A>
+void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* u, A* g) {
+  constexpr int64_t kRun = 1 << 10;
+  const int64_t count = images * s.n * s.n;
+  const Buffer<double> sums(s.pixels > kRun ? count : 0);
+  for (int64_t pixel = 0; pixel < s.pixels; pixel += kRun) {
+    const int64_t pixels = std::min(kRun, s.pixels - pixel);
+    const auto left = by_image(s, images, dy, pixel, pixels), right = by_image(s, images, u, pixel, pixels);
+    const Matrices<A> out{g, images, s.n, s.n, s.n * s.n, s.n, 1};
+    multiply_transposed<A>(s, out, left, right, 0);
+    if (s.pixels <= kRun) return;
+    for_elements(count, [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) sums[i] = (pixel == 0 ? 0 : sums[i]) + g[i];
+    });
+  }
+  for_elements(count, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) g[i] = static_cast<A>(sums[i]);
   });
 }
 
@@ -242,8 +270,7 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
     const A* const scale_of = scales.data() + first * s.n;
     A* const d_scales = gradients.scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      const Matrices<A> g{weights.data(), images, s.n, s.n, s.n * s.n, s.n, 1};
-      multiply_transposed<A>(s, g, by_image(s, images, dy), by_image(s, images, in), 0);
+      gradients_of_weights(s, images, dy, in, weights.data());
       reduce_weights(s, images, weights.data(), w.data(), scale_of, gradients.w.data(), d_scales);
       make_weights(s, images, w.data(), scale_of, weights.data());
       multiply<A>(s, by_image(s, images, du), square<A>(weights.data(), s.n, images).transposed(),

@@ -142,6 +142,8 @@ class Generator(nn.Module):
         if (y is None) == bool(self.num_classes):
             raise ValueError(f"a generator of {self.num_classes} classes got {'no ' if y is None else ''}classes")
         if y is not None:
+            if y.shape != z.shape[:1] or y.dtype != torch.int64:
+                raise ValueError(f"y must be {z.shape[0]} classes of int64, got {tuple(y.shape)} of {y.dtype}")
             z = torch.cat([z, F.one_hot(y, self.num_classes).to(z.dtype)], dim=1)
         h = self.block3(self.block2(self.block1(h, z), z), z)
         return self.tanh(self.conv(self.act(self.norm(h))))

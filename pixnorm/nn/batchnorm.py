@@ -58,7 +58,6 @@ class LatentBatchNorm2d(nn.Module):
         if z.dim() != 2 or z.shape != (x.shape[0], self.gamma.in_features):
             wanted = (x.shape[0], self.gamma.in_features)
             raise ValueError(f"z must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")
-        scale, shift = 1 + self.gamma(z), self.beta(z)
         x_hat = self.norm(x)
-        scale, shift = (t.to(x_hat.dtype)[:, :, None, None] for t in (scale, shift))
-        return torch.addcmul(shift, x_hat, scale)
+        gamma, beta = (linear(z).to(x_hat.dtype)[:, :, None, None] for linear in (self.gamma, self.beta))
+        return torch.addcmul(beta, x_hat, 1 + gamma)

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pixnorm.nn.gconv import GConv2d
 from pixnorm.nn.spn import SPN2d, start_as_batchnorm_
+from pixnorm.ops.common import FLOAT
 
 
 class Conversion(NamedTuple):
@@ -91,15 +92,15 @@ def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = (
     Args:
         model: any module, also a convolution.
         latent_dim: length of a latent vector.
-        keep: names of layers that stay, as in ``model.named_modules()``. In the paper the last convolution of a
-            generator and those of shortcuts do.
+        keep: names of layers that stay, as in ``model.named_modules()``, or of modules whose layers do. In the paper
+            the last convolution of a generator and those of shortcuts stay.
 
     Returns:
         The model, with the names of what was replaced and of what was not, and why.
 
     Raises:
-        ValueError: ``latent_dim`` is not positive, or ``keep`` names what is not there. The model is untouched, as
-            after any other error.
+        ValueError: ``latent_dim`` is not positive, or ``keep`` names what is not there.
+        TypeError: ``keep`` is one name. The model is untouched, as after any other error.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3))
@@ -107,10 +108,13 @@ def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = (
     """
     if latent_dim < 1:
         raise ValueError(f"latent_dim must be positive, got {latent_dim}")
-    unknown = sorted(set(keep) - {name for name, _ in model.named_modules(remove_duplicate=False)})
+    if isinstance(keep, str):
+        raise TypeError(f"keep must be a list of names, got {keep!r}")
+    keep, named = set(keep), dict(model.named_modules(remove_duplicate=False))
+    unknown = sorted(keep - named.keys())
     if unknown:
         raise ValueError(f"keep names what is not in the model: {', '.join(unknown)}")
-    kept = {module for name, module in model.named_modules(remove_duplicate=False) if name in keep}
+    kept = {module for name in keep for module in named[name].modules()}
 
     def obstacle(conv: _ConvNd, owners: Counter) -> str | None:
         return "was to be kept" if conv in kept else _obstacle_of_conv(conv, owners)
@@ -166,6 +170,8 @@ def _obstacle_of_conv(module: _ConvNd, owners: Counter) -> str | None:
     """Why this convolution cannot be replaced, None if it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{type(module).__name__} does not know its channels before its first batch"
+    if module.weight.dtype not in FLOAT:
+        return f"has a weight of {module.weight.dtype}"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"has {module.groups} groups"
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
@@ -195,7 +201,8 @@ def _difference(module: nn.Module, base: type[nn.Module], buffers: set[str], own
 
 
 def _is_method(name: str, value: object) -> bool:
-    return (callable(value) or isinstance(value, property)) and not name.startswith("__")
+    hidden = name.startswith("__") and name not in ("__call__", "__getattr__", "__getattribute__")
+    return (callable(value) or isinstance(value, property)) and not hidden
 
 
 def _convert(bn: nn.BatchNorm2d, noise: float, fallback: Tensor) -> SPN2d:
@@ -244,10 +251,9 @@ def _convert_conv(conv: nn.Conv2d, latent_dim: int) -> GConv2d:
         dtype=conv.weight.dtype,
         init="zero",
     )
-    with torch.no_grad():
-        gconv.weight.copy_(conv.weight)
-        if conv.bias is not None:
-            gconv.bias.copy_(conv.bias)
+    gconv.weight = nn.Parameter(conv.weight.detach().clone())  # also its memory format
+    if conv.bias is not None:
+        gconv.bias = nn.Parameter(conv.bias.detach().clone())
     for name, parameter in gconv.named_parameters():
         parameter.requires_grad_(conv.bias.requires_grad if name == "bias" else conv.weight.requires_grad)
     return gconv.train(conv.training)

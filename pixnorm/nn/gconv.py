@@ -24,7 +24,9 @@ def latent(z: Tensor) -> Iterator[None]:
     """Give z to all generative layers that are called without one, while it lasts and in this thread.
 
     For models whose ``forward`` passes on features alone, such as ``nn.Sequential`` and what ``convert_conv`` returns.
-    Activation checkpoints run their part of the model again in backward: that must be inside too.
+    Activation checkpoints run their part of the model again in backward, perhaps in another thread: give them
+    ``use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), pixnorm.nn.latent(z))``. ``torch.export`` would
+    make z a constant: layers that it traces must be called with one.
 
     Args:
         z: (N, latent_dim).
@@ -81,6 +83,10 @@ class _Generative(nn.Module):
             nn.init.zeros_(self.bias)
 
     def _latent(self, z: Tensor | None) -> Tensor:
+        if z is None and torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"torch.export would make the latent vectors of {type(self).__name__} a constant: pass z"
+            )
         z = _current.z if z is None else z
         if z is None:
             raise RuntimeError(
@@ -143,16 +149,17 @@ class GConv2d(_Generative):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
         if padding == "same" and _pair(stride) != (1, 1):
             raise ValueError(f"padding='same' is for stride 1, got {stride}")
-        kernel_size = _pair(kernel_size)
-        if min(kernel_size) < 1:
-            raise ValueError(f"kernel_size must be positive, got {kernel_size}")
+        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+            if len(value) != 2 or min(value) < 1:
+                raise ValueError(f"{name} must be one or two positive numbers, got {value}")
         super().__init__((out_channels, in_channels, *kernel_size), latent_dim, bias, impl, init, device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = kernel_size
-        self.stride = _pair(stride)
+        self.stride = stride
         self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.dilation = _pair(dilation)
+        self.dilation = dilation
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Convolve each sample of x with the kernels that it and its latent vector choose."""

@@ -21,12 +21,20 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def dense(x: Tensor, like: Tensor) -> Tensor:
+    """x in the layout of another tensor."""
+    return x.contiguous(memory_format=memory_format_of(like))
+
+
 def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
     n, c, h, w = x.shape
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = n, c, h * scale, w * scale
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def without_autocast(device: torch.device):

@@ -17,6 +17,7 @@ or, where there are fewer pixels than a sample's W diag(S) has numbers to make u
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -28,6 +29,7 @@ from pixnorm.ops.common import (
     FLOAT,
     HALF,
     convolutions_allow_tf32,
+    dense,
     dense_like,
     is_channels_last,
     products_allow_tf32,
@@ -78,16 +80,30 @@ def _pixels_pay_for_weights(u: Tensor) -> bool:
     return h * w >= 2 * n
 
 
+_flag = threading.RLock()  # autograd has a thread for each GPU
+
+
 @contextlib.contextmanager
-def _products(allow_tf32: bool) -> Iterator[None]:
+def _products(u: Tensor, allow_tf32: bool) -> Iterator[None]:
     """Matrix products in TF32, or not: they stand for a convolution, which has a flag of its own."""
-    flags = torch.backends.cuda.matmul
-    before = flags.fp32_precision
-    flags.fp32_precision = "tf32" if allow_tf32 else "ieee"
-    try:
+    if u.dtype != torch.float32 or not u.is_cuda or products_allow_tf32() == allow_tf32:
         yield
-    finally:
-        flags.fp32_precision = before
+        return
+    with _flag:
+        flags = torch.backends.cuda.matmul
+        before = flags.fp32_precision
+        flags.fp32_precision = "tf32" if allow_tf32 else "ieee"
+        try:
+            yield
+        finally:
+            flags.fp32_precision = before
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b of each sample; of half types in float32, as sums over pixels may be larger than float16 holds."""
+    if a.dtype not in HALF:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
 def _matrices(t: Tensor) -> Tensor:
@@ -98,15 +114,10 @@ def _matrices(t: Tensor) -> Tensor:
     return t.view(n, c, h * w)
 
 
-def _dense(t: Tensor, like: Tensor) -> Tensor:
-    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return t.contiguous(memory_format=memory_format)
-
-
 def _library_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
     y = dense_like(u)
-    u = _dense(u, y)
-    with without_autocast(u.device), _products(allow_tf32):
+    u = dense(u, y)
+    with without_autocast(u.device), _products(u, allow_tf32):
         if _pixels_pay_for_weights(u):
             # The identity is not part of the weights: in half precision it would take their digits.
             torch.baddbmm(_matrices(u), mix_weight * s[:, None, :], _matrices(u), out=_matrices(y))
@@ -124,13 +135,13 @@ def _library_bwd(
     grad_y: Tensor, u: Tensor, s: Tensor, mix_weight: Tensor, has_bias: bool, allow_tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_u = dense_like(u)
-    u, grad_y = _dense(u, grad_u), _dense(grad_y, grad_u)
-    with without_autocast(u.device), _products(allow_tf32):
+    u, grad_y = dense(u, grad_u), dense(grad_y, grad_u)
+    with without_autocast(u.device), _products(u, allow_tf32):
         if _pixels_pay_for_weights(u):
             dy = _matrices(grad_y)
             weights = mix_weight * s[:, None, :]
             torch.baddbmm(dy, weights.transpose(1, 2), dy, out=_matrices(grad_u))
-            grad_weights = torch.bmm(dy, _matrices(u).transpose(1, 2))
+            grad_weights = _product_in_float32(dy, _matrices(u).transpose(1, 2))
             grad_s = (grad_weights * mix_weight).sum(1)
             grad_mix_weight = (grad_weights * s[:, None, :]).sum(0)
         else:
@@ -140,7 +151,7 @@ def _library_bwd(
             scaled = u * s[:, :, None, None]
             grad_mix_weight = torch.tensordot(grad_y, scaled, dims=([0, 2, 3], [0, 2, 3]))
         grad_bias = grad_y.sum((0, 2, 3)) if has_bias else s.new_empty((0,))
-    return grad_u, grad_s, grad_mix_weight.contiguous(), grad_bias
+    return grad_u, grad_s.to(s.dtype), grad_mix_weight.to(s.dtype).contiguous(), grad_bias
 
 
 def _gconv_mix_fwd_fake(u, *args):
@@ -205,7 +216,7 @@ def _preferred(u: Tensor, allow_tf32: bool) -> str:
         return "native"
     n, h, w = u.shape[1:]
     table = (
-        (n > h * w / 4, "triton", "the weights, n x n for each sample, would take more than 2 x 4 passes over u"),
+        (n > h * w / 4, "triton", "few pixels: weights, n x n for each sample, would be passes over u themselves"),
         (u.dtype == torch.float64, "native", "bound by its operations, and the library's product does more a second"),
         (u.dtype == torch.float32 and not allow_tf32, "native", "likewise: without tensor cores"),
         # 2 n operations per number: what an H200 does while it moves 2 T is at n = 370 (an RTX 3090: 170), and a fused
@@ -254,18 +265,17 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
         TypeError: u is not floating point, or the dtypes differ.
         RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
     """
-    if u.dim() == 2:
-        allow_tf32, like_conv = products_allow_tf32(), u[:, :, None, None]
-        return _gconv_mix(like_conv, s, mix_weight, bias, allow_tf32, impl).flatten(1)
-    if u.dim() != 4:
-        raise ValueError(f"expected u of 4 dimensions, or 2, got shape {tuple(u.shape)}")
-    return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
-
-
-def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
+    if u.dim() not in (2, 4) or 0 in u.shape[2:]:
+        raise ValueError(f"expected u of shape (N, n, H, W), or (N, n), with pixels, got {tuple(u.shape)}")
     u, s, mix_weight, bias = _cast_by_autocast(u, s, mix_weight, bias)
     samples, n = u.shape[:2]
     _check({"s": (s, (samples, n)), "mix_weight": (mix_weight, (n, n)), "bias": (bias, (n,))}, "u", u)
+    if u.dim() == 4:
+        return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
+    return _gconv_mix(u[:, :, None, None], s, mix_weight, bias, products_allow_tf32(), impl).flatten(1)
+
+
+def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
     refusals = {"native": None, "triton": _triton_refusal(u)}
     chosen = choose("gconv_mix", impl, u.device, refusals, _preferred(u, allow_tf32), composite=True)
     if chosen == "reference":
@@ -289,7 +299,9 @@ def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     return [t if t is None or t.dtype not in eligible else t.to(dtype) for t in tensors]
 
 
-def _check(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: str, x: Tensor) -> None:
+def _check(
+    tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: str, x: Tensor, any_dtype: bool = False
+) -> None:
     """Each tensor, by its name, with the shape that it must have for x, which is called ``what``."""
     if x.dtype not in FLOAT:
         raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
@@ -304,7 +316,7 @@ def _check(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: s
             raise RuntimeError(
                 f"expected all tensors on one device, got {what} on {x.device} and {name} on {tensor.device}"
             )
-        if tensor.dtype != x.dtype and not (tensor.dtype in FLOAT and _under_autocast(x.device)):
+        if tensor.dtype != x.dtype and not (any_dtype and tensor.dtype in FLOAT):
             raise TypeError(f"expected tensors of one dtype, got {what} of {x.dtype} and {name} of {tensor.dtype}")
 
 
@@ -364,7 +376,7 @@ def gconv2d(
     mean = x.mean((2, 3)) if x.dtype in HALF else x.sum((2, 3)) / pixels
     s = torch.sigmoid(F.linear(torch.cat([mean, z], dim=1), scale_weight))
     u = F.conv2d(x, weight, None, stride, padding, dilation)
-    return _gconv_mix(u, s, mix_weight, bias, convolutions_allow_tf32(), impl)
+    return gconv_mix(u, s, mix_weight, bias, impl=impl)
 
 
 def glinear(
@@ -419,9 +431,5 @@ def _check_layer(x, z, weight, scale_weight, mix_weight, bias) -> None:
             f"scale_weight of shape {tuple(scale_weight.shape)}, got {tuple(z.shape)}"
         )
     wanted = {"z": (z, tuple(z.shape)), "weight": (weight, tuple(weight.shape))}
-    wanted |= {
-        "scale_weight": (scale_weight, (n, m + length)),
-        "mix_weight": (mix_weight, (n, n)),
-        "bias": (bias, (n,)),
-    }
-    _check(wanted, "x", x)
+    wanted |= {"scale_weight": (scale_weight, (n, m + length)), "mix_weight": (mix_weight, (n, n))}
+    _check(wanted | {"bias": (bias, (n,))}, "x", x, any_dtype=_under_autocast(x.device))
