@@ -423,7 +423,7 @@ def test_mixing_under_autocast_refuses_what_it_cannot_cast(impl):
     tensors = GCONV_MIX.inputs(Case((2, 4, 5, 6), ""))
     with torch.autocast(tensors["u"].device.type, torch.bfloat16):
         assert gconv_mix(**tensors, impl=impl).dtype == torch.bfloat16
-        with pytest.raises(TypeError, match="one dtype, got u of torch.float64"):
+        with pytest.raises(TypeError, match="one dtype"):
             gconv_mix(**(tensors | {"u": tensors["u"].double()}), impl=impl)
 
 

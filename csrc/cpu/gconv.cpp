@@ -2,7 +2,7 @@
 //
 // A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels
 // as channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more
-// numbers than u; then s u is made, and the product with W is one for all samples.
+// numbers than u; then s u is made, and the product with W is one for all samples (in channels_last).
 
 #include <torch/csrc/stable/library.h>
 
@@ -50,8 +50,7 @@ constexpr int64_t kChannels = baseline::kMostSums;  // of channels_last that are
 // Some channels of an image, as rows.
 struct Piece {
   int64_t image, channel, rows, columns;
-  int64_t at, stride;       // in the images
-  int64_t packed_at, pack;  // in what the products share: (n, images * pixels) for NCHW, else as in the images
+  int64_t at, stride;
 };
 
 // f(piece) of all pieces of some images, in parallel.
@@ -65,11 +64,9 @@ void for_pieces(const Shape& s, int64_t images, const F& f) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, channel = i % pieces * channels, count = std::min(channels, s.n - channel);
       if (s.channels_last) {
-        const int64_t at = image * s.image() + channel;
-        f(Piece{image, channel, s.pixels, count, at, s.n, at, s.n});
+        f(Piece{image, channel, s.pixels, count, image * s.image() + channel, s.n});
       } else {
-        f(Piece{image, channel, count, s.pixels, image * s.image() + channel * s.pixels, s.pixels,
-                (channel * images + image) * s.pixels, images * s.pixels});
+        f(Piece{image, channel, count, s.pixels, image * s.image() + channel * s.pixels, s.pixels});
       }
     }
   });
@@ -104,18 +101,17 @@ Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
   return by_image(s, images, data, 0, s.pixels);
 }
 
-// What the products share, of all images.
+// Together what can be one product: in channels_last the pixels of all images.
 template <class A>
-Matrices<A> packed(const Shape& s, int64_t images, A* data) {
-  const int64_t pixels = images * s.pixels;
-  if (s.channels_last) return {data, 1, pixels, s.n, 0, s.n, 1};
-  return {data, 1, s.n, pixels, 0, pixels, 1};
+Matrices<A> together(const Shape& s, int64_t images, A* data) {
+  return matrices_of(data, images, s.n, s.pixels, s.channels_last);
 }
 
-// out = M in.
+// out = beta out + M in.
 template <class A>
-void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in) {
-  s.channels_last ? gemm(out, in, m.transposed(), 0) : gemm(out, m, in, 0);
+void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in,
+              double beta = 0) {
+  s.channels_last ? gemm(out, in, m.transposed(), beta) : gemm(out, m, in, beta);
 }
 
 // out = beta out + left rightᵀ, sums over pixels.
@@ -125,9 +121,10 @@ void multiply_transposed(const Shape& s, const Matrices<A>& out, const Matrices<
   s.channels_last ? gemm(out, left.transposed(), right, beta) : gemm(out, left, right.transposed(), beta);
 }
 
+// (n, n) of each image, or one for all.
 template <class A>
-Matrices<const A> square(const A* data, int64_t n, int64_t batch) {
-  return {data, batch, n, n, n * n, n, 1};
+Matrices<const A> square(const Shape& s, const A* data, int64_t images, bool of_images) {
+  return {data, images, s.n, s.n, of_images ? s.n * s.n : 0, s.n, 1};
 }
 
 // Numbers of the storage type in the type that they are computed in: themselves, or in the buffer.
@@ -166,8 +163,7 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
   constexpr bool kWiden = !std::is_same_v<T, A>;
   const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
   const Buffer<A> wide_u(kWiden ? most : 0), wide_y(kWiden ? most : 0);
-  const Buffer<A> weights(s.weights_of_samples() ? per_chunk * s.n * s.n : 0);
-  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most), product(s.weights_of_samples() ? 0 : most);
+  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
   const A* const b = bias.empty() ? nullptr : bias.data();
   for (int64_t first = 0; first < s.images; first += per_chunk) {
     const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
@@ -175,8 +171,8 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
     A* const out = wide_place(y + first * s.image(), wide_y);
     const A* const scale_of = scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      make_weights(s, images, w.data(), scale_of, weights.data());
-      multiply<A>(s, by_image(s, images, out), square<A>(weights.data(), s.n, images), by_image(s, images, in));
+      make_weights(s, images, w.data(), scale_of, scratch.data());
+      multiply<A>(s, by_image(s, images, out), square<A>(s, scratch.data(), images, true), by_image(s, images, in));
       if (b) {
         for_pieces(s, images, [&](const Piece& p) {
           PIXNORM_BY_LAYOUT(add_bias, out + p.at, b + p.channel, p.rows, p.columns, p.stride);
@@ -184,15 +180,11 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
       }
     } else {
       for_pieces(s, images, [&](const Piece& p) {
-        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, scaled.data() + p.packed_at, p.pack,
-                          p.rows, p.columns, p.stride);
+        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, b ? b + p.channel : nullptr,
+                          out + p.at, scratch.data() + p.at, p.rows, p.columns, p.stride);
       });
-      multiply<A>(s, packed(s, images, product.data()), square(w.data(), s.n, 1),
-                  packed<const A>(s, images, scaled.data()));
-      for_pieces(s, images, [&](const Piece& p) {
-        PIXNORM_BY_LAYOUT(finish, in + p.at, product.data() + p.packed_at, b ? b + p.channel : nullptr, out + p.at,
-                          p.pack, p.rows, p.columns, p.stride);
-      });
+      const auto to = together(s, images, out);
+      multiply<A>(s, to, square(s, w.data(), to.batch, false), together<const A>(s, images, scratch.data()), 1);
     }
     narrowed(out, y + first * s.image(), elements);
   }
@@ -258,9 +250,8 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
   constexpr bool kWiden = !std::is_same_v<T, A>;
   const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
   const Buffer<A> wide_u(kWiden ? most : 0), wide_dy(kWiden ? most : 0), wide_du(kWiden ? most : 0);
-  const Buffer<A> weights(s.weights_of_samples() ? per_chunk * s.n * s.n : 0);
-  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most), product(s.weights_of_samples() ? 0 : most);
-  const Buffer<A> packed_dy(s.weights_of_samples() || s.channels_last ? 0 : most);
+  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most);
   const Matrices<A> dw{gradients.w.data(), 1, s.n, s.n, 0, s.n, 1};
   for (int64_t first = 0; first < s.images; first += per_chunk) {
     const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
@@ -270,28 +261,23 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
     const A* const scale_of = scales.data() + first * s.n;
     A* const d_scales = gradients.scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      gradients_of_weights(s, images, dy, in, weights.data());
-      reduce_weights(s, images, weights.data(), w.data(), scale_of, gradients.w.data(), d_scales);
-      make_weights(s, images, w.data(), scale_of, weights.data());
-      multiply<A>(s, by_image(s, images, du), square<A>(weights.data(), s.n, images).transposed(),
+      gradients_of_weights(s, images, dy, in, scratch.data());
+      reduce_weights(s, images, scratch.data(), w.data(), scale_of, gradients.w.data(), d_scales);
+      make_weights(s, images, w.data(), scale_of, scratch.data());
+      multiply<A>(s, by_image(s, images, du), square<A>(s, scratch.data(), images, true).transposed(),
                   by_image(s, images, dy));
     } else {
-      if (!s.channels_last) {
-        for_pieces(s, images, [&](const Piece& p) {
-          for (int64_t r = 0; r < p.rows; ++r) {
-            std::copy_n(dy + p.at + r * p.stride, p.columns, packed_dy.data() + p.packed_at + r * p.pack);
-          }
-        });
-      }
-      const auto left = packed<const A>(s, images, s.channels_last ? dy : packed_dy.data());
-      multiply<A>(s, packed(s, images, product.data()), square(w.data(), s.n, 1).transposed(), left);
+      const auto h = together(s, images, scratch.data());
+      const auto left = together(s, images, dy), right = together<const A>(s, images, scaled.data());
+      multiply<A>(s, h, square(s, w.data(), h.batch, false).transposed(), left);
       for_pieces(s, images, [&](const Piece& p) {
         const int64_t of_channel = p.image * s.n + p.channel;
-        PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, product.data() + p.packed_at, scale_of + of_channel,
-                          du + p.at, scaled.data() + p.packed_at, d_scales + of_channel, p.pack, p.rows, p.columns,
-                          p.stride);
+        PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, scratch.data() + p.at, scale_of + of_channel, du + p.at,
+                          scaled.data() + p.at, d_scales + of_channel, p.rows, p.columns, p.stride);
       });
-      multiply_transposed<A>(s, dw, left, packed<const A>(s, images, scaled.data()), first == 0 ? 0 : 1);
+      for (int64_t i = 0; i < left.batch; ++i) {
+        multiply_transposed<A>(s, dw, left.at(i), right.at(i), first + i == 0 ? 0 : 1);
+      }
     }
     if (!gradients.bias.empty()) {
       // One image after the other, so that each sum is one thread's.

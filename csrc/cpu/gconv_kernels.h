@@ -1,46 +1,40 @@
 // GConv's mixing outside the products. Vector code: included by gconv.cpp, once per instruction set.
 //
-// Arrays are rows of `count` numbers. In NCHW a row is a channel of an image, and what belongs to a channel (kPerRow)
-// is one number for each row; in channels_last a row is a pixel, or some of its channels, and there is one for each
-// column. Rows lie `stride` apart; of arrays that the products share, `pack` apart (in NCHW a channel of all images
-// lies together there).
+// Arrays are rows of `count` numbers that lie `stride` apart. In NCHW a row is a channel of an image, and what belongs
+// to a channel (kPerRow) is one number for each row; in channels_last a row is a pixel, or some of its channels, and
+// there is one for each column.
 
 #include "cpu/convert_kernels.h"
 
-// su = s u.
+// y = u + b and su = s u; b may be null.
 template <class A, bool kPerRow>
-void scale(const A* u, const A* s, A* su, int64_t pack, int64_t rows, int64_t count, int64_t stride) {
+void scale(const A* u, const A* s, const A* b, A* y, A* su, int64_t rows, int64_t count, int64_t stride) {
   constexpr int n = kLanes<A>;
-  for (int64_t r = 0; r < rows; ++r, u += stride, su += pack) {
-    int64_t i = 0;
-    for (; i + n <= count; i += n) store(su + i, load(u + i) * (kPerRow ? broadcast(s[r]) : load(s + i)));
-    for (; i < count; ++i) su[i] = u[i] * s[kPerRow ? r : i];
-  }
-}
-
-// y = u + h + b; b may be null.
-template <class A, bool kPerRow>
-void finish(const A* u, const A* h, const A* b, A* y, int64_t pack, int64_t rows, int64_t count, int64_t stride) {
-  constexpr int n = kLanes<A>;
-  for (int64_t r = 0; r < rows; ++r, u += stride, h += pack, y += stride) {
+  for (int64_t r = 0; r < rows; ++r, u += stride, y += stride, su += stride) {
     int64_t i = 0;
     for (; i + n <= count; i += n) {
-      const Vec<A> v = load(u + i) + load(h + i);
+      const Vec<A> v = load(u + i);
+      store(su + i, v * (kPerRow ? broadcast(s[r]) : load(s + i)));
       store(y + i, b ? v + (kPerRow ? broadcast(b[r]) : load(b + i)) : v);
     }
-    for (; i < count; ++i) y[i] = u[i] + h[i] + (b ? b[kPerRow ? r : i] : 0);
+    for (; i < count; ++i) {
+      const int64_t c = kPerRow ? r : i;
+      const A v = u[i];
+      su[i] = v * s[c];
+      y[i] = b ? v + b[c] : v;
+    }
   }
 }
 
 // du = dy + s h, su = s u, ds = the sums of u h.
 template <class A, bool kPerRow>
-void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* su, A* ds, int64_t pack, int64_t rows,
-                    int64_t count, int64_t stride) {
+void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* su, A* ds, int64_t rows, int64_t count,
+                    int64_t stride) {
   constexpr int n = kLanes<A>;
   if (!kPerRow) {
     for (int64_t i = 0; i < count; ++i) ds[i] = 0;
   }
-  for (int64_t r = 0; r < rows; ++r, u += stride, dy += stride, h += pack, du += stride, su += pack) {
+  for (int64_t r = 0; r < rows; ++r, u += stride, dy += stride, h += stride, du += stride, su += stride) {
     Vec<A> sums{};
     A sum = 0;
     int64_t i = 0;
