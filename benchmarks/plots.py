@@ -1,5 +1,6 @@
 """The results as one picture."""
 
+from itertools import product
 from math import prod
 from pathlib import Path
 from statistics import geometric_mean
@@ -8,8 +9,8 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.contenders import FUSED, GEMMS, PEERS
-from benchmarks.results import GOALS, NAMES, Results, layers
+from benchmarks.contenders import FUSED, GEMMS, MODES, PEERS
+from benchmarks.results import GOALS, LAYOUTS, NAMES, Results, layers, mixings
 from benchmarks.test_generator import STEPS
 from benchmarks.test_spn import SHAPES, SWEEP, label
 
@@ -29,20 +30,26 @@ STYLE = {
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the picture: speed-ups above; time, the generator step, memory and growth below."""
+    """Write the picture: SPN's speed-ups and step; its time, memory and growth; GConv's speed-ups and step."""
     matplotlib.use("agg")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
-            [["speed_up"] * 8 + ["step"] * 4, ["time"] * 5 + ["memory"] * 3 + ["growth"] * 4],
-            figsize=(13, 8),
+            [
+                ["speed_up"] * 8 + ["step"] * 4,
+                ["time"] * 5 + ["memory"] * 3 + ["growth"] * 4,
+                ["mixing"] * 8 + ["gconv_step"] * 4,
+            ],
+            figsize=(13, 12),
             layout="constrained",
         )
         figure.suptitle(f"pixnorm on {results.facts['machine']} · {results.facts['commit']}", x=0.01, ha="left")
         _speed_up(axes["speed_up"], results)
-        _step(axes["step"], results)
+        _step(axes["step"], results, "step", "Generator step, batch norm = 1")
         _time(axes["time"], results)
         _memory(axes["memory"], results)
         _growth(axes["growth"], results)
+        _mixing(axes["mixing"], results)
+        _step(axes["gconv_step"], results, "gconv_step", "Generator step, plain convolution = 1")
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
@@ -74,13 +81,25 @@ def _speed_up(axis: Axes, results: Results) -> None:
     axis.margins(y=0.25)
 
 
-def _step(axis: Axes, results: Results) -> None:
-    steps = {title: results.step("step", [impl]) for impl, title in STEPS["step"].items() if impl != "gemm"}
+def _mixing(axis: Axes, results: Results) -> None:
+    series = {}
+    for mode, (layout, name) in product(MODES, LAYOUTS.items()):
+        values = [results.mixing(comparison, layout) for comparison in mixings(mode)]
+        series[f"{mode.replace('_', ' + ')}, {name}"] = [*values, geometric_mean(values)]
+    bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
+    axis.axhline(2, color="black", linewidth=0.6, linestyle=":")
+    axis.set_title("GConv's mixing: speed-up over eager in the same layout (goal 2)")
+    axis.legend(ncols=2, loc="upper left")
+    axis.margins(y=0.25)
+
+
+def _step(axis: Axes, results: Results, of: str, title: str) -> None:
+    steps = {title: results.step(of, [impl]) for impl, title in STEPS[of].items() if impl != "gemm"}
     bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, ORANGE, *[BLUE] * (len(steps) - 2)])
     axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=12, fontweight="bold")
     axis.axhline(1.05, color="black", linewidth=0.6, linestyle=":")
     axis.tick_params(axis="x", length=0)
-    axis.set_title("Generator step, batch norm = 1 (goal 1.05)")
+    axis.set_title(f"{title} (goal 1.05)")
     axis.margins(y=0.08)
 
 
