@@ -1,7 +1,7 @@
 """Who runs against whom: eager PyTorch, torch.compile, every backend; and the floors, GEMMs alone and copies alone."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixnorm.testing import DENSE_LAYOUTS, Case, OpSpec, available_impls
+from pixnorm.testing import DENSE_LAYOUTS, Case, OpSpec, available_impls, saved_bytes
 
 DEVICE = "cpu"
 DTYPE = torch.float32
@@ -135,22 +135,6 @@ class Race:
             ready[cut:].copy_(source[cut:])
 
         return run
-
-
-def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """What autograd keeps alive for the backward of a function, beyond its inputs."""
-    own = {t.untyped_storage().data_ptr() for t in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(kept.values())
 
 
 def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_ops import DTYPES, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case
+from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,18 +20,8 @@ def test_saved_for_backward(spec, variant, kernel, dtype, parameter_dtype, layou
     case = Case((4, 8, 16, 16), "", variant)
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
     leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        spec.function(**leaves, **case.options, impl=kernel)
-    assert sum(saved.values()) == spec.saved_bytes(case, dtype)
+    kept = saved_bytes(lambda: spec.function(**leaves, **case.options, impl=kernel), leaves.values())
+    assert kept == spec.saved_bytes(case, dtype)
 
 
 def resident_bytes(which):

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import PEERS, saved_bytes
+from benchmarks.contenders import PEERS
 from benchmarks.gpu.section import COMPILED, EAGER, Call, Section
 from benchmarks.gpu.timing import Launch, Spread, Timed
 from benchmarks.model import kernel_bytes
 from benchmarks.test_generator import LATENT_DIM, generator
 from benchmarks.test_spn import HEADS, case, label
 from pixnorm.ops.gconv import _preferred
-from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, OpSpec
+from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, OpSpec, saved_bytes
 
 # Of the output; torch.compile takes part in the first.
 LAYER_SHAPES = ((64, 256, 32, 32), (16, 256, 32, 32), (32, 64, 128, 128))

@@ -16,6 +16,7 @@ from pixnorm.testing.harness import (
     excess,
     in_double,
     random,
+    saved_bytes,
 )
 from pixnorm.testing.spn import SPN
 
@@ -39,4 +40,5 @@ __all__ = [
     "excess",
     "in_double",
     "random",
+    "saved_bytes",
 ]

@@ -289,6 +289,22 @@ def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return numbers.to(torch.get_default_device())
 
 
+def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
+    """What autograd keeps alive for the backward of a function, beyond its inputs."""
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
 def available_impls(device: str | None = None) -> list[str]:
     """The impls that can run here on a device (the default one), the reference first."""
     device = device or torch.get_default_device().type
