@@ -65,7 +65,7 @@ def _gpu_obstacle(index: int | None) -> str | None:
     return _gpu_obstacles[index]
 
 
-def _native_obstacle(device: torch.device, refusal: str | None, composite: bool) -> str | None:
+def _native_obstacle(device: torch.device, refusal: str | None, composite: bool = False) -> str | None:
     if device.type == "meta" or (composite and device.type != "cpu"):
         return refusal  # the op's fake runs, or products of the library
     if device.type in _missing:
