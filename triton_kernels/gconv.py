@@ -44,7 +44,8 @@ TENSOR_CORES = Blocks(rows=128, columns=128, chunk=32, warps=8, stages=3)
 TENSOR_CORES_CROWDED = TENSOR_CORES._replace(columns=64)
 PLAIN = Blocks(rows=64, columns=64, chunk=16, warps=8, stages=2)
 DOUBLE = Blocks(rows=32, columns=32, chunk=16, warps=4, stages=2)
-# Programs that sum up the gradient of the weight: twice the multiprocessors of the largest GPU, whatever the GPU is.
+# Programs that sum up the gradient of the weight: two for each multiprocessor of an H200, and as many on every GPU, so
+# that sums are the same ones.
 PROGRAMS = 264
 
 
