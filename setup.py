@@ -7,6 +7,7 @@ CUDA build of torch are, for all GPUs from Ampere on, or for those that TORCH_CU
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from glob import glob
@@ -17,6 +18,7 @@ COMPILE_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-tr
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # the LibTorch Stable ABI, as of torch 2.10
+OLDEST_PYTHON = "cp310"  # BuildExtension compiles for the limited API as of this one
 
 
 def go_without(reason: str) -> None:
@@ -25,32 +27,60 @@ def go_without(reason: str) -> None:
     print(f"pixnorm: the kernels were not built, the reference will be used: {reason}", file=sys.stderr)
 
 
-def nvcc(cuda_home: str | None, *arguments: str) -> str:
+def output(*command: str) -> str:
+    """What a command prints; nothing if it is not there or fails."""
     try:
-        command = [os.path.join(cuda_home or "", "bin", "nvcc"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return done.stdout
 
 
-def cuda_extensions() -> list:
+def find_cuda_toolkit() -> tuple[str | None, list[str]]:
+    """The folder of a CUDA toolkit, and all that were tried. What the environment names is not doubted.
+
+    An nvcc on the path may be a script or a link outside the toolkit, so it is asked where it is.
+    """
+    folders = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")]
+    if not folders[0]:
+        told = re.findall(r"^#\$ _HERE_=(.*)", output("nvcc", "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
+        on_path = shutil.which("nvcc") or ""
+        binaries = [*told, os.path.dirname(os.path.realpath(on_path)), os.path.dirname(on_path)]
+        folders = [os.path.dirname(folder) for folder in binaries if folder]
+        folders += ["/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True), "/opt/cuda"]
+    tried = list(dict.fromkeys(folders))
+    libraries = ("lib64/libcudart.so", "lib/libcudart.so", "lib/*/libcudart.so", "targets/*/lib/libcudart.so")
+    for folder in tried:
+        header = os.path.join(folder, "include", "cuda_runtime_api.h")
+        if os.path.exists(header) and any(glob(os.path.join(folder, library)) for library in libraries):
+            return folder, tried
+    return None, tried
+
+
+def cuda_extensions(toolkit: str | None, tried: list[str]) -> list:
     """The extension of the CUDA kernels, or none, and a line that says why."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+    from torch.utils.cpp_extension import CUDAExtension
 
-    version = re.search(r"release (\d+)\.", nvcc(CUDA_HOME, "--version"))
+    nvcc = os.path.join(toolkit or "", "bin", "nvcc")
+    version = re.search(r"release (\d+)\.", output(nvcc, "--version"))
     obstacle = None
     if torch.version.cuda is None:
         obstacle = "this torch has no CUDA"
+    elif toolkit is None:
+        obstacle = (
+            "no CUDA toolkit, a folder with include/cuda_runtime_api.h and libcudart.so, was found in "
+            f"{', '.join(tried)}; CUDA_HOME can name one"
+        )
     elif version is None:
-        obstacle = "there is no nvcc"
+        obstacle = f"there is no nvcc in {toolkit}"
     elif version[1] != torch.version.cuda.partition(".")[0]:
-        obstacle = f"nvcc is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}"
+        obstacle = f"the toolkit in {toolkit} is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}"
     if obstacle:
         print(f"pixnorm: no CUDA kernels: {obstacle}", file=sys.stderr)
         return []
 
-    known = re.findall(r"compute_(\d+)(\d)\b", nvcc(CUDA_HOME, "--list-gpu-arch"))
+    known = re.findall(r"compute_(\d+)(\d)\b", output(nvcc, "--list-gpu-arch"))
     supported = [a for a in ARCHITECTURES if tuple(a.split(".")) in known]
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", " ".join(supported) + "+PTX")
     return [
@@ -65,6 +95,7 @@ def cuda_extensions() -> list:
                 ("PIXNORM_CUDA_ARCHITECTURES", f'"{architectures}"'),
             ],
             extra_compile_args={"cxx": COMPILE_FLAGS, "nvcc": [*NVCC_FLAGS, "--threads=0"]},
+            py_limited_api=True,
         )
     ]
 
@@ -73,6 +104,9 @@ def extensions() -> dict:
     if os.environ.get("PIXNORM_BUILD") == "0":
         go_without("PIXNORM_BUILD=0")
         return {}
+    toolkit, tried = find_cuda_toolkit()
+    if toolkit:
+        os.environ["CUDA_HOME"] = toolkit  # before cpp_extension guesses, when it is imported
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
@@ -81,17 +115,21 @@ def extensions() -> dict:
 
     class BuildOrGoWithout(BuildExtension):
         def run(self) -> None:
+            inplace = self.inplace
             try:
                 super().run()
-            except Exception as error:
-                go_without(f"compiling them failed ({error})")
-                self.extensions = []  # else setuptools looks for the files that were not made
+            except Exception as error:  # of what is looked at before, such as whether nvcc takes this compiler
+                *self.extensions, failed = self.extensions
+                go_without(f"compiling {failed.name} failed ({error})")
+                self.inplace = inplace  # setuptools has changed it on the way
+                self.run()
 
         def build_extension(self, extension) -> None:
             try:
                 super().build_extension(extension)
             except Exception as error:
                 go_without(f"compiling {extension.name} failed ({error})")
+                # Else setuptools looks for the file that was not made.
                 self.extensions = [other for other in self.extensions if other is not extension]
 
     kernels = CppExtension(
@@ -101,8 +139,13 @@ def extensions() -> dict:
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[STABLE_ABI],
         extra_compile_args=COMPILE_FLAGS,
+        py_limited_api=True,
     )
-    return {"ext_modules": [kernels, *cuda_extensions()], "cmdclass": {"build_ext": BuildOrGoWithout}}
+    return {
+        "ext_modules": [kernels, *cuda_extensions(toolkit, tried)],
+        "cmdclass": {"build_ext": BuildOrGoWithout},
+        "options": {"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
+    }
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 // The module pixnorm._C. Importing it registers the kernels of csrc/cpu; the schemas must have been defined.
 
-#include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
 #include "cpu/isa.h"
+#include "module.h"
 
 namespace {
-
-namespace py = pybind11;
 
 #if defined(__clang__)
 constexpr const char* kCompiler = __VERSION__;  // "Clang 17.0.6 ..."
@@ -17,16 +15,27 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-const char* cpu_capability() { return pixnorm::isa_name(pixnorm::cpu_isa()); }
-
-py::dict build_info() {
-  using py::literals::operator""_a;
-  return py::dict("compiler"_a = kCompiler, "torch"_a = TORCH_VERSION, "cpu"_a = cpu_capability());
+PyObject* cpu_capability(PyObject*, PyObject*) {
+  return pixnorm::or_runtime_error([] { return pixnorm::to_python(pixnorm::isa_name(pixnorm::cpu_isa())); });
 }
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return pixnorm::or_runtime_error([] {
+    return pixnorm::to_python(
+        {{"compiler", kCompiler}, {"torch", TORCH_VERSION}, {"cpu", pixnorm::isa_name(pixnorm::cpu_isa())}});
+  });
+}
+
+PyMethodDef functions[] = {
+    {"build_info", build_info, METH_NOARGS,
+     "What this extension was built with, and the vector instructions that it uses here"},
+    {"cpu_capability", cpu_capability, METH_NOARGS,
+     "'avx512', 'avx2' or 'baseline': the vector instructions used on this CPU"},
+    {},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pixnorm._C", nullptr, -1, functions};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "What this extension was built with, and the vector instructions that it uses here");
-  m.def("cpu_capability", &cpu_capability, "'avx512', 'avx2' or 'baseline': the vector instructions used on this CPU");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

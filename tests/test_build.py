@@ -1,7 +1,9 @@
 """The compiled extension: what it reports, what it links to, how it is built, and life without it."""
 
+import glob
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +153,81 @@ else:
 """
     )
     assert result.returncode == 0, result.stderr
+
+
+# --- finding CUDA
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The functions of setup.py, where no toolkit is in its usual place."""
+    functions = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setitem(functions["find_cuda_toolkit"].__globals__, "glob", lambda pattern: tuple(_glob(pattern)))
+    monkeypatch.setattr(os.path, "exists", lambda path, exists=os.path.exists: not _usual(path) and exists(path))
+    return functions
+
+
+def _usual(path):
+    return str(path).startswith(("/usr/local/cuda", "/opt/cuda"))
+
+
+def _glob(pattern):
+    return (path for path in glob.glob(pattern) if not _usual(path))
+
+
+def toolkit(folder, libraries="lib64"):
+    for name in ("include/cuda_runtime_api.h", f"{libraries}/libcudart.so", "bin/nvcc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def executable(path, text="exit 1"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_cuda_toolkit_behind_a_script(setup_py, monkeypatch, tmp_path):
+    """A script in the place of nvcc says where the true one is; its own folder has neither header nor library."""
+    real = toolkit(tmp_path / "cuda")
+    executable(real / "bin" / "nvcc", f"echo '#$ _HERE_={real}/bin' >&2")
+    executable(tmp_path / "wrapped" / "bin" / "nvcc", f'exec {real}/bin/nvcc "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path}/wrapped/bin{os.pathsep}{os.environ['PATH']}")
+    assert setup_py["find_cuda_toolkit"]()[0] == str(real)
+
+
+def test_the_cuda_toolkit_behind_a_link(setup_py, monkeypatch, tmp_path):
+    real = toolkit(tmp_path / "cuda", "targets/x86_64-linux/lib")
+    executable(real / "bin" / "nvcc")
+    (tmp_path / "linked" / "bin").mkdir(parents=True)
+    (tmp_path / "linked" / "bin" / "nvcc").symlink_to(real / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path}/linked/bin")
+    assert setup_py["find_cuda_toolkit"]()[0] == str(real)
+
+
+@pytest.mark.parametrize("lacking", ["include/cuda_runtime_api.h", "lib64/libcudart.so"])
+def test_a_folder_that_lacks_something_is_no_toolkit(setup_py, monkeypatch, tmp_path, lacking):
+    """What was tried is told."""
+    (toolkit(tmp_path / "half") / lacking).unlink()
+    executable(tmp_path / "half" / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path}/half/bin")
+    found, tried = setup_py["find_cuda_toolkit"]()
+    assert found is None and str(tmp_path / "half") in tried and "/usr/local/cuda" in tried
+
+
+def test_cuda_home_is_not_doubted(setup_py, monkeypatch, tmp_path):
+    """It may be another one than that on the path; if it is none, no other takes its place unseen."""
+    executable(toolkit(tmp_path / "on_path") / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path}/on_path/bin")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "named")))
+    assert setup_py["find_cuda_toolkit"]() == (str(tmp_path / "named"), [str(tmp_path / "named")])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    assert setup_py["find_cuda_toolkit"]() == (None, [str(tmp_path / "nothing")])
+
+
+def test_one_build_serves_every_python():
+    assert Path(_C.__file__).name.endswith(".abi3.so" if sys.platform != "win32" else ".pyd")

@@ -1,23 +1,26 @@
 // The module pixnorm._cuda. Importing it registers the kernels of csrc/cuda; the schemas must have been defined.
 
 #include <cuda_runtime_api.h>
-#include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
 
+#include "module.h"
+
 namespace {
 
-namespace py = pybind11;
-
-py::dict build_info() {
-  using py::literals::operator""_a;
+PyObject* build_info(PyObject*, PyObject*) {
   const std::string cuda = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  return py::dict("CUDA"_a = cuda, "torch"_a = TORCH_VERSION, "architectures"_a = PIXNORM_CUDA_ARCHITECTURES);
+  return pixnorm::to_python({{"CUDA", cuda}, {"torch", TORCH_VERSION}, {"architectures", PIXNORM_CUDA_ARCHITECTURES}});
 }
+
+PyMethodDef functions[] = {
+    {"build_info", build_info, METH_NOARGS, "What this extension was built with, and for which GPUs"},
+    {},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pixnorm._cuda", nullptr, -1, functions};
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
-  m.def("build_info", &build_info, "What this extension was built with, and for which GPUs");
-}
+PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }
