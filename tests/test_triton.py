@@ -1,6 +1,7 @@
 """The ops in Triton, as far as no GPU is needed. Their kernels' machine code is looked at in test_triton_code.py."""
 
 import builtins
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -27,7 +28,16 @@ triton = pytest.importorskip("triton", reason="Triton is for Linux")
 ROOT = Path(__file__).parents[1]
 
 
+def versions(*packages):
+    """The first two numbers of each."""
+    return [tuple(map(int, importlib.metadata.version(package).split(".")[:2])) for package in packages]
+
+
 @pytest.mark.cpu
+@pytest.mark.skipif(
+    versions("triton") < [(3, 7)] and versions("numpy") >= [(2, 4)],
+    reason="Triton 3.6 cannot interpret beside NumPy 2.4 or newer",
+)
 @pytest.mark.beside("tests/interpreted", environment=lambda: {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 def test_kernels_under_the_interpreter(beside):
     """Triton decides when it is imported whether its kernels are interpreted."""

@@ -10,10 +10,12 @@ from torch.nn.modules.utils import _pair
 
 from pixnorm import functional as F
 from pixnorm.ops._dispatch import IMPLS
+from pixnorm.ops.common import exporting
 
 
 class _Current(threading.local):
-    z: Tensor | None = None
+    def __init__(self):  # in each thread; the compiler of torch 2.11 would prefer an attribute of the class
+        self.z: Tensor | None = None
 
 
 _current = _Current()
@@ -83,7 +85,7 @@ class _Generative(nn.Module):
             nn.init.zeros_(self.bias)
 
     def _latent(self, z: Tensor | None) -> Tensor:
-        if z is None and torch.compiler.is_exporting():
+        if z is None and exporting():
             raise RuntimeError(
                 f"torch.export would make the latent vectors of {type(self).__name__} a constant: pass z"
             )

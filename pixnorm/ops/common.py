@@ -37,9 +37,21 @@ def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> T
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
+@constant_in_graphs
+def autocast_available(device_type: str) -> bool:
+    """What torch's own function says; the compiler of torch 2.11 cannot trace that one."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+@constant_in_graphs
+def exporting() -> bool:
+    """Whether ``torch.export`` traces. The compiler of torch 2.11 takes torch's own function for true in any graph."""
+    return torch.compiler.is_exporting()
+
+
 def without_autocast(device: torch.device):
     """For what computes in the dtype of its inputs whatever surrounds it."""
-    if torch.amp.is_autocast_available(device.type):
+    if autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -28,9 +28,11 @@ from pixnorm.ops._dispatch import choose, define_op
 from pixnorm.ops.common import (
     FLOAT,
     HALF,
+    autocast_available,
     convolutions_allow_tf32,
     dense,
     dense_like,
+    exporting,
     is_channels_last,
     products_allow_tf32,
     reference_grads,
@@ -198,8 +200,9 @@ class GConvMixFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = reference_grads(gconv_mix_reference, inputs, grad_y, ctx.needs_input_grad[2:])
         else:
-            *grads, grad_bias = ctx.backward_op(grad_y, u, s, mix_weight, bias is not None, ctx.allow_tf32)
-            grads.append(None if bias is None else grad_bias)
+            grads = ctx.backward_op(grad_y, u, s, mix_weight, bias is not None, ctx.allow_tf32)
+            if bias is None:
+                grads = (*grads[:3], None)
         return None, None, *grads
 
 
@@ -212,7 +215,7 @@ def _preferred(u: Tensor, allow_tf32: bool) -> str:
     Fused, u is read once and y written: 2 passes over memory, T each. The library reads u twice and y once, writes y
     twice (a product is added onto a copy of u), and has the weights of each sample to write and to read: 5 T and more.
     """
-    if u.device.type not in ("cuda", "xpu") or torch.compiler.is_exporting():
+    if u.device.type not in ("cuda", "xpu") or exporting():
         return "native"
     n, h, w = u.shape[1:]
     table = (
@@ -228,7 +231,7 @@ def _preferred(u: Tensor, allow_tf32: bool) -> str:
 
 
 def _triton_refusal(u: Tensor) -> str | None:
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() or exporting():
         return None  # the question would limit the sizes that a graph is for
     n, c, h, w = u.shape
     if c * h * w >= 2**31 or n * h * w >= 2**31:
@@ -286,7 +289,7 @@ def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, al
 
 
 def _under_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:

@@ -21,6 +21,7 @@ from pixnorm.ops.common import (
     HALF,
     convolutions_allow_tf32,
     dense_like,
+    exporting,
     gpu_name,
     is_channels_last,
     reference_grads,
@@ -263,7 +264,7 @@ def _preferred(x: Tensor, upsample: int) -> str:
 
 
 def _triton_refusal(x: Tensor, upsample: int) -> str | None:
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() or exporting():
         return None  # the question would limit the sizes that a graph is for
     n, c, h, w = x.shape
     if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
