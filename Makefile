@@ -2,6 +2,12 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 RESULTS ?= benchmarks/results
+# Of make gpu: for all parts together; some of them alone (a,b); BUILD=0 loads what make gpu-bundle has built.
+MINUTES ?= 8
+PARTS   ?=
+BUILD   ?= 1
+# Interpreters that make compat and make gpu-bundle look at first; they need Python 3.12 and 3.13.
+PYTHONS ?=
 
 ifneq ($(VENV),)
 BIN   := $(VENV)/bin/
@@ -14,17 +20,20 @@ PY := $(PYTHON)
 endif
 BUILT := build/$(subst /,-,$(PY)).built
 
-.PHONY: help build test bench gmm kernels gpu lint format clean
+.PHONY: help build test compat bench gmm kernels gpu gpu-bundle lint format clean
 .PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # with no extension there, the stamp is wrong
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=$(PYTHON)  VENV=$(VENV) (empty: use PYTHON as it is)  RESULTS=$(RESULTS)"
 
 build: $(BUILT)  ## compile the kernels, where they have changed
 
 test: build  ## run the tests
 	$(PY) -m pytest tests
+
+compat:  ## build and test with the oldest and the newest PyTorch that pixnorm is for; each has a venv in build/compat
+	$(PYTHON) -m compat $(addprefix --python ,$(PYTHONS))
 
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 	$(PY) -m benchmarks.report --results $(RESULTS)
@@ -36,7 +45,11 @@ kernels: $(READY)  ## compile the kernels for GPUs (none needed) and check what 
 	$(PY) -m benchmarks.kernels
 
 gpu: $(READY)  ## on a machine with a GPU: build, test and measure there; results go to RESULTS
-	$(PY) -m benchmarks.gpu --results $(RESULTS)
+	$(PY) -m benchmarks.gpu --results $(RESULTS) --minutes $(MINUTES) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(filter 0,$(BUILD)),--no-build)
+
+gpu-bundle:  ## build for the stack of the GPU machines, without a GPU, what make gpu BUILD=0 loads there
+	$(PYTHON) -m benchmarks.gpu.bundle make
 
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 CXX_TESTS = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')

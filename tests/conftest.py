@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compat import staleness
 from pixnorm.testing import SPECS, available_impls
 
 try:
@@ -89,6 +90,9 @@ def pytest_collection_modifyitems(config, items):
             return False
         if spec and not spec.float32_parameters and asked.get("parameter_dtype") != asked.get("dtype"):
             return False
+        if device == "cuda" and impl == "triton" and {"case", "dtype", "parameter_dtype", "layout"} <= asked.keys():
+            # Each kernel takes seconds to compile, and there are hundreds of them.
+            return spec.in_rotation(*(asked[name] for name in ("case", "dtype", "parameter_dtype", "layout")))
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
 
@@ -98,7 +102,12 @@ def pytest_collection_modifyitems(config, items):
         elsewhere |= item.get_closest_marker("beside") is not None and IN_A_PROCESS_BESIDE in os.environ
         (left_out if elsewhere or not fits(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("beside") is not None)
+    first = ("test_ops.py", "test_cuda.py") if device == "cuda" else ()  # a GPU may be lent for minutes
+
+    def place(item):
+        return item.get_closest_marker("beside") is not None, item.path.name not in first
+
+    items[:] = sorted(kept, key=place)
 
 
 class Beside:
@@ -140,7 +149,8 @@ def beside(request):
 
 def pytest_collection_finish(session):
     """The longest first: they take minutes, but not of this process."""
-    marks = {item.nodeid: item.get_closest_marker("beside") for item in session.items}
+    run = [item for item in session.items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    marks = {item.nodeid: item.get_closest_marker("beside") for item in run}
     wanted = {test: mark for test, mark in marks.items() if mark}
     if wanted and not session.config.option.collectonly:
         session.config.stash[BESIDE] = Beside()
@@ -151,6 +161,34 @@ def pytest_collection_finish(session):
 def pytest_unconfigure(config):
     if BESIDE in config.stash:
         config.stash[BESIDE].end()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """A process that has lost the GPU fails in all that follows; pytest-xdist puts a new one in its place."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"after {nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request):
+    """What a test needs nearly all of has no place beside what others have left."""
+    large = request.node.get_closest_marker("gpu_memory")
+    if large:
+        torch.cuda.empty_cache()
+    yield
+    if large:
+        torch.cuda.empty_cache()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Other versions of PyTorch break in ways that do not show here."""
+    if reason := staleness():
+        terminalreporter.write_line(f"compatibility: {reason}", yellow=True)
 
 
 @pytest.hookimpl(wrapper=True)
