@@ -94,6 +94,16 @@ OTHER_GPUS = {
     ),
 }
 
+# What runs here is the code of another one above; copies and products as measured on one.
+SAME_CODE = {
+    "NVIDIA H100 80GB HBM3": GPUS["NVIDIA H200"]._replace(copy=3.0e12),
+}
+
+
+def gpu_named(name: str) -> GPU | None:
+    """As ``torch.cuda.get_device_name()`` says it; None for one that is not known."""
+    return (GPUS | OTHER_GPUS | SAME_CODE).get(name)
+
 
 def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:
     """How often each kernel must read and write as many elements as x has, by its name; for GConv, as u has."""
@@ -124,6 +134,15 @@ def kernel_bytes(shape: tuple[int, ...], itemsize: int, upsample: int, channels_
     """
     passes = kernel_passes(upsample, channels_last)
     return {name: (reads + writes) * itemsize * prod(shape) for name, (reads, writes) in passes.items()}
+
+
+def spn_times(gpu: GPU, shape: tuple[int, ...], itemsize: int, upsample: int) -> tuple[float, float]:
+    """Predicted seconds of SPN, forward and backward, by its bytes and its products; ``shape`` is that of x."""
+    moved = kernel_bytes(shape, itemsize, upsample, channels_last=True)
+    forward = moved["spn_statistics_kernel"] + moved["spn_fwd_modulate_kernel"]
+    backward = moved["spn_bwd_reduce_kernel"] + moved["spn_bwd_apply_kernel"]
+    products = gemm_times(gpu, shape, itemsize)
+    return products[0] + forward / gpu.copy, products[1] + backward / gpu.copy
 
 
 def gemm_times(gpu: GPU, shape: tuple[int, ...], itemsize: int) -> tuple[float, float]:

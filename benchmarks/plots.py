@@ -65,6 +65,7 @@ def bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours:
         at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
         axis.bar_label(axis.bar(at, values, 0.92 * width, color=colour, label=name), fmt=form, fontsize=7, padding=1)
     axis.set_xticks(range(len(groups)), groups)
+    axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.tick_params(axis="x", length=0)
 
 

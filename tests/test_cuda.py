@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_ops import assert_same_bits, check_against_eager, name_of
+from test_ops import assert_same_bits, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, check_against_eager, evaluate
 
 pytestmark = pytest.mark.cuda
 

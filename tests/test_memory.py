@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import DTYPES, name_of
+from test_ops import name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, saved_bytes
+from pixnorm.testing import DENSE_LAYOUTS, DTYPES, GCONV_MIX, SPN, Case, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,5 @@
 """Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
 
-import functools
 import importlib
 from functools import partial
 from itertools import combinations
@@ -11,65 +10,27 @@ from torch import nn
 
 from pixnorm.testing import (
     DENSE_LAYOUTS,
+    DTYPES,
     LAYOUTS,
     Case,
-    assert_close_as_eager,
     available_impls,
+    check_against_eager,
     evaluate,
     in_double,
     random,
+    without_kink,
 )
 
 # Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 HALF = (torch.bfloat16, torch.float16)
-# dtype of x, dtype of the parameters
-DTYPES = [(t, t) for t in (torch.float64, torch.float32, *HALF)] + [(t, torch.float32) for t in HALF]
 
 
 def name_of(value):
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return str(value)
-
-
-def without_kink(options):
-    return {key: value for key, value in options.items() if key != "activation"}
-
-
-@functools.lru_cache(maxsize=16)
-def yardsticks(spec, case, dtype, parameter_dtype, layouts, seed):
-    """A gradient of y; plain PyTorch in this dtype, in these layouts; and in float64, from the same inputs."""
-    eager_inputs = [
-        spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout, seed=seed) for layout in layouts
-    ]
-    y = spec.reference(**in_double(eager_inputs[0]), **without_kink(case.options))
-    grad_y = random(y.shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
-    if case.options.get("activation") and y.numel():
-        # No gradient so near the kink that rounding decides whether there is one.
-        grad_y[y.abs() <= 0.1 * y.std()] = 0
-    eager = [evaluate(spec, spec.reference, tensors, case.options, grad_y) for tensors in eager_inputs]
-    exact = evaluate(spec, spec.reference, in_double(eager_inputs[0]), case.options, grad_y)
-    return grad_y, eager, exact
-
-
-def check_against_eager(
-    spec, impl, case, dtype=torch.float32, parameter_dtype=None, layout="contiguous", eager_layouts=DENSE_LAYOUTS
-):
-    """Output, gradients and buffers are as close to float64 as those of plain PyTorch."""
-    if layout == "expanded":  # of all layouts the one with other values
-        eager_layouts = ("expanded",)
-
-    def draw(seed):
-        grad_y, eager, exact = yardsticks(spec, case, dtype, parameter_dtype, eager_layouts, seed)
-        tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout, seed=seed)
-        actual = evaluate(spec, spec.call(impl), tensors, case.options, grad_y)
-        assert actual.y.dtype == dtype
-        for (name, a), (_, b), *others in zip(actual.named(), exact.named(), *(r.named() for r in eager), strict=True):
-            yield name, a, [tensor for _, tensor in others], b
-
-    assert_close_as_eager(draw, dtype)
 
 
 def assert_same_bits(first, second, skip=()):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_ops import DTYPES, HALF, assert_same_bits, name_of
+from test_ops import HALF, assert_same_bits, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, SPN, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPN, Case, evaluate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 

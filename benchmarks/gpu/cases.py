@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import PEERS
-from benchmarks.gpu.section import COMPILED, EAGER, Call, Section
+from benchmarks.gpu.first import check, facts, first
+from benchmarks.gpu.section import COMPILED, CONTEXT_LOST, EAGER, Call, ContextLostError, Passes, Section
 from benchmarks.gpu.timing import Launch, Spread, Timed
 from benchmarks.model import kernel_bytes
 from benchmarks.test_generator import LATENT_DIM, generator
@@ -69,124 +69,103 @@ def mixings(section: Section, shapes: Iterable[tuple], precisions: Iterable[str]
             yield {"shape": label(shape), "precision": precision}, Call(section, GCONV_MIX, of_shape, precision)
 
 
-def rivals(section: Section, spec: OpSpec, with_compiled: bool) -> list[str]:
-    """Of a comparison; compiling for every shape would take longer than all the rest."""
-    return [*(PEERS if with_compiled else EAGER), *section.fused(spec)]
-
-
-def of_triton(section: Section, spec: OpSpec) -> list[str]:
-    return [name for name in section.fused(spec) if name.startswith("triton")]
-
-
 def compiling(section: Section) -> None:
-    """Compile what torch.compile and Triton will be asked for, beside other work; it is then found in their caches."""
-    for shape in dict.fromkeys((*LAYER_SHAPES, *KERNEL_SHAPES, *SMALL_SHAPES)):
-        for head in HEADS:
-            for precision in section.precisions if shape in LAYER_SHAPES else section.some_precisions:
-                # The code that torch.compile writes for strict float32 is that for TF32.
-                theirs = COMPILED if shape == LAYER_SHAPES[0] and precision != "fp32" else ()
-                if names := (*of_triton(section, SPN), *theirs):
-                    call = layer(section, head, shape, precision)
-                    compile_call(section, f"{head} {label(shape)} {precision}", call, names)
-    compile_steps(section, "step")
+    """Compile the peers under torch.compile beside other work; they are then found in its cache."""
+    for what, where, call in peer_calls(section):
+        torch._dynamo.reset()
+        for name in COMPILED:
+            section.attempt(f"compiling {what} {' '.join(where.values())} {name}", call.ready, name)
 
 
-def compiling_gconv(section: Section) -> None:
-    """The same for GConv."""
-    for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
-        main = where["shape"] == label(MIXING_SHAPES[0])
-        theirs = COMPILED if main and where["precision"] != "fp32" else ()
-        compile_call(section, " ".join(where.values()), call, (*of_triton(section, GCONV_MIX), *theirs))
-    compile_steps(section, "gconv_step")
+def peer_calls(section: Section) -> Iterator[tuple[str, dict[str, str], Call]]:
+    """Those that torch.compile takes part in; compiling for every shape would take longer than all the rest."""
+    shape = LAYER_SHAPES[0]
+    for head, precision in product(HEADS, section.some_precisions):
+        where = {"head": head, "shape": label(shape), "precision": precision}
+        yield "layer", where, layer(section, head, shape, precision)
+    for where, call in mixings(section, MIXING_SHAPES[:1], section.some_precisions):
+        yield "mixing", where, call
 
 
-def compile_call(section: Section, where: str, call: Call, names: Iterable[str]) -> None:
-    torch._dynamo.reset()
-    for name in names:
-        with section.attempt(f"{name} {where}"):
-            call.passes(name).both()
-            print("compiled", name, where, flush=True)
-
-
-def compile_steps(section: Section, of: str) -> None:
-    for batch, precision, name in product(BATCHES, section.some_precisions, of_triton(section, PAIRS[of].spec)):
-        with section.attempt(f"{of} {batch} {precision} {name}"):
-            generator_step(section, of, batch, precision, name)()
+def peers(section: Section) -> None:
+    """Forward and backward of plain PyTorch under torch.compile."""
+    for what, where, call in peer_calls(section):
+        compare(section, what, where, call, COMPILED)
 
 
 def layers(section: Section) -> None:
-    """Forward, and backward alone, of every contender in every precision."""
+    """Forward, and backward alone, of eager mode and of ours in every precision."""
     main, *others = LAYER_SHAPES
     rest = [precision for precision in section.precisions if precision not in section.some_precisions]
     order = [(main, section.precisions), *product(others, [section.some_precisions]), *product(others, [rest])]
     for shape, precisions in order:  # should time run out, what counts least is lost
         for head, precision in product(HEADS, precisions):
             where = {"head": head, "shape": label(shape), "precision": precision}
-            contenders = rivals(section, SPN, with_compiled=shape == main)
-            compare(section, "layer", where, layer(section, head, shape, precision), contenders)
+            call = layer(section, head, shape, precision)
+            compare(section, "layer", where, call, (*EAGER, *section.fused(SPN)))
 
 
 def mixing(section: Section) -> None:
     """The same of GConv's mixing; and which impl ``auto`` would take."""
     for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
-        main = where["shape"] == label(MIXING_SHAPES[0])
-        compare(section, "mixing", where, call, rivals(section, GCONV_MIX, with_compiled=main))
+        compare(section, "mixing", where, call, (*EAGER, *section.fused(GCONV_MIX)))
         u = call.inputs(DENSE_LAYOUTS[0])["u"]
         section.add("auto", **where, impl=_preferred(u, torch.backends.cudnn.allow_tf32))
 
 
 def compare(section: Section, what: str, where: dict[str, str], call: Call, names: Iterable[str]) -> None:
     """Forward, and backward alone, of several contenders."""
-    if where["precision"] != "fp32":  # its code is that of TF32
-        torch._dynamo.reset()
-    forwards, backwards = {}, {}
+    torch._dynamo.reset()
+    titled = " ".join((what, *where.values()))
+    contenders: dict[str, dict[str, Timed]] = {"forward": {}, "backward": {}}
     for name in names:
-        with section.attempt(" ".join((what, *where.values(), name))):
-            passes = call.passes(name)
-            passes.both()
-            forwards[name] = Timed(lambda _, passes=passes: passes.forward())
-            backwards[name] = Timed(passes.backward, passes.forward)
-    for mode, contenders in (("forward", forwards), ("backward", backwards)):
-        for name, spread in section.stopwatch.device_times(contenders).items():
+        if not section.has(what, **where, mode="backward", contender=name):
+            passes = section.attempt(f"{titled} {name}", call.ready, name)
+            for mode, timed in (passes.timed() if passes else {}).items():
+                contenders[mode][name] = timed
+    for mode, rivals in contenders.items():
+        times = section.attempt(f"{titled} {mode}", section.stopwatch.device_times, rivals)
+        for name, spread in (times or {}).items():
             section.add(what, **where, mode=mode, contender=name, **spread._asdict())
 
 
 def memory(section: Section) -> None:
     """What forward and backward hold at once beyond their inputs, and what is kept in between."""
     shape = LAYER_SHAPES[0]
-    for head in HEADS:
-        for precision in section.some_precisions:
-            call = layer(section, head, shape, precision)
-            for name in (*EAGER, *section.fused(SPN)):
-                with section.attempt(f"memory {name} {head} {precision}"):
-                    passes = call.passes(name)
-                    passes.both()
-                    peak = section.stopwatch.peak_bytes(passes.both)
-                    saved = saved_bytes(passes.forward, passes.tensors.values())
-                    output = passes.forward().nbytes
-                    where = {"head": head, "shape": label(shape), "precision": precision, "contender": name}
-                    section.add("memory", **where, peak=peak, saved=saved, output=output)
+    for head, precision in product(HEADS, section.some_precisions):
+        call = layer(section, head, shape, precision)
+        for name in (*EAGER, *section.fused(SPN)):
+            where = {"head": head, "shape": label(shape), "precision": precision, "contender": name}
+            if not section.has("memory", **where):
+                section.attempt(" ".join(("memory", *where.values())), add_memory, section, call, where)
+
+
+def add_memory(section: Section, call: Call, where: dict[str, str]) -> None:
+    passes = call.ready(where["contender"])
+    peak = section.stopwatch.peak_bytes(passes.both)
+    saved = saved_bytes(passes.forward, passes.tensors.values())
+    section.add("memory", **where, peak=peak, saved=saved, output=passes.forward().nbytes)
 
 
 def kernels(section: Section) -> None:
     """The time of each kernel of the fused layers, from a profile, and the bytes that it must move."""
-    section.add("copy", bandwidth=section.stopwatch.copy_bandwidth())
-    memory(section)
     for shape, head, precision in product(KERNEL_SHAPES, HEADS, section.some_precisions):
         where = {"head": head, "shape": label(shape), "precision": precision}
         profile(section, where, layer(section, head, shape, precision))
     for where, call in mixings(section, MIXING_SHAPES[:1], section.some_precisions):
         profile(section, {"head": "mixing"} | where, call)
+    memory(section)
 
 
 def profile(section: Section, where: dict[str, str], call: Call) -> None:
     for name in section.fused(call.spec):
-        with section.attempt(" ".join(("kernels", *where.values(), name))):
-            calls = section.stopwatch.launches(call.passes(name).both, rounds=11)
-            add_kernels(section, call, where | {"contender": name}, calls)
+        of_name = where | {"contender": name}
+        if not section.has("kernel", **of_name):
+            section.attempt(" ".join(("kernels", *of_name.values())), add_kernels, section, call, of_name)
 
 
-def add_kernels(section: Section, call: Call, where: dict, calls: list[list[Launch]]) -> None:
+def add_kernels(section: Section, call: Call, where: dict) -> None:
+    calls = section.stopwatch.launches(call.passes(where["contender"]).both, rounds=11)
     if not calls:
         section.add("no kernels", **where)
         return
@@ -214,41 +193,43 @@ def add_kernels(section: Section, call: Call, where: dict, calls: list[list[Laun
             times_per_call=median(map(len, per_call)),
             **Spread.of([sum(launch.seconds for launch in launches) for launches in per_call])._asdict(),
             bytes=moved.get(key),
+            copy=section.stopwatch.copy_seconds(moved[key]) if key in moved else None,
             **{key.replace(" ", "_"): details.get(key) for key in ("registers per thread", "grid", "block")},
         )
 
 
 def small(section: Section) -> None:
     """Wall time where launches are all that takes time, also replayed from a CUDA graph; and how many there are."""
-    for shape in SMALL_SHAPES:
-        for head in HEADS:
-            call = layer(section, head, shape, "tf32")
-            where = {"head": head, "shape": label(shape)}
-            contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward + backward": {}}
-            for name in (*EAGER, *section.fused(SPN)):
-                with section.attempt(f"small {head} {label(shape)} {name}"):
-                    passes = call.passes(name)
-                    runs = (passes.forward, passes.both)
-                    for mode, run in zip(contenders, runs, strict=True):
-                        run()
-                        contenders[mode][name] = run
-                    if shape == SMALL_SHAPES[0] and name in section.fused(SPN):
-                        add_launches(section, where | {"contender": name}, *runs)
-            for mode, runs in contenders.items():
-                replays = {}
-                for name, run in runs.items():
-                    with section.attempt(f"graph {head} {label(shape)} {name} {mode}"):
-                        replay = section.stopwatch.graph(run)
-                        if replay:
-                            replays[name] = replay
-                for graph, contestants in ((False, runs), (True, replays)):
-                    for name, spread in section.stopwatch.wall_times(contestants).items():
-                        section.add("small", **where, mode=mode, graph=graph, contender=name, **spread._asdict())
+    for shape, head in product(SMALL_SHAPES, HEADS):
+        if not section.has("small", head=head, shape=label(shape)):
+            small_layer(section, head, shape)
 
 
-def add_launches(section: Section, where: dict, forward: Callable[[], object], both: Callable[[], object]) -> None:
+def small_layer(section: Section, head: str, shape: tuple[int, ...]) -> None:
+    call = layer(section, head, shape, "tf32")
+    where, titled = {"head": head, "shape": label(shape)}, f"small {head} {label(shape)}"
+    contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward + backward": {}}
+    for name in (*EAGER, *section.fused(SPN)):
+        if passes := section.attempt(f"{titled} {name}", call.ready, name):
+            contenders["forward"][name], contenders["forward + backward"][name] = passes.forward, passes.both
+            if shape == SMALL_SHAPES[0] and name in section.fused(SPN):
+                of_name = where | {"contender": name}
+                section.attempt(f"launches {titled} {name}", add_launches, section, of_name, passes)
+    for mode, runs in contenders.items():
+        graphs = {
+            name: section.attempt(f"graph {titled} {name} {mode}", section.stopwatch.graph, run)
+            for name, run in runs.items()
+        }
+        for graph, contestants in ((False, runs), (True, {name: run for name, run in graphs.items() if run})):
+            clocked = f"{titled} {mode}{' graph' if graph else ''}"
+            times = section.attempt(clocked, section.stopwatch.wall_times, contestants)
+            for name, spread in (times or {}).items():
+                section.add("small", **where, mode=mode, graph=graph, contender=name, **spread._asdict())
+
+
+def add_launches(section: Section, where: dict, passes: Passes) -> None:
     """Launches of forward and of backward: what a call with both has more than a call with the first."""
-    found = [section.stopwatch.launches(run, rounds=3) for run in (forward, both)]
+    found = [section.stopwatch.launches(run, rounds=3) for run in (passes.forward, passes.both)]
     if not all(found):
         section.add("no kernels", **where)
         return
@@ -262,21 +243,30 @@ def step(section: Section) -> None:
     batches = BATCHES if section.stopwatch.on_gpu else (2,)
     for (of, pair), batch, precision in product(PAIRS.items(), batches, section.some_precisions):
         where = {"of": of, "batch": batch, "precision": precision}
+        titled = f"{of} {batch} {precision}"
+        if section.has("step", **where):
+            continue
         contenders = {}
         for impl, layout in product((pair.plain, *section.impls(pair.spec), "eager"), DENSE_LAYOUTS):
             name = f"{impl}-{layout}"
-            with section.attempt(f"{of} {batch} {precision} {name}"):
-                contenders[name] = generator_step(section, of, batch, precision, name)
-                contenders[name]()
-                peak = section.stopwatch.peak_bytes(contenders[name])
-                section.add("step memory", **where, contender=name, peak=peak)
+            if run := section.attempt(f"{titled} {name}", ready_step, section, where, name):
+                contenders[name] = run
         timed = {name: Timed(lambda _, run=run: run()) for name, run in contenders.items()}
-        for clock, found in (
-            ("device", section.stopwatch.device_times(timed)),
-            ("wall", section.stopwatch.wall_times(contenders)),
+        stopwatch = section.stopwatch
+        for clock, measure, rivals in (
+            ("device", stopwatch.device_times, timed),
+            ("wall", stopwatch.wall_times, contenders),
         ):
-            for name, spread in found.items():
+            for name, spread in (section.attempt(f"{titled} {clock}", measure, rivals) or {}).items():
                 section.add("step", **where, clock=clock, contender=name, **spread._asdict())
+
+
+def ready_step(section: Section, where: dict, name: str) -> Callable[[], object]:
+    """One that has run, and what it holds at once."""
+    run = generator_step(section, **where, name=name)
+    run()
+    section.add("step memory", **where, contender=name, peak=section.stopwatch.peak_bytes(run))
+    return run
 
 
 def generator_step(section: Section, of: str, batch: int, precision: str, name: str) -> Callable[[], object]:
@@ -294,7 +284,10 @@ def generator_step(section: Section, of: str, batch: int, precision: str, name: 
     return lambda: torch.autograd.grad(forward(), weights, grad)
 
 
-SECTIONS = {section.__name__: section for section in (compiling, compiling_gconv, kernels, layers, mixing, step, small)}
+SECTIONS = {
+    section.__name__: section
+    for section in (facts, check, first, kernels, layers, step, mixing, small, compiling, peers)
+}
 
 
 def main() -> None:
@@ -303,9 +296,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
     parser.add_argument("--records", type=Path, required=True, metavar="FILE")
     arguments = parser.parse_args()
-    section = Section(arguments.device, arguments.records)
     torch.manual_seed(0)
-    SECTIONS[arguments.section](section)
+    section = Section(arguments.device, arguments.records)
+    try:
+        SECTIONS[arguments.section](section)
+    except ContextLostError:
+        sys.exit(CONTEXT_LOST)
     sys.exit(section.failed)
 
 

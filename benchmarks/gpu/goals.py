@@ -119,7 +119,7 @@ def _by_shape(
 
 
 def is_h200(records: Records) -> bool:
-    return "H200" in records.facts["machine"]
+    return "H200" in records.gpu
 
 
 def share_goals(records: Records) -> dict[str, tuple[float, float]]:

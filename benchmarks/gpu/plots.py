@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from math import nan
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +35,8 @@ def draw(records: Records, path: Path) -> None:
             figsize=(13, 17),
             layout="constrained",
         )
-        figure.suptitle(f"pixnorm on {records.facts['machine']} · {records.facts['commit']}", x=0.01, ha="left")
+        title = f"pixnorm on {records.facts.get('machine', 'a GPU')} · {records.facts.get('commit', '')}"
+        figure.suptitle(title, x=0.01, ha="left")
         for name, panel in (
             ("speed_up plain", partial(_speed_up, head="plain")),
             ("speed_up up", partial(_speed_up, head="up")),
@@ -51,8 +53,9 @@ def draw(records: Records, path: Path) -> None:
         plt.close(figure)
 
 
-def _or_zero(value: float | None) -> float:
-    return value or 0.0
+def _or_nan(value: float | None) -> float:
+    """What was not measured has no bar, and no label."""
+    return nan if value is None else value
 
 
 def _speed_up(axis: Axes, records: Records, head: str) -> None:
@@ -60,7 +63,7 @@ def _speed_up(axis: Axes, records: Records, head: str) -> None:
     series, impls = {}, records.impls("layer")
     for impl, mode in product(impls, MODES):
         where = {"head": head, "shape": shape, "mode": mode}
-        series[f"{impl}, {mode}"] = [_or_zero(records.speed_up(impl, precision=p, **where)) for p in WORDS]
+        series[f"{impl}, {mode}"] = [_or_nan(records.speed_up(impl, precision=p, **where)) for p in WORDS]
     goal = 8 if head == "up" else 4
     _speed_up_bars(axis, list(WORDS.values()), series, impls, goal)
     axis.set_title(f"{TITLES[head]}, {shape}: speed-up over peers (native's goal {goal})")
@@ -71,7 +74,7 @@ def _mixing(axis: Axes, records: Records) -> None:
     series, impls = {}, records.impls("mixing")
     for impl, mode in product(impls, MODES):
         ratio = partial(records.ratio, EAGER, FUSED[impl], "mixing", shape=shape, mode=mode)
-        series[f"{impl}, {mode}"] = [_or_zero(ratio(precision=precision)) for precision in MIXING_PRECISIONS]
+        series[f"{impl}, {mode}"] = [_or_nan(ratio(precision=precision)) for precision in MIXING_PRECISIONS]
     _speed_up_bars(axis, [WORDS[precision] for precision in MIXING_PRECISIONS], series, impls, goal=2)
     axis.set_title(f"{TITLES['mixing']}, {shape}: speed-up over eager (goal 2)")
 
@@ -100,7 +103,7 @@ def _time(axis: Axes, records: Records) -> None:
         for name, names in contenders.items():
             where = {"head": "plain", "shape": shape, "precision": precision, "mode": mode}
             best = records.best(names, "layer", **where)
-            series[name].append(1e6 * best["median"] if best else 0.0)
+            series[name].append(1e6 * best["median"] if best else nan)
     bars(axis, groups, series, [GREY, PALE, *_tones(impls)[::2]])
     axis.set_title(f"SPN, {shape}: device time, µs")
     axis.legend(ncols=2, loc="upper left")
@@ -150,7 +153,7 @@ def _memory(axis: Axes, records: Records) -> None:
         values = []
         for head in HEADS:
             entries = [e for e in records.all("memory", head=head) if e["contender"] in names and e[key]]
-            values.append(min((e[key] / e["output"] for e in entries), default=0.0))
+            values.append(min((e[key] / e["output"] for e in entries), default=nan))
         series[f"{name}, {key}"] = values
     bars(axis, [TITLES[head] for head in HEADS], series, [GREY, PALE, *_tones(impls)], "%.2f")
     axis.set_title("SPN: memory in outputs, at the peak and saved for backward")
@@ -164,7 +167,7 @@ def _step(axis: Axes, records: Records, of: str) -> None:
     for batch, precision, clock in product(BATCHES, ("tf32", "bf16"), ("device", "wall")):
         groups.append(f"{precision.replace('tf32', 'fp32')}\n{batch}\n{clock}")
         for impl, ratios in zip(("eager", *impls), series.values(), strict=True):
-            ratios.append(_or_zero(records.step_ratio(of, [impl], batch, precision, clock)))
+            ratios.append(_or_nan(records.step_ratio(of, [impl], batch, precision, clock)))
     bars(axis, groups, series, [GREY, *_tones(impls)[::2]], "%.2f")
     axis.axhline(pair.goal, color="black", linewidth=0.6, linestyle=":")
     axis.set_title(f"Generator step, {pair.plainly} = 1 (goal {pair.goal:g})")
@@ -185,7 +188,7 @@ def _small(axis: Axes, records: Records) -> None:
         groups.append(f"{shape}\n{mode}")
         for name, (names, graph) in choices.items():
             best = records.best(names, "small", head="plain", shape=shape, mode=mode, graph=graph)
-            series[name].append(1e6 * best["median"] if best else 0.0)
+            series[name].append(1e6 * best["median"] if best else nan)
     bars(axis, groups, series, [GREY, PALE, *_tones(impls)])
     axis.set_yscale("log")
     axis.set_title("SPN, small shapes: wall time per call, µs")

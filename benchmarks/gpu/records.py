@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import PEERS
 from benchmarks.gpu.cases import PAIRS
-from benchmarks.gpu.section import FUSED, PRECISIONS
+from benchmarks.gpu.section import FUSED, PEERS, PRECISIONS
 from benchmarks.results import json_by_line
 from pixnorm.testing import DENSE_LAYOUTS
 
@@ -23,7 +22,7 @@ class Records:
 
     Attributes:
         facts: of the machine, the versions and the run, in words.
-        parts: name, seconds, state and last line of each part of the run.
+        parts: of the run, see ``parts.told``.
         entries: the records, see ``cases.py``.
     """
 
@@ -34,8 +33,23 @@ class Records:
     def load(cls, path: Path) -> "Records":
         return cls(**json.loads(path.read_text()))
 
-    def save(self, path: Path) -> None:
-        path.write_text(json_by_line({"facts": self.facts, "parts": self.parts}, "entries", self.entries))
+    def text(self) -> str:
+        """As ``load`` reads it."""
+        return json_by_line({"facts": self.facts, "parts": self.parts}, "entries", self.entries)
+
+    @property
+    def gpu(self) -> str:
+        return self.facts.get("machine", "a GPU").rpartition(", ")[0] or "a GPU"
+
+    def failures(self) -> list[str]:
+        """What went wrong, tests first: where, and why."""
+        tests = [f"{entry['test']}: {entry['error']}" for entry in self.all("test failure")]
+        others = [f"{entry['where']}: {entry['error']}" for entry in self.all("failure")]
+        return tests + others
+
+    def tests(self, part: str) -> dict | None:
+        """How many of a part's tests have passed and failed."""
+        return next(iter(self.all("tests", part=part)[-1:]), None)
 
     def all(self, what: str, **where) -> list[dict]:
         return [
@@ -70,6 +84,7 @@ class Records:
 
     @property
     def copy(self) -> float | None:
+        """Bytes per second of a large one."""
         return next((entry["bandwidth"] for entry in self.all("copy")), None)
 
     def shares(self, impl: str, kernel: str, precision: str, **where) -> list[tuple[dict, float]]:
@@ -81,9 +96,15 @@ class Records:
             itemsize = PRECISIONS[precision][0].itemsize
             elements = torch.Size(map(int, entry["shape"].split("x"))).numel()
             quarter = 4 if entry["head"] == "up" and kernel == "spn_statistics_kernel" else 1
-            if elements * itemsize // quarter >= LARGE and self.copy:
-                found.append((entry, entry["bytes"] / entry["median"] / self.copy))
+            share = share_of_copy(entry)
+            if elements * itemsize // quarter >= LARGE and share:
+                found.append((entry, share))
         return found
+
+
+def share_of_copy(entry: dict) -> float | None:
+    """Of a kernel's bandwidth, in that of a copy that moves as many bytes."""
+    return entry["copy"] / entry["median"] if entry.get("copy") else None
 
 
 def in_layouts(*impls: str) -> list[str]:

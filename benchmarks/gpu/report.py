@@ -1,18 +1,12 @@
-"""``python -m benchmarks.gpu.report --records DIR --results DIR``: the records as <gpu>.md, .json and .png."""
+"""The records as a page and a picture; ``python -m benchmarks.gpu.report FILE.json`` makes both anew.
+
+Of several files the records are put together, as of runs on one GPU that each did some parts.
+"""
 
 import argparse
-import json
-import os
-import sys
 from itertools import product
 from pathlib import Path
 
-import torch
-import triton
-from pytest_benchmark.utils import get_commit_info
-
-import pixnorm
-from benchmarks.contenders import PEERS
 from benchmarks.gpu.cases import (
     BATCHES,
     KERNEL_SHAPES,
@@ -23,11 +17,12 @@ from benchmarks.gpu.cases import (
     SMALL_SHAPES,
 )
 from benchmarks.gpu.goals import targets
-from benchmarks.gpu.records import MODES, TITLES, WORDS, Records, in_layouts
-from benchmarks.gpu.section import COMPILED, EAGER, FUSED
-from benchmarks.results import LAYOUTS, file_stem, provenance
+from benchmarks.gpu.records import MODES, TITLES, WORDS, Records, in_layouts, share_of_copy
+from benchmarks.gpu.section import COMPILED, EAGER, FUSED, PEERS, PRECISIONS
+from benchmarks.model import gpu_named, spn_times
+from benchmarks.results import LAYOUTS
 from benchmarks.tables import table
-from benchmarks.test_spn import HEADS, label
+from benchmarks.test_spn import HEADS, case, label
 
 SPREAD = ("median", "low", "high")
 NOT_BOTH = "Not both of them ran here."
@@ -36,20 +31,27 @@ NOT_BOTH = "Not both of them ran here."
 def markdown(records: Records, picture: str | None) -> str:
     """The page: what ran, the goals, the measurements."""
     copy = f" A copy moves {records.copy / 1e12:.2f} TB/s." if records.copy else ""
-    failures = [f"- {entry['where']}: {entry['error']}" for entry in records.all("failure")]
     sections = [
-        f"# Benchmarks on {records.facts['machine']}",
+        f"# Benchmarks on {records.facts.get('machine', 'a GPU')}",
         table(("", ""), records.facts.items(), "left"),
-        "Medians, and in brackets the middle half of the rounds. Device times start from a cold L2; contenders took "
-        f"turns. Parameters are float32, but for GConv's mixing, whose tensors have one dtype. Peers are eager PyTorch "
-        f"and `torch.compile` (at {label(LAYER_SHAPES[0])} alone), each in NCHW and in channels_last; the fastest of a "
-        f"kind is shown.{copy}",
-        *([f"![plots]({picture})"] if picture else []),
-        "## Goals",
-        _goals(records),
-        *(["## What failed", "\n".join(failures)] if failures else []),
+        *_failed(records),
         "## The run",
-        table(("part", "s", "", ""), [_part(part) for part in records.parts], "left"),
+        table(("part", "planned, s", "s", "", ""), [_part(records, part) for part in records.parts], "left"),
+        "## Right?",
+        _checks(records),
+        "## Goals",
+        goals_table(records),
+        "## First timing: SPN, device time, µs",
+        _first(records),
+        "## Predictions, and what was measured",
+        "By bytes, products and a copy's speed (`benchmarks/model.py`); measured is the best of native and Triton.",
+        _predictions(records),
+        "## How it was measured",
+        "Medians, and in brackets the middle half of the rounds. Device times start from a cold L2; contenders took "
+        "turns, torch.compile's after the others. Parameters are float32, but for GConv's mixing, all of one dtype. "
+        f"Peers are eager PyTorch and `torch.compile` (at {label(LAYER_SHAPES[0])} alone; as it is, and with "
+        f"cooperative reductions), each in NCHW and in channels_last; the fastest of a kind is shown.{copy}",
+        *([f"![plots]({picture})"] if picture else []),
         "## SPN: device time, µs",
         _layers(records),
         "## SPN: which is faster? Device time of triton, that of native being 1",
@@ -69,6 +71,7 @@ def markdown(records: Records, picture: str | None) -> str:
         "## GConv: generator step, ms",
         _steps(records, "gconv_step"),
         "## Kernels: device time, µs, and share of a copy's bandwidth",
+        "The copy moves as many bytes as the kernel. What is beyond it, or below 30 %, is in bold.",
         _kernels(records),
         "## SPN: memory, in tensors of the output's size",
         _memory(records),
@@ -76,7 +79,7 @@ def markdown(records: Records, picture: str | None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _goals(records: Records) -> str:
+def goals_table(records: Records) -> str:
     tables = []
     for impl, found in targets(records).items():
         rows = []
@@ -87,8 +90,70 @@ def _goals(records: Records) -> str:
     return "\n\n".join(tables)
 
 
-def _part(part: dict) -> tuple[str, ...]:
-    return part["name"], str(part["seconds"]), part["state"], part["last"].strip() if part["name"] == "tests" else ""
+def _failed(records: Records) -> list[str]:
+    lines = [f"- {failure}" for failure in records.failures()]
+    suspects = [f"- {suspect}" for suspect in _suspects(records)]
+    return [
+        *(["## What failed", "\n".join(lines)] if lines else []),
+        *(["## Not to be believed before it is understood", "\n".join(suspects)] if suspects else []),
+    ]
+
+
+def _suspects(records: Records) -> list[str]:
+    """Kernels that are faster than a copy of their bytes, or take more than three times as long."""
+    found = []
+    for entry in records.all("kernel"):
+        share = share_of_copy(entry)
+        if share and not 0.3 <= share <= 1:
+            where = f"{TITLES[entry['head']]}, {entry['shape']}, {entry['precision']}, {_named(entry)}"
+            found.append(f"`{entry['kernel']}`, {where}: {share:.0%} of a copy's bandwidth")
+    return found
+
+
+def _part(records: Records, part: dict) -> tuple[str, ...]:
+    tests = records.tests(part["name"])
+    counts = ", ".join(f"{tests[key]} {key}" for key in ("failed", "passed", "skipped") if tests[key]) if tests else ""
+    return part["name"], str(part["planned"]), str(part["seconds"]), part["state"], counts or part["last"]
+
+
+def _checks(records: Records) -> str:
+    found = {True: 0, False: 0}
+    for entry in records.all("check"):
+        found[entry["right"]] += 1
+    wrong = [
+        f"- **wrong**: {entry['op']}, {entry['impl']}, {entry['dtype']}, {entry['layout']}"
+        for entry in records.all("check", right=False)
+    ]
+    told = f"Forward and backward by the rule of the tests, op by impl by dtype by layout: {found[True]} right"
+    return "\n".join([f"{told}, {found[False]} wrong.", *([""] if wrong else []), *wrong])
+
+
+def _first(records: Records) -> str:
+    rows = []
+    for head, precision, contender in product(HEADS, ("tf32", "bf16"), in_layouts("eager", *FUSED)):
+        where = {"head": head, "precision": precision, "contender": contender}
+        times = [next(iter(records.all("first", mode=mode, **where)), None) for mode in MODES]
+        if any(times):
+            named = f"{TITLES[head]}, {WORDS[precision]}, {_named(times[0] or times[1])}"
+            rows.append((named, *(_time(entry, 1e-6) for entry in times)))
+    return table(("", *MODES), rows)
+
+
+def _predictions(records: Records) -> str:
+    gpu = gpu_named(records.gpu)
+    if gpu is None:
+        return f"There is no model of {records.gpu}."
+    rows = []
+    for head, shape, precision in product(HEADS, LAYER_SHAPES, ("tf32", "bf16")):
+        of_x = case(head, shape)
+        upsample, itemsize = of_x.options.get("upsample", 1), PRECISIONS[precision][0].itemsize
+        for mode, predicted in zip(MODES, spn_times(gpu, of_x.shape, itemsize, upsample), strict=True):
+            where = {"head": head, "shape": label(shape), "precision": precision, "mode": mode}
+            measured = records.best((*FUSED["native"], *FUSED["triton"]), "layer", **where)
+            error = f"{measured['median'] / predicted - 1:+.0%}" if measured else ""
+            named = f"{TITLES[head]}, {mode}, {label(shape)}, {WORDS[precision]}"
+            rows.append((named, f"{predicted * 1e6:.3g}", _time(measured, 1e-6), error, _named(measured)))
+    return table(("of the output", "predicted, µs", "measured, µs", "error", ""), rows)
 
 
 def _time(entry: dict | None, unit: float) -> str:
@@ -235,25 +300,26 @@ def _no_profile() -> str:
 
 
 def _kernels(records: Records) -> str:
-    rows = []
+    rows, gpu = [], gpu_named(records.gpu)
     for shape, head, precision in product(map(label, KERNEL_SHAPES), TITLES, ("tf32", "bf16")):
         for contender in in_layouts(*FUSED):
             where = {"shape": shape, "head": head, "precision": precision, "contender": contender}
             for entry in records.all("kernel", **where):
-                rate = entry["bytes"] / entry["median"] if entry["bytes"] else None
                 name = entry["kernel"] if len(entry["kernel"]) <= 44 else entry["kernel"][:43] + "…"
+                share, moved = share_of_copy(entry), entry["bytes"]
                 rows.append(
                     (
                         f"{TITLES[head]}, {shape}, {precision.replace('tf32', 'fp32')}, {_named(entry)}",
                         f"`{name}`",
                         f"{entry['times_per_call']:g}",
                         _time(entry, 1e-6),
-                        f"{entry['bytes'] / 1e6:.0f}" if rate else "",
-                        f"{rate / records.copy:.0%}" if rate and records.copy else "",
+                        f"{moved / gpu.copy * 1e6:.3g}" if moved and gpu else "",
+                        f"{moved / 1e6:.0f}" if moved else "",
+                        (f"{share:.0%}" if 0.3 <= share <= 1 else f"**{share:.0%}**") if share else "",
                         str(entry["registers_per_thread"] or ""),
                     )
                 )
-    headers = ("of the output", "kernel", "launches", "", "MB", "share", "registers")
+    headers = ("of the output", "kernel", "launches", "", "predicted by bytes", "MB", "share", "registers")
     return table(headers, rows) if rows else _no_profile()
 
 
@@ -269,55 +335,27 @@ def _memory(records: Records) -> str:
     return table(("", "peak of forward + backward, beyond the inputs", "saved for backward"), rows)
 
 
-def facts(run: dict) -> dict[str, str]:
-    """The machine, the versions, the run."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU: a trial of the benchmarks for GPUs"
-    told = provenance(get_commit_info(), "make gpu")
-    told["versions"] += f", CUDA {torch.version.cuda}, Triton {triton.__version__}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "machine": f"{gpu}, {os.cpu_count()} CPU cores",
-        **{name: state for name, state in pixnorm.backends().items() if f"({device})" in name or name == "triton"},
-        **told,
-        "duration": f"{run.get('seconds', 0)} s before this report",
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, required=True, metavar="DIR", help="what the parts have left")
-    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder to write to")
-    arguments = parser.parse_args()
-
-    run = json.loads((arguments.records / "parts.json").read_text())
-    entries = [
-        json.loads(line)
-        for file in sorted(arguments.records.glob("*.jsonl"))
-        for line in file.read_text().splitlines()
-        if line.endswith("}")  # the last one of a part that was stopped may be cut
-    ]
-    records = Records(facts(run), run["parts"], entries)
-    base = arguments.results / file_stem(records.facts["machine"].split(",")[0])
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    records.save(base.with_suffix(".json"))
-    picture = None
+def draw_picture(records: Records, base: Path) -> str | None:
+    """Draw it beside the page; its name, or None where it cannot be drawn: the tables do not depend on it."""
     try:
         from benchmarks.gpu.plots import draw
 
         draw(records, base.with_suffix(".png"))
-        picture = base.name + ".png"
-    except Exception as error:  # the tables do not depend on the picture
+    except Exception as error:
         print(f"no picture: {type(error).__name__}: {error}")
-    base.with_suffix(".md").write_text(markdown(records, picture))
-    tests = arguments.records / "tests.log"
-    if tests.exists():
-        lines = tests.read_text().splitlines()
-        Path(f"{base}-tests.txt").write_text("\n".join(lines[-400:]) + "\n")
-    print(_goals(records))
-    for entry in records.all("failure"):
-        print(f"failed: {entry['where']}: {entry['error']}")
-    print(f"written: {base}.md, .json{', .png' if picture else ''}")
-    sys.exit(picture is None)
+        return None
+    return f"{base.name}.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", type=Path, nargs="+", metavar="FILE.json", help="the first one is written to")
+    paths = parser.parse_args().records
+    runs = [Records.load(path) for path in paths]
+    merged = Records(runs[0].facts, [p for run in runs for p in run.parts], [e for run in runs for e in run.entries])
+    if len(runs) > 1:
+        paths[0].write_text(merged.text())
+    paths[0].with_suffix(".md").write_text(markdown(merged, draw_picture(merged, paths[0].with_suffix(""))))
 
 
 if __name__ == "__main__":

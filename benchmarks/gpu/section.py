@@ -2,17 +2,16 @@
 
 import json
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import PEERS, implementation
-from benchmarks.gpu.timing import Stopwatch
+from benchmarks.contenders import implementation
+from benchmarks.gpu.timing import Stopwatch, Timed
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, OpSpec, available_impls
 
 PRECISIONS = {  # dtype of activations, whether convolutions may round to TF32
@@ -21,13 +20,32 @@ PRECISIONS = {  # dtype of activations, whether convolutions may round to TF32
     "bf16": (torch.bfloat16, True),
     "fp16": (torch.float16, True),
 }
+T = TypeVar("T")
 FUSED = {impl: tuple(f"{impl}-{layout}" for layout in DENSE_LAYOUTS) for impl in ("native", "triton")}
-EAGER = tuple(name for name in PEERS if name.startswith("eager"))
-COMPILED = tuple(name for name in PEERS if name not in EAGER)
+EAGER = tuple(f"eager-{layout}" for layout in DENSE_LAYOUTS)
+# torch.compile as it is, and with reductions of several blocks that wait for each other.
+COMPILED = tuple(f"{how}-{layout}" for how in ("compile", "cooperative") for layout in DENSE_LAYOUTS)
+PEERS = EAGER + COMPILED
+
+
+def read_records(path: Path) -> list[dict]:
+    """Those in a file; the last one of a process that was stopped may be cut."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+CONTEXT_LOST = 75  # exit status of a process that another one may follow (EX_TEMPFAIL)
+
+
+class ContextLostError(RuntimeError):
+    """Nothing more can be done with the GPU in this process."""
 
 
 class Section:
     """Where a section writes what it finds, and with what it measures.
+
+    A process that loses the GPU's context, or dies, is followed by another one over the same file: that goes on behind
+    what took the context.
 
     Args:
         device: to measure on. On the CPU all sizes shrink: that is a trial of this code.
@@ -36,9 +54,14 @@ class Section:
 
     def __init__(self, device: str, records: Path):
         self.device, self.records = torch.device(device), records
+        self.before = read_records(records)
+        started = [entry["where"] for entry in self.before if entry["what"] == "start"]
+        self.lost = {entry["where"] for entry in self.before if entry["what"] == "failure"} | {*started[-1:]}
         self.stopwatch = Stopwatch(self.device)
-        self.failed = False
+        self.failed = bool(self.before)
         self.available = available_impls(self.device.type)
+        # A record costs some microseconds; what is written survives this process.
+        self.file = records.open("a", buffering=1)
 
     def impls(self, spec: OpSpec) -> list[str]:
         """The fused ones that can run here. With none, ask for native all the same: it says how to get it."""
@@ -50,23 +73,39 @@ class Section:
         """Their contenders."""
         return [name for impl in self.impls(spec) for name in FUSED[impl]]
 
+    def has(self, what: str, **where) -> bool:
+        """Whether a process before this one has found that."""
+        wanted = {"what": what, **where}
+        return any(wanted.items() <= entry.items() for entry in self.before)
+
     def add(self, what: str, **record) -> None:
         record = {"what": what, **record}
-        with self.records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = {key: value for key, value in record.items() if key != "kernels"}
-        print(" ".join(str(value) for value in shown.values()), flush=True)
+        self.file.write(json.dumps(record) + "\n")
+        if what != "start":
+            print(" ".join(str(value) for key, value in record.items() if key != "kernels"), flush=True)
 
-    @contextmanager
-    def attempt(self, where: str) -> Iterator[None]:
-        """What fails inside is told of, and does not stop the section."""
+    def attempt(self, where: str, function: Callable[..., T], *arguments) -> T | None:
+        """What the function returns of its arguments; None where it fails, which is told of and stops nothing else.
+
+        Raises:
+            ContextLostError: nothing more can be found in this process.
+        """
+        if where in self.lost:
+            return None
+        self.add("start", where=where)
         try:
-            yield
+            found = function(*arguments)
+            self.stopwatch.synchronize()  # what fails on the GPU is told of by a later call
+            return found
         except Exception as error:
             self.failed = True
             traceback.print_exc()
             self.add("failure", where=where, error=f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
-            self.stopwatch.synchronize()  # after a lost context nothing more can be found: this raises
+        try:
+            self.stopwatch.synchronize()
+        except Exception as error:
+            raise ContextLostError(where) from error
+        return None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -92,6 +131,10 @@ class Passes(NamedTuple):
 
     def both(self) -> object:
         return self.backward(self.forward())
+
+    def timed(self) -> dict[str, Timed]:
+        """Each pass alone."""
+        return {"forward": Timed(lambda _: self.forward()), "backward": Timed(self.backward, self.forward)}
 
 
 @lru_cache(maxsize=1)  # drawing takes longer than measuring; the precisions of one case follow each other
@@ -126,10 +169,20 @@ class Call:
         impl, layout = name.split("-")
         tensors = self.inputs(layout)
         leaves = [tensors[leaf] for leaf in self.spec.differentiable if leaf in tensors]
-        function = implementation(self.spec, impl)
+        if impl == "cooperative":
+            options = {"triton.cooperative_reductions": True}  # as TORCHINDUCTOR_COOPERATIVE_REDUCTIONS=1 does
+            function = torch.compile(self.spec.reference, dynamic=False, options=options)
+        else:
+            function = implementation(self.spec, impl)
 
         def forward() -> Tensor:
             return function(**tensors, **self.case.options)
 
         grad = torch.randn_like(forward())
         return Passes(forward, lambda y: torch.autograd.grad(y, leaves, grad), tensors)
+
+    def ready(self, name: str) -> Passes:
+        """Those of a contender, after both have run once."""
+        passes = self.passes(name)
+        passes.both()
+        return passes

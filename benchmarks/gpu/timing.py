@@ -2,8 +2,9 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -56,17 +57,18 @@ class Stopwatch:
     def __init__(self, device: torch.device, seconds: float = 0.05):
         self.device, self.seconds, self.on_gpu = device, seconds, device.type == "cuda"
         self.least_rounds = 7 if self.on_gpu else 2
-        # Larger than every L2, and a multiple of this one.
+        # Three times the L2, as caches do not drop what is oldest first.
         l2 = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
-        self.other_data = torch.zeros(max(64 << 20, l2) if self.on_gpu else 1, device=device)
+        rows = 8192 if self.on_gpu else 1  # enough for a block each: no second step, so one kernel
+        self.other_data = torch.ones(rows, max(128 << 20, 3 * l2) // 4 // 8192, device=device)
 
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def _empty_l2(self) -> None:
-        # By a kernel that nothing else here uses, so that a profile can leave it out.
-        self.other_data.cos_()
+        # By reading: lines that are written here would have to be written back in the time of what is measured.
+        self.other_data.amin(1)
 
     def device_times(self, contenders: Mapping[str, Timed]) -> dict[str, Spread]:
         """Seconds on the device, from a cold L2; the contenders take turns."""
@@ -125,11 +127,19 @@ class Stopwatch:
         return {name: Spread.of(found) for name, found in seconds.items()}
 
     def copy_bandwidth(self, size: int = 2 << 30) -> float:
-        """Bytes per second, read and written, of a copy that is far larger than any cache."""
+        """Bytes per second, read and written, of a copy of ``size`` bytes; by default far larger than any cache."""
         source = torch.ones(size if self.on_gpu else 1 << 24, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         target.copy_(source)
         return 2 * source.nbytes / self.device_times({"copy": Timed(lambda _: target.copy_(source))})["copy"].median
+
+    @lru_cache  # noqa: B019 (there is one stopwatch in a process)
+    def copy_seconds(self, moved: int) -> float | None:
+        """Of a copy that moves so many bytes, half of them read, as a profile sees it: without its launch."""
+        source = torch.ones(max(1, moved // 2), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        calls = self.launches(lambda: target.copy_(source), rounds=11)
+        return median(sum(launch.seconds for launch in call) for call in calls) if calls else None
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:
         """The most memory that a call held at once, beyond what was held before; None on the CPU."""
@@ -160,6 +170,14 @@ class Stopwatch:
     def launches(self, run: Callable[[], object], rounds: int) -> list[list[Launch]]:
         """The device work of each of some calls, from a cold L2; nothing where the profiler sees none."""
         run()
+        return calls_in(self._device_work(run, rounds), self._emptying())
+
+    @lru_cache  # noqa: B019
+    def _emptying(self) -> frozenset[str]:
+        """The names of the kernels that empty the L2."""
+        return frozenset(launch.name for launch in self._device_work(lambda: None, rounds=1))
+
+    def _device_work(self, run: Callable[[], object], rounds: int) -> list[Launch]:
         self.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
@@ -170,22 +188,24 @@ class Stopwatch:
                     self.synchronize()
             recorded.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
-        return calls_in(events)
+        work = sorted((event for event in events if event.get("cat") in DEVICE_WORK), key=lambda event: event["ts"])
+        return [Launch(event["name"], event["dur"] / 1e6, event.get("args", {})) for event in work]
 
     def _profile(self) -> AbstractContextManager:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         return profile(activities=activities)
 
 
-def calls_in(events: list[dict]) -> list[list[Launch]]:
-    """Cut a trace into its calls, each of which follows the kernel that empties the L2."""
-    work = sorted((event for event in events if event.get("cat") in DEVICE_WORK), key=lambda event: event["ts"])
+def calls_in(work: list[Launch], emptying: Set[str]) -> list[list[Launch]]:
+    """Cut device work into calls, each of which follows what empties the L2."""
     calls: list[list[Launch]] = []
-    for event in work:
-        if "cos_kernel" in event["name"]:
+    between = True
+    for launch in work:
+        if launch.name in emptying:
+            between = True
+            continue
+        if between:
             calls.append([])
-        elif calls:
-            calls[-1].append(Launch(event["name"], event["dur"] / 1e6, event.get("args", {})))
-    if work and not calls:
-        raise RuntimeError(f"the profile has no kernel that empties the L2, but {work[0]['name']}")
+            between = False
+        calls[-1].append(launch)
     return calls

@@ -3,6 +3,7 @@
 from pixnorm.testing.gconv import GCONV_MIX
 from pixnorm.testing.harness import (
     DENSE_LAYOUTS,
+    DTYPES,
     FACTOR,
     LAYOUTS,
     TOLERANCES,
@@ -12,11 +13,13 @@ from pixnorm.testing.harness import (
     Traffic,
     assert_close_as_eager,
     available_impls,
+    check_against_eager,
     evaluate,
     excess,
     in_double,
     random,
     saved_bytes,
+    without_kink,
 )
 from pixnorm.testing.spn import SPN
 
@@ -24,6 +27,7 @@ SPECS = (SPN, GCONV_MIX)
 
 __all__ = [
     "DENSE_LAYOUTS",
+    "DTYPES",
     "FACTOR",
     "GCONV_MIX",
     "LAYOUTS",
@@ -36,9 +40,11 @@ __all__ = [
     "Traffic",
     "assert_close_as_eager",
     "available_impls",
+    "check_against_eager",
     "evaluate",
     "excess",
     "in_double",
     "random",
     "saved_bytes",
+    "without_kink",
 ]

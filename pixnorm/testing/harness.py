@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -124,6 +125,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # The layouts that an op takes, and gives back, without a copy.
 DENSE_LAYOUTS = ("contiguous", "channels_last")
+# dtype of the activations, dtype of the parameters; what is used most comes first
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +258,20 @@ class OpSpec:
         return [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
 
     @property
+    def dtypes(self) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+        """Those of ``DTYPES`` that it takes."""
+        return tuple(pair for pair in DTYPES if self.float32_parameters or pair[0] == pair[1])
+
+    def in_rotation(self, case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str) -> bool:
+        """Whether these are the dtypes and the layout that a case has where it can have only one of each.
+
+        Where kernels are compiled for seconds. Neighbours (without and with upsampling, say) have the same, the next
+        pair has the next, so that each code path meets each of them.
+        """
+        choices = list(product(self.dtypes, DENSE_LAYOUTS))
+        return choices[self.cases.index(case) // 2 % len(choices)] == ((dtype, parameter_dtype), layout)
+
+    @property
     def first(self) -> str:
         """The argument whose shape a case gives."""
         return self.per_sample[0]
@@ -276,6 +300,53 @@ def evaluate(
         grad_y = random(y.shape, torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, list(leaves.values()), torch.empty_like(y).copy_(grad_y))
     return Result(y.detach(), dict(zip(leaves, grads, strict=True)), buffers)
+
+
+def without_kink(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what makes the output's derivative jump."""
+    return {key: value for key, value in options.items() if key != "activation"}
+
+
+@lru_cache(maxsize=16)
+def _yardsticks(
+    spec: OpSpec, case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, layouts: tuple[str, ...], seed: int
+) -> tuple[Tensor, list[Result], Result]:
+    """A gradient of y; plain PyTorch in this dtype, in these layouts; and in float64, from the same inputs."""
+    eager_inputs = [
+        spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout, seed=seed) for layout in layouts
+    ]
+    y = spec.reference(**in_double(eager_inputs[0]), **without_kink(case.options))
+    grad_y = random(y.shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
+    if case.options.get("activation") and y.numel():
+        # No gradient so near the kink that rounding decides whether there is one.
+        grad_y[y.abs() <= 0.1 * y.std()] = 0
+    eager = [evaluate(spec, spec.reference, tensors, case.options, grad_y) for tensors in eager_inputs]
+    exact = evaluate(spec, spec.reference, in_double(eager_inputs[0]), case.options, grad_y)
+    return grad_y, eager, exact
+
+
+def check_against_eager(
+    spec: OpSpec,
+    impl: str,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    eager_layouts: tuple[str, ...] = DENSE_LAYOUTS,
+) -> None:
+    """Assert that output, gradients and buffers are as close to float64 as those of plain PyTorch, in these layouts."""
+    if layout == "expanded":  # of all layouts the one with other values
+        eager_layouts = ("expanded",)
+
+    def draw(seed: int) -> Iterator[tuple[str, Tensor, list[Tensor], Tensor]]:
+        grad_y, eager, exact = _yardsticks(spec, case, dtype, parameter_dtype, eager_layouts, seed)
+        tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout, seed=seed)
+        actual = evaluate(spec, spec.call(impl), tensors, case.options, grad_y)
+        assert actual.y.dtype == dtype, f"y: {actual.y.dtype}, expected {dtype}"
+        for (name, a), (_, b), *others in zip(actual.named(), exact.named(), *(r.named() for r in eager), strict=True):
+            yield name, a, [tensor for _, tensor in others], b
+
+    assert_close_as_eager(draw, dtype)
 
 
 def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

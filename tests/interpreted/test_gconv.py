@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_ops import assert_same_bits, check_against_eager, name_of
+from test_ops import assert_same_bits, name_of
 
 from pixnorm.functional import gconv2d, gconv_mix, glinear
-from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, LAYOUTS, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, LAYOUTS, Case, check_against_eager, evaluate
 from pixnorm.triton_kernels import gconv
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]

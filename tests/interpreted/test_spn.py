@@ -9,9 +9,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_ops import assert_same_bits, check_against_eager, layout_of, name_of
+from test_ops import assert_same_bits, layout_of, name_of
 
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, check_against_eager, evaluate
 from pixnorm.triton_kernels import common, projection, statistics
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
