@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import parts as gpu_parts
+from benchmarks.gpu import processes
+from benchmarks.gpu.__main__ import some_of, unused
 from benchmarks.gpu.bundle import obstacles, pack, unpack
-from benchmarks.gpu.parts import Companion, Part, parts
+from benchmarks.gpu.parts import parts
+from benchmarks.gpu.processes import CONTEXT_LOST, Companion, Part
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import markdown
-from benchmarks.gpu.section import CONTEXT_LOST, ContextLostError, Section
+from benchmarks.gpu.section import ContextLostError, Section
 from benchmarks.gpu.timing import Launch, calls_in
 from pixnorm.testing import DENSE_LAYOUTS, SPN
 
@@ -27,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where parts leave their logs and records."""
-    monkeypatch.setattr(gpu_parts, "FOLDER", tmp_path)
+    monkeypatch.setattr(processes, "FOLDER", tmp_path)
     return tmp_path
 
 
@@ -58,8 +61,9 @@ def test_what_was_found_outlives_a_kill(tmp_path):
         process.kill()
         process.wait()
     assert "CPU cores" in records.facts["machine"] and all(check["right"] for check in records.all("check"))
-    (page,) = tmp_path.glob("*.md")
-    assert f"{len(records.all('check'))} right, 0 wrong" in page.read_text()
+    (file,), (page,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
+    assert has_checks(Records.load(file))
+    assert re.search(r"layout: [1-9]\d* right, 0 wrong", page.read_text())  # perhaps of three seconds before
     (log,) = tmp_path.glob("*-log.txt")
     assert "=== check: forward and backward" in log.read_text()
     assert wait_for(lambda: not any(alive(child) for child in children))
@@ -102,7 +106,7 @@ def test_a_part_that_loses_the_gpu_is_started_again(folder):
     failing = python("print('once'); exit(1)", "failing")
     assert run(failing).count("once") == 1 and failing.state == "failed (exit status 1)"
     hopeless = python(f"print('once more'); exit({CONTEXT_LOST})", "hopeless")
-    assert run(hopeless).count("once more\n") == 1 + gpu_parts.RESTARTS
+    assert run(hopeless).count("once more\n") == 1 + processes.RESTARTS
     assert hopeless.state == f"failed (exit status {CONTEXT_LOST})"
 
 
@@ -151,6 +155,25 @@ def test_the_parts_come_in_the_order_of_their_worth():
     assert all(
         part.quiet for part in sequence if part.name in ("kernels", "layers", "step", "mixing", "small", "peers")
     )
+
+
+def test_some_parts_come_with_what_they_need():
+    companions, sequence = parts("cuda", build=False)
+
+    def chosen(*names):
+        beside, found = some_of(set(names), companions, sequence)
+        return [part.name for part in beside], [part.name for part in found]
+
+    assert chosen("sanitizer", "tests-large") == ([], ["load", "sanitizer", "tests-large"])
+    assert chosen("peers", "facts") == ([], ["load", "facts", "compiling", "peers"])
+    assert chosen("peers", "tests-triton") == (["precompile", "compiling"], ["load", "tests-triton", "peers"])
+
+
+def test_a_second_run_does_not_replace_the_first(tmp_path):
+    for expected in ("gpu", "gpu-2", "gpu-3"):
+        found = unused(tmp_path / "gpu")
+        assert found.name == expected
+        found.with_suffix(".json").touch()
 
 
 # --- sections

@@ -7,6 +7,7 @@ in small, for work on this without a GPU. All that a part prints is in build/gpu
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from time import monotonic
@@ -15,11 +16,13 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.gpu.live import Live
-from benchmarks.gpu.parts import FOLDER, Companion, Part, environment, fresh_folder, parts
+from benchmarks.gpu.parts import environment, fresh_folder, parts
+from benchmarks.gpu.processes import FOLDER, Companion, Part
 from benchmarks.gpu.report import draw_picture, goals_table
 from benchmarks.results import file_stem
 
 REPORT = 8  # seconds kept for the picture at the end
+ROOT = Path(__file__).parents[2]
 LEAST = 5  # seconds below which no part begins
 
 
@@ -52,6 +55,29 @@ def run(companions: list[Companion], sequence: list[Part], live: Live, device: s
                 companion.run(variables, end, live.hear)
 
 
+def some_of(wanted: set[str], companions: list[Companion], sequence: list[Part]) -> tuple[list[Companion], list[Part]]:
+    """The wanted parts and what they cannot do without: kernels, and what is otherwise prepared beside the tests."""
+    builder, *others = sequence
+    needed = builder.name == "load" or not list((ROOT / "pixnorm").glob("_cuda.*"))
+    chosen = [builder] * (builder.name in wanted or needed) + [part for part in others if part.name in wanted]
+    if any(part.name.startswith("tests") and part.name != "tests-large" for part in chosen):
+        return companions, chosen
+    names = [part.name for part in chosen]
+    if "peers" in names:
+        compiling = next(part for part in companions if part.name == "compiling")
+        chosen.insert(names.index("peers"), Part("compiling", compiling.command, 60, 150, compiling.what))
+    return [], chosen
+
+
+def unused(base: Path) -> Path:
+    """That stem, or one with a number: what an earlier run has found is not to be lost."""
+    number, found = 1, base
+    while found.with_suffix(".json").exists():
+        number += 1
+        found = base.with_name(f"{base.name}-{number}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder to write to")
@@ -66,18 +92,18 @@ def main() -> None:
         wanted = set(arguments.parts.split(","))
         if unknown := wanted - {part.name for part in sequence}:
             parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in sequence)}")
-        sequence = [part for part in sequence if part.name in wanted]
-        companions = companions if any(part.name in ("tests-triton", "peers") for part in sequence) else []
+        companions, sequence = some_of(wanted, companions, sequence)
     print(plan(sequence, arguments.minutes), flush=True)
     if arguments.plan:
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"make gpu needs a GPU, and PyTorch {torch.__version__} sees none here.")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # by way of what ends the parts
     fresh_folder()
     started = monotonic()
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "a CPU: a trial"
-    base = arguments.results.absolute() / file_stem(machine)
+    base = unused(arguments.results.absolute() / file_stem(machine))
     everything = [*sequence, *companions]
     with Live(base, everything) as live:
         try:

@@ -24,11 +24,16 @@ MODULES = ("_C", "_cuda")
 ARCH = "9.0"  # of the H100 and the H200
 
 VERSIONS = """
-import json, platform, torch, triton
+import hashlib, json, platform, torch, triton
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
 found |= {"python": platform.python_version(), "machine": platform.machine(), "arch": None}
 if torch.cuda.is_available():
     found["arch"] = ".".join(map(str, torch.cuda.get_device_capability()))
+try:
+    from triton.runtime.cache import triton_key
+    found["triton_key"] = hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+except ImportError:
+    found["triton_key"] = None
 print(json.dumps(found))
 """
 
@@ -47,7 +52,9 @@ def make(arch: str, kernels: bool) -> None:
         options = ["--cache", cache, "--arch", arch.replace(".", ""), "--processes", str(os.cpu_count())]
         OLDEST.run("-m", "benchmarks.gpu.precompile", *options, check=False)
         pack(cache, BUNDLE / "triton.tar.xz")
-    versions = json.loads(OLDEST.ask(VERSIONS)) | {"arch": arch, "sources": fingerprint(OLDEST.sources, COMPILED)}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    versions = json.loads(OLDEST.ask(VERSIONS)) | {"arch": arch, "commit": commit.stdout.strip()}
+    versions["sources"] = fingerprint(OLDEST.sources, COMPILED)
     (BUNDLE / "bundle.json").write_text(json.dumps(versions, indent=2) + "\n")
     size = sum(file.stat().st_size for file in BUNDLE.iterdir()) / 2**20
     print(f"{BUNDLE.relative_to(ROOT)}: {', '.join(sorted(file.name for file in BUNDLE.iterdir()))}, {size:.1f} MiB")
@@ -110,10 +117,12 @@ def load() -> None:
             new = shutil.copy2(BUNDLE / f"{module}.abi3.so", ROOT / "pixnorm" / f".{module}.new")
             os.replace(new, ROOT / "pixnorm" / f"{module}.abi3.so")  # whoever has the old one open keeps that
         archive = BUNDLE / "triton.tar.xz"
-        if archive.exists() and here["triton"] == bundle["triton"]:
+        if archive.exists() and here["triton_key"] == bundle["triton_key"]:
             print(f"{unpack(archive, TRITON_CACHE)} Triton kernels unpacked")
         elif archive.exists():
-            print(f"Triton here is {here['triton']}, not {bundle['triton']}: its kernels will be compiled")
+            print(
+                f"Triton here ({here['triton']}) is another build than {bundle['triton']} there: it will compile anew"
+            )
     device = "cuda" if here["arch"] else "cpu"
     code = f"import pixnorm; state = pixnorm.backends()['native ({device})']; print(state); exit(state[:2] != 'av')"
     if subprocess.run([sys.executable, "-c", code]).returncode:

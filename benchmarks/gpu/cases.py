@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.first import check, facts, first
-from benchmarks.gpu.section import COMPILED, CONTEXT_LOST, EAGER, Call, ContextLostError, Passes, Section
+from benchmarks.gpu.processes import CONTEXT_LOST
+from benchmarks.gpu.section import COMPILED, EAGER, Call, ContextLostError, Passes, Section
 from benchmarks.gpu.timing import Launch, Spread, Timed
 from benchmarks.model import kernel_bytes
 from benchmarks.test_generator import LATENT_DIM, generator

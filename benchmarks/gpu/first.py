@@ -1,5 +1,6 @@
 """What is asked of a GPU first, in two minutes: what it is, whether the numbers are right, how fast they come."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import triton
 from pytest_benchmark.utils import get_commit_info
 
 import pixnorm
+from benchmarks.gpu.bundle import BUNDLE
 from benchmarks.gpu.section import EAGER, Call, Section
 from benchmarks.gpu.timing import Spread
 from benchmarks.results import provenance
@@ -25,6 +27,9 @@ def facts(section: Section) -> None:
     device = section.device.type
     gpu = torch.cuda.get_device_name() if section.stopwatch.on_gpu else "a CPU: a trial of the benchmarks for GPUs"
     told = provenance(get_commit_info(), "make gpu")
+    bundle = BUNDLE / "bundle.json"
+    if len(get_commit_info()["id"]) < 40 and bundle.exists():  # a copy without git, and what was built for it
+        told["commit"] = json.loads(bundle.read_text())["commit"]
     told["versions"] += f", CUDA {torch.version.cuda}, Triton {triton.__version__}"
     asked = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"]
     try:
@@ -84,7 +89,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def first(section: Section) -> None:
     """SPN at one shape, forward and backward: every impl beside eager mode, in both layouts."""
-    for precision, head in product(section.some_precisions, HEADS):
+    for head, precision in product(HEADS, section.some_precisions):
         call = Call(section, SPN, case_of(head, section.sized(SHAPE)), precision)
         where = {"head": head, "shape": label(SHAPE), "precision": precision}
         for name in (*section.fused(SPN), *EAGER):

@@ -4,7 +4,8 @@ import os
 import threading
 from pathlib import Path
 
-from benchmarks.gpu.parts import FOLDER, Part, told
+from benchmarks.gpu.parts import told
+from benchmarks.gpu.processes import FOLDER, Part
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.section import read_records

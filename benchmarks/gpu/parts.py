@@ -1,158 +1,14 @@
-"""The parts of a run, in the order of their worth, and how one is run."""
+"""The parts of a run, in the order of their worth."""
 
-import contextlib
-import ctypes
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic
 
 from benchmarks.gpu.bundle import TRITON_CACHE
-from benchmarks.gpu.section import CONTEXT_LOST
-
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "gpu"
-RESTARTS = 3  # of a part whose process has lost the GPU, or died
-
-
-@dataclass
-class Part:
-    """One command.
-
-    Attributes:
-        name: of its log and its records.
-        command: what runs, in the root folder.
-        seconds: that it is planned to take, on 16 cores with a large GPU.
-        limit: seconds after which it is stopped.
-        what: it is there for.
-        quiet: nothing else may run beside it, since it takes times.
-        variables: of its environment.
-        state: what became of it.
-        took: seconds.
-        last: the last line that it printed.
-    """
-
-    name: str
-    command: list[str]
-    seconds: int
-    limit: int
-    what: str
-    quiet: bool = False
-    variables: dict[str, str] = field(default_factory=dict)
-    state: str = "not run"
-    took: float = 0.0
-    last: str = ""
-    process: subprocess.Popen | None = None
-
-    @property
-    def log(self) -> Path:
-        return FOLDER / f"{self.name}.log"
-
-    @property
-    def records(self) -> Path:
-        return FOLDER / f"{self.name}.jsonl"
-
-    def run(self, environment: dict[str, str], until: float, hear: Callable[[str], None]) -> None:
-        """From start to end, which comes by ``until`` or after the limit; each line that it prints is heard."""
-        began = monotonic()
-        until = min(until, began + self.limit)
-        for _ in range(1 + RESTARTS):
-            self.start(environment)
-            code = self.follow(until, hear)
-            if self.state != "running" or (code != CONTEXT_LOST and code >= 0) or monotonic() > until - 5:
-                break
-            hear(f"(it has lost the GPU or died, exit status {code}: once more, behind what took it)\n")
-        self.took = monotonic() - began
-        if self.state == "running":
-            self.state = "done" if code == 0 else f"failed (exit status {code})"
-
-    def start(self, environment: dict[str, str]) -> None:
-        self.state = "running"
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env=environment | self.variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-
-    def follow(self, until: float, hear: Callable[[str], None]) -> int:
-        """Copy the output to the log, and let it be heard, until the process ends or is ended."""
-        reader = threading.Thread(target=self._copy_output, args=(hear,), daemon=True)
-        reader.start()
-        # Told to stop, pytest reports what it has; 10 s later it has no choice.
-        for patience, insistence in ((max(until - monotonic(), 1), signal.SIGINT), (10, signal.SIGKILL)):
-            try:
-                self.process.wait(patience)
-                break
-            except subprocess.TimeoutExpired:
-                self.state = "stopped: out of time"
-                self.signal(insistence)
-        code = self.process.wait()
-        self.signal(signal.SIGKILL)  # processes that it left behind would keep its output open
-        reader.join(5)
-        return code
-
-    def signal(self, number: int) -> None:
-        """To the process and all that it has started, if they are still there."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-
-    def _copy_output(self, hear: Callable[[str], None]) -> None:
-        with self.log.open("a") as log:
-            for line in self.process.stdout:
-                log.write(line)
-                log.flush()
-                hear(line)
-                self.last = line.strip() or self.last
-
-
-def _end_with_parent() -> None:
-    """Whoever kills the run, even so that it cannot end its parts, ends those too."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-class Companion(Part):
-    """A part that prepares others, beside them, and makes way where time is taken."""
-
-    def run(self, environment: dict[str, str], until: float, hear: Callable[[str], None]) -> None:
-        self.start(environment)
-        self.thread = threading.Thread(target=self._until_its_end, args=(until,), daemon=True)
-        self.thread.start()
-
-    def _until_its_end(self, until: float) -> None:
-        began = monotonic()
-        code = self.follow(until, lambda line: None)
-        self.took = monotonic() - began
-        if self.state == "running":
-            self.state = "done" if code == 0 else f"failed (exit status {code})"
-
-    def kill(self) -> None:
-        if self.state == "running":
-            self.state = "ended with the run"
-        super().kill()
-
-    def pause(self) -> None:
-        self.signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        self.signal(signal.SIGCONT)
+from benchmarks.gpu.processes import FOLDER, Companion, Part
 
 
 def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
@@ -186,7 +42,7 @@ def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
     builder = (
         Part("build", [*python, "setup.py", "build_ext", "--inplace"], 70, 150, "the kernels for this GPU")
         if build
-        else Part("load", [*python, "-m", "benchmarks.gpu.bundle", "load"], 5, 30, "what `make gpu-bundle` has built")
+        else Part("load", [*python, "-m", "benchmarks.gpu.bundle", "load"], 8, 60, "what `make gpu-bundle` has built")
     )
     large = tests("tests-large", 20, "tensors of more than 2^31 elements", "-m", "gpu_memory")
     large.variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -250,6 +106,13 @@ def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
 def environment(device: str) -> dict[str, str]:
     """The variables of this process, and those that the parts need."""
     found = dict(os.environ, PIXNORM_BUILD="1", TRITON_CACHE_DIR=str(TRITON_CACHE))
+    # Inductor would have some processes take another ptxas, with which nothing in Triton's cache was made.
+    triton = find_spec("triton")
+    ptxas = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas" if triton else None
+    if ptxas and ptxas.exists():
+        found.setdefault("TRITON_PTXAS_PATH", str(ptxas))
+    # What Inductor finds fastest while other processes keep the GPU busy is not to be believed later.
+    found["TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE"] = "0"
     # ninja stands beside Python, also where nobody has put that folder on the path.
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
     found.setdefault("MAX_JOBS", str(os.cpu_count()))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import product
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
 from unittest.mock import patch
@@ -20,24 +21,48 @@ from unittest.mock import patch
 import torch
 
 import pixnorm.ops
+from benchmarks.gpu.cases import BATCHES, KERNEL_SHAPES, LAYER_SHAPES, MIXING_SHAPES, SMALL_SHAPES
+from benchmarks.gpu.processes import end_with_parent
+from benchmarks.test_spn import HEADS
+from benchmarks.test_spn import case as case_of
 from pixnorm.ops._dispatch import _triton_obstacle
-from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, Case, OpSpec, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, SPN, Case, OpSpec, evaluate
 
-# Of x: what the benchmarks, the first checks and the tests of many things are called with.
-SHAPES = ((64, 256, 32, 32), (32, 64, 128, 128), (3, 17, 7, 10), (2, 3, 4, 5), (4, 64, 16, 16), (64, 256, 4, 4))
+# Of x, beside those of the benchmarks: what the first checks and the tests of many things are called with.
+SHAPES = ((3, 17, 7, 10), (8, 64, 32, 32), (2, 3, 4, 5), (4, 64, 16, 16))
 
 
 def jobs() -> Iterator[tuple]:
-    """Position of an op, case, dtypes, layout, whether TF32 is allowed; what is needed first comes first."""
-    for (dtype, parameters), shape, tf32 in product(DTYPES, SHAPES, (True, False)):
-        for at, spec in enumerate(SPECS):
-            if (dtype, parameters) in spec.dtypes and (tf32 is False or dtype == torch.float32):
-                for layout, variant in product(DENSE_LAYOUTS, spec.variants):
-                    yield at, Case(shape, "", variant), dtype, parameters, layout, tf32
-    for at, spec in enumerate(SPECS):
+    """Op, case, dtypes, layout, whether TF32 is allowed; what is needed first comes first."""
+    for (dtype, parameters), tf32 in product(DTYPES, (True, False)):
+        if tf32 and dtype != torch.float32:
+            continue
+        for spec in SPECS:
+            if (dtype, parameters) in spec.dtypes:
+                for case, layout in product([*checked(spec), *measured(spec)], DENSE_LAYOUTS):
+                    yield spec.name, case, dtype, parameters, layout, tf32
+    for spec in SPECS:
         for case, (dtype, parameters), layout in product(spec.cases, spec.dtypes, DENSE_LAYOUTS):
             if spec.in_rotation(case, dtype, parameters, layout):
-                yield at, case, dtype, parameters, layout, False
+                yield spec.name, case, dtype, parameters, layout, False
+
+
+def checked(spec: OpSpec) -> Iterator[Case]:
+    for shape, variant in product(SHAPES, spec.variants):
+        yield Case(shape, "", variant)
+
+
+def measured(spec: OpSpec) -> Iterator[Case]:
+    """As ``benchmarks.gpu.cases`` calls the op; the same kernels serve many shapes, and then cost no time here."""
+    in_generators = [(batch, 256, side, side) for batch, side in product(BATCHES, (4, 8, 16, 32))]
+    if spec is SPN:
+        for shape in dict.fromkeys((*LAYER_SHAPES, *KERNEL_SHAPES, *SMALL_SHAPES, *in_generators)):
+            for head in HEADS:
+                yield case_of(head, shape)
+            yield Case(shape, "", {"activation": "relu"})
+    else:
+        for shape in dict.fromkeys((*MIXING_SHAPES, *in_generators)):
+            yield Case(shape, "", sizes={"bias": 0})
 
 
 class PretendedGPU:
@@ -96,10 +121,12 @@ def compiling(arch: int | None) -> ExitStack:
 
 def work(queue: Queue, arch: int | None, counts: dict[str, int]) -> None:
     """Take jobs until there are none."""
+    end_with_parent()
+    specs = {spec.name: spec for spec in SPECS}
     with compiling(arch):
         while (job := queue.get()) is not None:
             try:
-                compile_call(SPECS[job[0]], *job[1:])
+                compile_call(specs[job[0]], *job[1:])
                 counts["done"] += 1
             except Exception:  # what does not compile shows in the tests too
                 counts["failed"] += 1
@@ -116,7 +143,9 @@ def main() -> None:
     os.environ |= {"TRITON_CACHE_DIR": str(arguments.cache.absolute()), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     os.nice(10)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(end_with_parent)
+    with manager:
         queue, counts = manager.Queue(), manager.dict(done=0, failed=0)
         for job in (*[*jobs()][: arguments.first], *[None] * arguments.processes):
             queue.put(job)

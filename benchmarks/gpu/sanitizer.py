@@ -49,6 +49,7 @@ def look(section: Section, tool: str, sanitizer: str | None, impl: str) -> None:
     command = [sys.executable, "-u", "-m", "benchmarks.gpu.sanitizer", "--calls", impl, "--device", device]
     if sanitizer:
         options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+        options += ["--report-api-errors", "no"]  # of libraries, which try things and go on
         command = [sanitizer, *options, *command]
     # Each tensor is an allocation of its own: what is beyond its end is nobody's.
     variables = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -59,7 +60,7 @@ def look(section: Section, tool: str, sanitizer: str | None, impl: str) -> None:
     section.add("sanitizer", tool=tool, impl=impl, calls=went_through, summary=summary, status=done.returncode)
     if done.returncode == FOUND:
         section.failed = True
-        told = re.findall(r"=+ ((?:Invalid|Error|Warning|Race).*)", done.stdout)
+        told = re.findall(r"=+ ((?:Invalid|Error|Warning|Race|Program hit).*)", done.stdout)
         section.add("failure", where=f"{tool}, {impl}", error=" ".join(told[:1] + summary)[:300])
     elif done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")

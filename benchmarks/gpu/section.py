@@ -34,9 +34,6 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
-CONTEXT_LOST = 75  # exit status of a process that another one may follow (EX_TEMPFAIL)
-
-
 class ContextLostError(RuntimeError):
     """Nothing more can be done with the GPU in this process."""
 
