@@ -1,10 +1,21 @@
 """Pixel-wise normalisations and generative convolutions of GAN generators, as fused kernels for PyTorch."""
 
 from pixnorm import functional, nn
-from pixnorm.nn import GConv2d, GLinear, SPN2d, convert_batchnorm, convert_conv
+from pixnorm.nn import NORMS, GConv2d, GLinear, SPN2d, convert_batchnorm, convert_conv, update_statistics
 from pixnorm.ops._dispatch import backends, load_extensions
 
 __version__ = "0.1.0"
-__all__ = ["GConv2d", "GLinear", "SPN2d", "backends", "convert_batchnorm", "convert_conv", "functional", "nn"]
+__all__ = [
+    "NORMS",
+    "GConv2d",
+    "GLinear",
+    "SPN2d",
+    "backends",
+    "convert_batchnorm",
+    "convert_conv",
+    "functional",
+    "nn",
+    "update_statistics",
+]
 
 load_extensions()

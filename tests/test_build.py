@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,33 @@ runpy.run_path("setup.py", run_name="__main__")
     )
     found = subprocess.run([sys.executable, "-c", installed], cwd=out, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == out / "pixnorm" / "triton_kernels" / "__init__.py"
+
+
+def test_a_source_distribution_has_every_source(tmp_path):
+    """Also where torch has no CUDA: what is made of it elsewhere may have one."""
+    code = f"""
+import runpy, sys
+sys.argv = ["setup.py", "-q", "egg_info", "-e", {str(tmp_path)!r}, "sdist", "-d", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = run(code, PIXNORM_BUILD="0")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {Path(*Path(member.name).parts[1:]).as_posix() for member in packed if member.isfile()}
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    wanted = ["csrc", "pixnorm", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+    tracked = subprocess.run(
+        ["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(tracked) <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    # And a wheel made of it has all of the package.
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=unpacked, env=os.environ | {"PIXNORM_BUILD": "0"}, capture_output=True, check=True)
+    built = {file.relative_to(tmp_path / "lib").as_posix() for file in (tmp_path / "lib").rglob("*.py")}
+    assert {name for name in tracked if name.startswith("pixnorm/") and name.endswith(".py")} <= built
 
 
 def test_package_works_without_the_extension():

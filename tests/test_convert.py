@@ -238,6 +238,35 @@ def with_buffer():
     return bn
 
 
+def with_hook_on_a_parameter():
+    bn = nn.BatchNorm2d(4)
+    bn.weight.register_hook(lambda grad: 2 * grad)
+    return bn
+
+
+def with_hook_after_accumulation():
+    bn = nn.BatchNorm2d(4)
+    bn.bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    return bn
+
+
+def with_no_count():
+    bn = nn.BatchNorm2d(4)
+    bn.num_batches_tracked = None
+    return bn
+
+
+def test_two_parameters_over_one_storage_are_tied():
+    """As views of a flat buffer are."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    flat = torch.randn(4)
+    for layer in model[:2]:
+        layer.weight = nn.Parameter(flat)
+    result = convert_batchnorm(model)
+    assert result.replaced == ["2"]
+    assert result.skipped == dict.fromkeys("01", "shares parameters or buffers with another module")
+
+
 def test_subclass_that_only_sets_defaults_is_replaced():
     model = nn.Sequential(OtherDefault(4))
     assert convert_batchnorm(model).replaced == ["0"] and model[0].eps == 1e-3
@@ -246,6 +275,9 @@ def test_subclass_that_only_sets_defaults_is_replaced():
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
+        (with_hook_on_a_parameter(), "has parameters with hooks"),
+        (with_hook_after_accumulation(), "has parameters with hooks"),
+        (with_no_count(), "has some of the buffers of running statistics, and not all"),
         (nn.BatchNorm1d(4), "BatchNorm1d is not nn.BatchNorm2d"),
         (nn.BatchNorm3d(4), "BatchNorm3d is not nn.BatchNorm2d"),
         (nn.SyncBatchNorm(4), "SyncBatchNorm is not nn.BatchNorm2d"),

@@ -91,7 +91,6 @@ def with_hook():
     "module, reason",
     [
         (nn.Conv2d(4, 4, 3, groups=2), "has 2 groups"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "pads by 'circular', not zeros"),
         (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d is not nn.Conv2d"),
         (nn.Conv1d(4, 4, 2), "Conv1d is not nn.Conv2d"),
         (nn.LazyConv2d(4, 3), "LazyConv2d does not know its channels before its first batch"),

@@ -1,4 +1,4 @@
-"""SPN2d under DistributedDataParallel: two processes on the CPU."""
+"""Layers under DistributedDataParallel and fully_shard: two processes on the CPU."""
 
 import copy
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pixnorm
+from pixnorm.networks import Generator
 
 pytestmark = [
     pytest.mark.cpu,
@@ -77,3 +80,64 @@ def test_two_forwards_before_one_backward(backend, folder):
         assert torch.equal(state[name], state_1[name]), name
         torch.testing.assert_close(state[name], replicas[0].get_buffer(name), **close)
         assert not torch.equal(state[name], buffer), name
+
+
+# --- sharded, with parameters in half precision
+
+
+def generator():
+    torch.manual_seed(0)
+    return Generator(norm="spn", channels=16, latent_dim=8)
+
+
+def train_sharded(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for name, dtype in PRECISIONS.items():
+            model = generator()
+            policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32)
+            for block in (model.block1, model.block2, model.block3):
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh)  # its batch norm, PyTorch's, takes no half parameters beside float32 buffers
+            z = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+            y = model(z)
+            y.float().sin().mean().backward()
+            grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+            buffers = dict(model.named_buffers())
+            torch.save((y.detach(), grads, buffers), f"{folder}/{name}{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    torch.multiprocessing.spawn(train_sharded, (folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fully_sharded(precision, sharded):
+    """Buffers stay in float32, whatever the parameters are computed in; gradients are means over ranks."""
+    found = [torch.load(sharded / f"{precision}{rank}.pt") for rank in range(WORLD)]
+    expected = []
+    for rank in range(WORLD):
+        alone = generator()
+        z = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+        y = alone(z)
+        expected.append((y, torch.autograd.grad(y.sin().mean(), list(alone.parameters())), alone))
+        close = {"rtol": 1e-3, "atol": 1e-4} if precision == "float32" else {"rtol": 0.1, "atol": 0.1}
+        torch.testing.assert_close(found[rank][0].float(), y, **close)
+        for name, buffer in alone.named_buffers():
+            assert found[rank][2][name].dtype == buffer.dtype, name
+            torch.testing.assert_close(found[rank][2][name], buffer, **close)
+    for (name, grad), *others in zip(found[0][1].items(), *(grads for _, grads, _ in expected), strict=True):
+        mean = sum(others) / WORLD
+        assert grad.isfinite().all() and grad.dtype == torch.float32, name
+        if precision == "float32":
+            torch.testing.assert_close(grad, mean, rtol=1e-2, atol=1e-3 * mean.abs().max().item() + 1e-7)

@@ -50,7 +50,7 @@ BAD_INPUT = {
     "channels of x": (
         with_shape("x", (2, 4, 4, 5)),
         ValueError,
-        words("mask_projection", (4, 4, 1, 1), (2, 4, 4, 5), (3, 3, 1, 1)),
+        words("expected input of 3 channels, got 4", (2, 4, 4, 5)),
     ),
     "projection, rank": wrong_shape("mask_projection", (3, 3), (3, 3, 1, 1)),
     "projection, a number": wrong_shape("mask_projection", (), (3, 3, 1, 1)),
@@ -104,11 +104,20 @@ BAD_INPUT = {
         RuntimeError,
         words("one device", f"x on {HERE}", "running_var on meta"),
     ),
-    "upsample": (lambda t: t | {"upsample": 3}, ValueError, words("upsample must be 1 or 2, got 3")),
+    "eps of nothing": (lambda t: t | {"eps": float("nan")}, ValueError, words("eps must be", "got nan")),
+    "eps below zero": (lambda t: t | {"eps": -1e-3}, ValueError, words("eps must be", "got -0.001")),
+    "buffers of two dtypes": (
+        lambda t: with_dtype(torch.float32, "running_mean", "running_var")(
+            with_dtype(torch.bfloat16, *SPN.differentiable, *SPN.buffers)(t)
+        ),
+        TypeError,
+        words("running statistics of one dtype", "bfloat16", "float32"),
+    ),
+    "upsample": (lambda t: t | {"upsample": 3}, ValueError, words("upsample must be one of 1, 2, got 3")),
     "activation": (
         lambda t: t | {"activation": "gelu"},
         ValueError,
-        words("activation must be None or 'relu', got 'gelu'"),
+        words("activation must be one of None, 'relu', got 'gelu'"),
     ),
 }
 
@@ -123,6 +132,15 @@ def test_spn_refuses(impl, which, training):
         spn(**arguments, training=training, impl=impl)
     unchanged = [torch.equal(arguments[name], value) for name, value in before.items() if not value.is_meta]
     assert all(unchanged)
+
+
+def test_eps_of_zero(impl):
+    """As F.batch_norm of torch 2.12 and newer: not in training, where a variance may be 0."""
+    arguments = spn_arguments()
+    with pytest.raises(ValueError, match="eps must be positive in training, got 0"):
+        spn(**arguments, eps=0, impl=impl)
+    if impl != "reference" or torch.__version__ >= "2.12":
+        assert spn(**arguments, eps=0, training=False, impl=impl).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SPN.buffers)

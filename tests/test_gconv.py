@@ -421,7 +421,13 @@ def test_mixing_under_autocast_refuses_what_it_cannot_cast(impl):
 
 
 LAYER_ERRORS = {
-    "rank of x": ({"x": torch.ones(3, 5, 6)}, ValueError, r"expected 4D input \(got 3D input\)"),
+    "rank of x": (
+        {"x": torch.ones(3, 5)},
+        ValueError,
+        r"expected 3D \(unbatched\) or 4D \(batched\) input, got 2D input",
+    ),
+    "one sample, many z": ({"x": torch.ones(3, 5, 6)}, ValueError, r"z must have shape \(1, dz\).*got \(2, 2\)"),
+    "padding mode": ({"padding_mode": "wrap"}, ValueError, "padding_mode must be one of 'zeros', .*, got 'wrap'"),
     "channels": (
         {"x": torch.ones(2, 4, 5, 6)},
         ValueError,

@@ -245,7 +245,7 @@ def test_generative_block_by_its_definition(backend, conv, num_classes, training
     h = tF.linear(z, generator.fc.weight).view(4, 8, 4, 4)
 
     def affine(norm, x):
-        x_hat = tF.batch_norm(x, norm.norm.running_mean.clone(), norm.norm.running_var.clone(), training=training)
+        x_hat = tF.batch_norm(x, norm.running_mean.clone(), norm.running_var.clone(), training=training)
         gamma, beta = 1 + code @ norm.gamma.weight.T, code @ norm.beta.weight.T
         return tF.relu(gamma[..., None, None] * x_hat + beta[..., None, None])
 

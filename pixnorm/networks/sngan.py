@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnorm.nn import GConv2d, LatentBatchNorm2d, SPN2d
+from pixnorm.ops.checks import check_option
 
 NORMS = ("bn", "spn", "bigbn")
 CONVS = ("conv", "gconv")
@@ -116,9 +117,8 @@ class Generator(nn.Module):
         super().__init__()
         if resolution != 32:
             raise ValueError(f"resolution must be 32, got {resolution!r}")
-        for name, value, allowed in (("norm", norm, NORMS), ("conv", conv, CONVS)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        check_option("norm", norm, NORMS)
+        check_option("conv", conv, CONVS)
         if num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
         if num_classes and norm != "bigbn" and conv != "gconv":

@@ -4,8 +4,10 @@ from pixnorm.nn.batchnorm import LatentBatchNorm2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.spn import SPN2d
+from pixnorm.nn.statistics import NORMS, update_statistics
 
 __all__ = [
+    "NORMS",
     "Conversion",
     "GConv2d",
     "GLinear",
@@ -14,4 +16,5 @@ __all__ = [
     "convert_batchnorm",
     "convert_conv",
     "latent",
+    "update_statistics",
 ]

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from pixnorm.nn.gconv import GConv2d
-from pixnorm.nn.spn import SPN2d, start_as_batchnorm_
+from pixnorm.nn.spn import NOISE, SPN2d, start_as_batchnorm_
 from pixnorm.ops.common import FLOAT
 
 
@@ -40,7 +40,7 @@ class Conversion(NamedTuple):
         return "\n".join(lines + [self.usage] * bool(self.usage and self.replaced))
 
 
-def convert_batchnorm(model: nn.Module, noise: float = 0.02) -> Conversion:
+def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
     """Replace, in place, every ``nn.BatchNorm2d`` of a model by an :class:`SPN2d` that starts as the same function.
 
     Scale and shift, running statistics, eps, momentum, dtype, device, training mode and ``requires_grad`` carry over (a
@@ -51,6 +51,9 @@ def convert_batchnorm(model: nn.Module, noise: float = 0.02) -> Conversion:
     What computes something else, or might, stays: other kinds of batch norm, subclasses that define methods, layers
     with hooks or parametrizations, layers that share parameters or buffers with others, lazy layers before their first
     batch. One layer that is used in several places stays one layer.
+
+    A checkpoint of the model as it was loads into the converted one: its batch norms become what this function makes of
+    them, drawn anew.
 
     Args:
         model: any module, also a batch norm.
@@ -85,9 +88,12 @@ def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = (
     The layers need latent vectors: call them as ``layer(x, z)``, or leave the model's code as it is and call the model
     inside ``with pixnorm.nn.latent(z):``.
 
-    What computes something else, or might, stays: other kinds of convolution, groups, padding modes other than zeros,
+    What computes something else, or might, stays: other kinds of convolution, groups,
     subclasses that define methods, layers with hooks or parametrizations, layers that share parameters with others,
     lazy layers before their first batch. One layer that is used in several places stays one layer.
+
+    A checkpoint of the model as it was loads into the converted one, with ``mix_weight`` 0. Spectral norm cannot divide
+    such a weight by its norm: put it on ``weight`` and ``scale_weight`` alone, or convert first and train a little.
 
     Args:
         model: any module, also a convolution.
@@ -130,7 +136,7 @@ def _replace(
     convert: Callable[[nn.Module], nn.Module],
 ) -> tuple[nn.Module, list[str], dict[str, str]]:
     """Replace the layers of a kind that have no obstacle: the model, what was replaced, and why the rest was not."""
-    owners = Counter(id(tensor) for module in model.modules() for tensor in _tensors(module))
+    owners = Counter(_storage(tensor) for module in model.modules() for tensor in _tensors(module))
     converted: dict[nn.Module, nn.Module] = {}
     replaced: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -158,11 +164,22 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
+def _storage(tensor: Tensor) -> object:
+    """The same for tensors that share memory: of two parameters over one storage both are that one's."""
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a subclass that has none
+        storage = id(tensor)
+    return storage
+
+
 def _obstacle(module: _BatchNorm, owners: Counter) -> str | None:
     """Why this batch norm cannot be replaced, None if it can."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{type(module).__name__} does not know its channels before its first batch"
     buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    if len({module._buffers.get(name) is None for name in buffers}) > 1:
+        return "has some of the buffers of running statistics, and not all"
     return _difference(module, nn.BatchNorm2d, buffers, owners)
 
 
@@ -174,8 +191,6 @@ def _obstacle_of_conv(module: _ConvNd, owners: Counter) -> str | None:
         return f"has a weight of {module.weight.dtype}"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"has {module.groups} groups"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"pads by {module.padding_mode!r}, not zeros"
     return _difference(module, nn.Conv2d, set(), owners)
 
 
@@ -195,8 +210,11 @@ def _difference(module: nn.Module, base: type[nn.Module], buffers: set[str], own
     extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"} - buffers
     if extra:
         return f"has more than nn.{base.__name__}: {', '.join(sorted(extra))}"
-    if any(owners[id(tensor)] > 1 for tensor in _tensors(module)):
+    tensors = _tensors(module)
+    if any(owners[_storage(tensor)] > 1 for tensor in tensors):
         return "shares parameters or buffers with another module"
+    if any(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None) for tensor in tensors):
+        return "has parameters with hooks"
     return None
 
 
@@ -250,6 +268,7 @@ def _convert_conv(conv: nn.Conv2d, latent_dim: int) -> GConv2d:
         device=conv.weight.device,
         dtype=conv.weight.dtype,
         init="zero",
+        padding_mode=conv.padding_mode,
     )
     gconv.weight = nn.Parameter(conv.weight.detach().clone())  # also its memory format
     if conv.bias is not None:

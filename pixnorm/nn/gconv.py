@@ -10,7 +10,9 @@ from torch.nn.modules.utils import _pair
 
 from pixnorm import functional as F
 from pixnorm.ops._dispatch import IMPLS
+from pixnorm.ops.checks import check_option
 from pixnorm.ops.common import exporting
+from pixnorm.ops.gconv import PADDING_MODES
 
 
 class _Current(threading.local):
@@ -51,14 +53,14 @@ class _Generative(nn.Module):
 
     def __init__(self, kernels: tuple[int, ...], latent_dim: int, bias: bool, impl: str, init: str, device, dtype):
         super().__init__()
-        for name, value, allowed in (("impl", impl, IMPLS), ("init", init, ("glorot", "zero"))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        check_option("impl", impl, IMPLS)
+        check_option("init", init, ("glorot", "zero"))
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be positive, got {latent_dim}")
         self.latent_dim = latent_dim
         self.impl = impl
         self.init = init
+        self._may_divide_by_zero = init == "zero"
         n, m = kernels[:2]
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -83,6 +85,24 @@ class _Generative(nn.Module):
             nn.init.xavier_uniform_(self.mix_weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _mix_weight(self) -> Tensor:
+        weight = self.mix_weight
+        if self._may_divide_by_zero and "mix_weight" not in self._parameters:  # but what a parametrization makes of it
+            if weight.isnan().any():
+                raise RuntimeError(
+                    "mix_weight is not a number: it starts at 0, and spectral norm divides by its norm; use "
+                    "init='glorot', or put spectral norm on the other weights alone"
+                )
+            self._may_divide_by_zero = False
+        return weight
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        """A checkpoint of the plain layer is that of one that mixes nothing."""
+        if prefix + "weight" in state_dict and not {prefix + "scale_weight", prefix + "mix_weight"} & state_dict.keys():
+            own = {"scale_weight": self.scale_weight.detach(), "mix_weight": torch.zeros_like(self.mix_weight)}
+            state_dict = state_dict | {prefix + name: value for name, value in own.items()}
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _latent(self, z: Tensor | None) -> Tensor:
         if z is None and exporting():
@@ -113,12 +133,15 @@ class GConv2d(_Generative):
         bias: added at the end; off, as a normalisation follows in the paper.
         impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.gconv2d`.
         device, dtype: of the parameters.
+        groups: 1; mixing adds up kernels, so all of them must see all channels.
+        padding_mode: as in ``nn.Conv2d``.
         init: ``"glorot"`` draws all weights Glorot uniform; ``"zero"`` does so but for ``mix_weight``, which is 0: the
-            layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step.
+            layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step. Spectral
+            norm cannot divide such a weight by its norm.
 
     Shape:
-        x (N, m, H, W) and z (N, dz) to (N, n, H', W') as ``nn.Conv2d``, in x's dtype and memory format. z may be left
-        out inside :func:`pixnorm.nn.latent`.
+        x (N, m, H, W) and z (N, dz) to (N, n, H', W') as ``nn.Conv2d``, in x's dtype and memory format; also one
+        sample, x (m, H, W) and z (dz) or (1, dz) to (n, H', W'). z may be left out inside :func:`pixnorm.nn.latent`.
 
     Parameters ``weight`` (n, m, kh, kw), ``scale_weight`` (n, m + dz), ``mix_weight`` (n, n), ``bias`` (n) or None.
 
@@ -144,7 +167,14 @@ class GConv2d(_Generative):
         dtype=None,
         *,
         init: str = "glorot",
+        groups: int = 1,
+        padding_mode: str = "zeros",
     ):
+        if groups != 1:
+            raise ValueError(
+                f"groups must be 1, got {groups}: kernels are mixed with each other, so each must see all channels"
+            )
+        check_option("padding_mode", padding_mode, PADDING_MODES)
         if in_channels < 1 or out_channels < 1:
             raise ValueError(f"in_channels and out_channels must be positive, got {in_channels} and {out_channels}")
         if isinstance(padding, str) and padding not in ("same", "valid"):
@@ -162,6 +192,7 @@ class GConv2d(_Generative):
         self.stride = stride
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.dilation = dilation
+        self.padding_mode = padding_mode
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Convolve each sample of x with the kernels that it and its latent vector choose."""
@@ -170,18 +201,21 @@ class GConv2d(_Generative):
             self._latent(z),
             self.weight,
             self.scale_weight,
-            self.mix_weight,
+            self._mix_weight(),
             self.bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
+            padding_mode=self.padding_mode,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
+        padding = "" if self.padding_mode == "zeros" else f"padding_mode={self.padding_mode!r}, "
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, latent_dim={self.latent_dim}, "
-            f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, bias={self.bias is not None}, "
+            f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
+            f"bias={self.bias is not None}, {padding}"
             f"impl={self.impl!r}"
         )
 
@@ -229,7 +263,7 @@ class GLinear(_Generative):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Map each sample of x by the weights that it and its latent vector choose."""
-        weights = self.weight, self.scale_weight, self.mix_weight, self.bias
+        weights = self.weight, self.scale_weight, self._mix_weight(), self.bias
         return F.glinear(x, self._latent(z), *weights, impl=self.impl)
 
     def extra_repr(self) -> str:

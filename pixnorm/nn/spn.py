@@ -4,16 +4,24 @@ import torch
 from torch import Tensor, nn
 
 from pixnorm import functional as F
+from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
+from pixnorm.ops.checks import check_eps, check_option
+
+NOISE = 0.02  # standard deviation, relative to each channel's scale: without it masks get no gradient in the first step
 
 
-class SPN2d(nn.Module):
+class SPN2d(Norm2d):
     r"""Self pixel-wise normalisation ("Image Generation with Self Pixel-wise Normalization", arXiv 2201.10725).
 
     Batch norm whose scale and shift differ from pixel to pixel: depthwise convolutions make them from a mask, and the
     mask comes from the input itself. Takes the place of :class:`torch.nn.BatchNorm2d` and keeps its arguments, its
     running statistics and its behaviour in training and eval. The equation stands in
     :func:`pixnorm.functional.spn`, which does all the arithmetic.
+
+    It is no subclass of PyTorch's batch norms, so what looks for those (``torch.optim.swa_utils.update_bn``, freezing
+    by ``isinstance``) passes it by: use ``pixnorm.update_statistics`` and ``isinstance(module, pixnorm.NORMS)``. A
+    checkpoint of the batch norm in whose place it stands loads: the kernels start as ``convert_batchnorm`` makes them.
 
     Args:
         num_features: C, the channels of the input.
@@ -47,6 +55,8 @@ class SPN2d(nn.Module):
         >>> y = pixnorm.SPN2d(64)(torch.randn(8, 64, 16, 16))
     """
 
+    _KINDS = ("", "mask_")
+
     def __init__(
         self,
         num_features: int,
@@ -63,27 +73,17 @@ class SPN2d(nn.Module):
         *,
         init: str = "bn",
     ):
-        super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be positive, got {num_features}")
+        super().__init__(num_features, eps, momentum, track_running_stats)
         mask_channels = num_features if mask_channels is None else mask_channels
-        for name, value, allowed in (
-            ("kernel_size", kernel_size, (1, 3, 5)),
-            ("mask_channels", mask_channels, (1, num_features)),
-            ("upsample", upsample, (1, 2)),
-            ("activation", activation, (None, "relu")),
-            ("impl", impl, IMPLS),
-            ("init", init, ("bn", "keras")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-        self.num_features = num_features
+        check_eps(eps, training=False)
+        check_option("kernel_size", kernel_size, (1, 3, 5))
+        check_option("mask_channels", mask_channels, (1, num_features))
+        check_option("upsample", upsample, (1, 2))
+        check_option("activation", activation, (None, "relu"))
+        check_option("impl", impl, IMPLS)
+        check_option("init", init, ("bn", "keras"))
         self.kernel_size = kernel_size
         self.mask_channels = mask_channels
-        self.eps = eps
-        self.momentum = momentum
-        self.track_running_stats = track_running_stats
         self.upsample = upsample
         self.activation = activation
         self.impl = impl
@@ -100,24 +100,8 @@ class SPN2d(nn.Module):
         self.beta_weight = parameter(num_features, 1, kernel_size, kernel_size)
         self.beta_weight_inv = parameter(num_features, 1, kernel_size, kernel_size)
 
-        def buffer(name: str, *shape: int, dtype: torch.dtype | None = dtype) -> None:
-            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None)
-
-        buffer("running_mean", num_features)
-        buffer("running_var", num_features)
-        buffer("mask_running_mean", mask_channels)
-        buffer("mask_running_var", mask_channels)
-        buffer("num_batches_tracked", dtype=torch.long)
+        self._register_statistics({"": num_features, "mask_": mask_channels}, device, dtype)
         self.reset_parameters()
-
-    def reset_running_stats(self) -> None:
-        """Set the running means to 0, the running variances to 1 and the count of batches to 0."""
-        if self.running_mean is not None:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.mask_running_mean.zero_()
-            self.mask_running_var.fill_(1)
-            self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as ``init`` says, and reset the running statistics."""
@@ -127,7 +111,7 @@ class SPN2d(nn.Module):
         nn.init.zeros_(self.mask_bias)
         if self.init == "bn":
             scale = self.gamma_weight.new_ones(self.num_features)
-            start_as_batchnorm_(self, scale, torch.zeros_like(scale), noise=0.02)
+            start_as_batchnorm_(self, scale, torch.zeros_like(scale))
         else:
             limit = (6 / (self.kernel_size**2 * (self.num_features + 1))) ** 0.5
             for kernel in (self.gamma_weight, self.gamma_weight_inv, self.beta_weight, self.beta_weight_inv):
@@ -135,11 +119,7 @@ class SPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; in training also update the running statistics."""
-        update = self.training and self.track_running_stats and self.running_mean is not None
-        buffers = (self.running_mean, self.running_var, self.mask_running_mean, self.mask_running_var)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / (int(self.num_batches_tracked) + 1) if update else 0.0
+        buffers, options = self._statistics()
         y = F.spn(
             x,
             self.mask_projection,
@@ -149,17 +129,24 @@ class SPN2d(nn.Module):
             self.gamma_weight_inv,
             self.beta_weight,
             self.beta_weight_inv,
-            *(buffers if update or not self.training else (None,) * 4),
-            training=self.training or self.running_mean is None,
-            momentum=momentum,
-            eps=self.eps,
+            *buffers,
+            **options,
             upsample=self.upsample,
             activation=self.activation,
             impl=self.impl,
         )
-        if update:  # after the call: input that it refuses leaves no trace
-            self.num_batches_tracked.add_(1)
-        return y
+        return self._counted(y)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        """A checkpoint of batch norm becomes what ``convert_batchnorm`` makes of that batch norm."""
+        found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if found.keys() & {"weight", "running_mean"} and "mask_projection" not in found:
+            ones = self.gamma_weight.detach().new_ones(self.num_features)
+            affine = found.pop("weight", ones), found.pop("bias", torch.zeros_like(ones))
+            of_mask = {name: value for name, value in self.state_dict().items() if name.startswith("mask_")}
+            found |= of_mask | kernels_of_batchnorm(*affine, self.kernel_size, NOISE)
+            state_dict = {prefix + name: value for name, value in found.items()}
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         return (
@@ -169,20 +156,24 @@ class SPN2d(nn.Module):
         )
 
 
-@torch.no_grad()
-def start_as_batchnorm_(spn: SPN2d, weight: Tensor, bias: Tensor, noise: float) -> None:
-    """Fill the depthwise kernels so that ``spn`` equals batch norm with this affine, up to noise, for any mask.
+def kernels_of_batchnorm(weight: Tensor, bias: Tensor, kernel_size: int, noise: float) -> dict[str, Tensor]:
+    """Depthwise kernels with which SPN equals batch norm with this affine, up to noise, for any mask.
 
     Mask and inverted mask add up to one, so equal kernels weight * delta give the scale ``weight``. The noise has
     standard deviation ``noise * |weight|``: it perturbs every channel's output by the same fraction, and leaves alone a
     channel that is switched off.
     """
-    centre = spn.kernel_size // 2
-    for kernel, value in (
-        (spn.gamma_weight, weight),
-        (spn.gamma_weight_inv, weight),
-        (spn.beta_weight, bias),
-        (spn.beta_weight_inv, bias),
-    ):
-        kernel.normal_().mul_(noise * weight.abs().view(-1, 1, 1, 1))
-        kernel[:, 0, centre, centre] += value
+    found, centre = {}, kernel_size // 2
+    for name, value in (("gamma", weight), ("beta", bias)):
+        for kernel in (f"{name}_weight", f"{name}_weight_inv"):
+            found[kernel] = weight.new_empty((*weight.shape, 1, kernel_size, kernel_size)).normal_()
+            found[kernel].mul_(noise * weight.abs().view(-1, 1, 1, 1))
+            found[kernel][:, 0, centre, centre] += value
+    return found
+
+
+@torch.no_grad()
+def start_as_batchnorm_(spn: SPN2d, weight: Tensor, bias: Tensor, noise: float = NOISE) -> None:
+    """Fill the depthwise kernels as ``kernels_of_batchnorm`` says."""
+    for name, kernel in kernels_of_batchnorm(weight, bias, spn.kernel_size, noise).items():
+        getattr(spn, name).copy_(kernel)

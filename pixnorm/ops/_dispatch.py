@@ -10,12 +10,12 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from pixnorm.ops.common import constant_in_graphs
+from pixnorm.ops.common import constant_in_graphs, onlooker, when_imported
 
 IMPLS = ("auto", "native", "triton", "reference")
 
@@ -26,21 +26,37 @@ _EXTENSIONS = {
     "cpu": ("pixnorm._C", "reinstall pixnorm where a C++17 compiler is on the path (`make build` in a clone)"),
     "cuda": ("pixnorm._cuda", "reinstall pixnorm where nvcc and a CUDA build of torch are (`make build` in a clone)"),
 }
+_flops: dict[str, Callable[..., int]] = {}  # op -> its multiplications and additions
 _missing: dict[str, str] = {}  # device type -> why its extension is not loaded
 _fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
 
 
-def define_op(schema: str, fake, everywhere=None) -> torch._ops.OpOverload:
+def define_op(schema: str, fake, everywhere=None, flops=None) -> torch._ops.OpOverload:
     """Define ``pixnorm::<schema>`` and its fake (shapes, dtypes and strides of the outputs); return the op.
 
-    ``everywhere`` is what runs on devices that no compiled kernel is registered for.
+    ``everywhere`` is what runs on devices that no compiled kernel is registered for. ``flops`` counts multiplications
+    and additions for ``torch.utils.flop_counter``: it is given the arguments, shapes in the place of tensors.
     """
     name = schema[: schema.index("(")]
+    if flops is not None:
+        _flops[name] = flops
     _library.define(schema)
     torch.library.register_fake(f"pixnorm::{name}", fake, lib=_library)
     if everywhere is not None:
         _library.impl(name, everywhere, "CompositeExplicitAutograd")
     return getattr(torch.ops.pixnorm, name).default
+
+
+def _register_flops() -> None:
+    """Tell the counter of PyTorch; both of what is native and of what is in Triton."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    if importlib.util.find_spec("triton") is not None:
+        _triton_obstacle("meta")  # imports the kernels
+    for name, flops in _flops.items():
+        for op in (name, f"{name}_triton"):
+            if hasattr(torch.ops.pixnorm, op) and getattr(torch.ops.pixnorm, op) not in flop_registry:
+                register_flop_formula(getattr(torch.ops.pixnorm, op))(flops)
 
 
 def load_extensions() -> None:
@@ -51,6 +67,7 @@ def load_extensions() -> None:
             importlib.import_module(module)
         except ImportError as error:
             _missing[device] = f"{module} is not there ({error}); {remedy}"
+    when_imported("torch.utils.flop_counter", _register_flops)
 
 
 _gpu_obstacles: dict[int | None, str | None] = {}  # device index -> why its GPU cannot run the kernels
@@ -150,7 +167,7 @@ def choose(
         preferred: ``"native"`` or ``"triton"``, where both can run.
         composite: elsewhere than on the CPU the native op is made of PyTorch's own, and needs no extension.
     """
-    if impl not in IMPLS:
+    if impl not in IMPLS:  # (checks.py would be a circle)
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "reference":
         return impl
@@ -161,21 +178,24 @@ def choose(
     else:
         candidates = ["native"]
     obstacles = []
+    watched = onlooker()
     for candidate in candidates:
         refusal = refusals[candidate]
-        if candidate == "native":
+        if watched is not None:
+            obstacle = f"{watched}, and sees into PyTorch's own operations alone; impl='reference' is made of those"
+        elif candidate == "native":
             obstacle = _native_obstacle(device, refusal, composite)
         else:
             obstacle = _triton_obstacle(device.type, device.index) or refusal
         if obstacle is None:
             return candidate
         obstacles.append(obstacle)
-    obstacle = "; ".join(obstacles)
+    obstacle = "; ".join(dict.fromkeys(obstacles))
     if impl != "auto":
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     if not torch.compiler.is_compiling() and obstacle not in _fallbacks.setdefault(op, []):
         _fallbacks[op].append(obstacle)
-        warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=3)
+        warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=4)
     return "reference"
 
 

@@ -1,10 +1,15 @@
 """What the ops share: layouts, PyTorch's flags, the way back to the reference for gradients of gradients."""
 
 import contextlib
+import functools
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (torch.float64, torch.float32, *HALF)
@@ -14,6 +19,67 @@ def constant_in_graphs(function: Callable) -> Callable:
     """What ``torch.compiler.assume_constant_result`` does; that one imports the compiler, for two seconds."""
     function._dynamo_marked_constant = True
     return function
+
+
+def public(function: Callable) -> Callable:
+    """A function that others may take over, as they may PyTorch's own: arguments with ``__torch_function__``.
+
+    So ``torch.fx`` records a call of it whole, and does not look inside.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        tensors = (*args, *kwargs.values())
+        if has_torch_function(tensors):
+            return handle_torch_function(call, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Following(importlib.abc.MetaPathFinder):
+    """Calls a function behind the import of a module, once."""
+
+    def __init__(self, name: str, function: Callable[[], None]):
+        self.name, self.function = name, function
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                execute(module)
+                self.function()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_imported(name: str, function: Callable[[], None]) -> None:
+    """Call a function when a module is there: now, or as soon as somebody imports it, which is not to be us."""
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _Following(name, function))
+
+
+@constant_in_graphs
+def onlooker() -> str | None:
+    """Who looks at each operation of a call and knows PyTorch's own alone; None if nobody does."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is active"
+    # Exporting to ONNX without its module having been imported cannot be.
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export is active"
+    return None
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -89,17 +155,34 @@ def triton_ops(name: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]
     return getattr(of, f"{name}_fwd_triton").default, getattr(of, f"{name}_bwd_triton").default
 
 
+def through_reference() -> bool:
+    """Whether a backward has to be made of PyTorch's own operations: it is differentiated itself, or transformed."""
+    return torch.is_grad_enabled() or onlooker() is not None
+
+
+def like_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient with its parameter's strides, which DDP and fused optimisers ask for.
+
+    Kernels leave it contiguous; depthwise weights and those of 1x1 convolutions are in channels_last the same memory.
+    """
+    if grad is None or parameter is None or grad.stride() == parameter.stride():
+        return grad
+    if parameter.is_contiguous() and grad.is_contiguous():  # sizes of 1 have any stride
+        return grad.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
+
+
 def reference_grads(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_y: Tensor, needs: Iterable[bool]
 ) -> list[Tensor | None]:
-    """The gradients of ``reference(*inputs)`` as differentiable functions of ``grad_y`` and ``inputs``."""
-    # A view each: the same tensor given twice must not receive the sum of both gradients twice.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    needs = list(needs)
-    with without_autocast(grad_y.device):
+    """The gradients of ``reference(*inputs)``, differentiable themselves where that is asked."""
+    needs, differentiable = list(needs), torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(grad_y.device):
+        # A view each: the same tensor given twice must not receive the sum of both gradients twice.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = reference(*inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=differentiable))
     return [next(grads) if need else None for need in needs]
 
 

@@ -19,12 +19,15 @@ or, where there are fewer pixels than a sample's W diag(S) has numbers to make u
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.checks import check_device, check_floating, check_option, check_shape
 from pixnorm.ops.common import (
     FLOAT,
     HALF,
@@ -34,11 +37,16 @@ from pixnorm.ops.common import (
     dense_like,
     exporting,
     is_channels_last,
+    like_parameter,
     products_allow_tf32,
+    public,
     reference_grads,
+    through_reference,
     triton_ops,
     without_autocast,
 )
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def gconv_mix_reference(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,11 +65,24 @@ def gconv2d_reference(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
 ) -> Tensor:
     """GConv in plain PyTorch: the specification. Any device, any order of gradient. Arguments as in :func:`gconv2d`."""
     s = torch.sigmoid(F.linear(torch.cat([x.mean((2, 3)), z], dim=1), scale_weight))
-    u = F.conv2d(x, weight, None, stride, padding, dilation)
+    u = _convolved(x, weight, stride, padding, dilation, padding_mode)
     return gconv_mix_reference(u, s, mix_weight, bias)
+
+
+def _convolved(x: Tensor, weight: Tensor, stride, padding, dilation, padding_mode: str) -> Tensor:
+    """What ``nn.Conv2d`` does in its forward, without a bias."""
+    if padding_mode == "zeros":
+        return F.conv2d(x, weight, None, stride, padding, dilation)
+    borders = []  # before and after, of the last dimension first
+    paddings = (padding, padding) if isinstance(padding, str) else _pair(padding)
+    for k, d, p in zip(weight.shape[:1:-1], _pair(dilation)[::-1], paddings[::-1], strict=True):
+        total = d * (k - 1)
+        borders += [total // 2, total - total // 2] if p == "same" else [0, 0] if p == "valid" else [p, p]
+    return F.conv2d(F.pad(x, borders, padding_mode), weight, None, stride, 0, dilation)
 
 
 def glinear_reference(
@@ -170,12 +191,14 @@ gconv_mix_fwd = define_op(
     "gconv_mix_fwd(Tensor u, Tensor s, Tensor mix_weight, Tensor? bias, bool allow_tf32) -> Tensor",
     _gconv_mix_fwd_fake,
     everywhere=_library_fwd,
+    flops=lambda u, s, mix_weight, *args, **kwargs: 2 * prod(u) * mix_weight[0],
 )
 gconv_mix_bwd = define_op(
     "gconv_mix_bwd(Tensor grad_y, Tensor u, Tensor s, Tensor mix_weight, bool has_bias, bool allow_tf32) "
     "-> (Tensor grad_u, Tensor grad_s, Tensor grad_mix_weight, Tensor grad_bias)",
     _gconv_mix_bwd_fake,
     everywhere=_library_bwd,
+    flops=lambda grad_y, u, s, mix_weight, *args, **kwargs: 2 * 2 * prod(u) * mix_weight[0],
 )
 
 
@@ -197,10 +220,11 @@ class GConvMixFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         u, s, mix_weight, bias = inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if through_reference():
             grads = reference_grads(gconv_mix_reference, inputs, grad_y, ctx.needs_input_grad[2:])
         else:
             grads = ctx.backward_op(grad_y, u, s, mix_weight, bias is not None, ctx.allow_tf32)
+            grads = (grads[0], *map(like_parameter, grads[1:], (s, mix_weight, bias)))
             if bias is None:
                 grads = (*grads[:3], None)
         return None, None, *grads
@@ -242,6 +266,7 @@ def _triton_refusal(u: Tensor) -> str | None:
 # ---- the public functions ----
 
 
+@public
 def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     r"""What makes a convolution generative (arXiv 2111.15171, eq. 8): its channels are scaled per sample, mixed, and
     added to what they were, in one pass.
@@ -306,23 +331,17 @@ def _check(
     tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: str, x: Tensor, any_dtype: bool = False
 ) -> None:
     """Each tensor, by its name, with the shape that it must have for x, which is called ``what``."""
-    if x.dtype not in FLOAT:
-        raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
+    check_floating(x)
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for {what} of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"expected all tensors on one device, got {what} on {x.device} and {name} on {tensor.device}"
-            )
+        check_shape(name, tensor, shape, x, what)
+        check_device(name, tensor, x, what)
         if tensor.dtype != x.dtype and not (any_dtype and tensor.dtype in FLOAT):
             raise TypeError(f"expected tensors of one dtype, got {what} of {x.dtype} and {name} of {tensor.dtype}")
 
 
+@public
 def gconv2d(
     x: Tensor,
     z: Tensor,
@@ -334,6 +353,7 @@ def gconv2d(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
     impl: str = "auto",
 ) -> Tensor:
     r"""Generative convolution (arXiv 2111.15171, eq. 5-8): for each sample, kernels are scaled by what a latent vector
@@ -343,13 +363,14 @@ def gconv2d(
     where ``s = sigmoid(F.linear(cat([x.mean((2, 3)), z], 1), scale_weight))``.
 
     Args:
-        x: (N, m, H, W), floating point.
-        z: (N, dz), the latent vectors.
+        x: (N, m, H, W), or (m, H, W) of one sample, floating point.
+        z: (N, dz), the latent vectors; (dz,) will do for one sample.
         weight: (n, m, kh, kw), the kernels.
         scale_weight: (n, m + dz), from the mean of x and from z to the scale of each kernel.
         mix_weight: (n, n).
         bias: (n,) or None, added at the end.
         stride, padding, dilation: as in ``F.conv2d``.
+        padding_mode: as in ``nn.Conv2d``.
         impl: of what follows the convolution, as in :func:`gconv_mix`. The convolution is PyTorch's in all of them.
 
     Returns:
@@ -363,8 +384,13 @@ def gconv2d(
         TypeError: x is not floating point, or the dtypes differ.
         RuntimeError: tensors on several devices, an ``impl`` that cannot run here, or what ``F.conv2d`` refuses.
     """
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    check_option("padding_mode", padding_mode, PADDING_MODES)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"expected 3D (unbatched) or 4D (batched) input, got {x.dim()}D input")
+    if x.dim() == 3:
+        z = z[None] if z.dim() == 1 else z
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        return gconv2d(x[None], z, weight, scale_weight, mix_weight, bias, **options, impl=impl)[0]
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"weight must have shape (n, {x.shape[1]}, kh, kw) for x of shape {tuple(x.shape)}, "
@@ -372,16 +398,17 @@ def gconv2d(
         )
     _check_layer(x, z, weight, scale_weight, mix_weight, bias)
     if impl == "reference":
-        options = {"stride": stride, "padding": padding, "dilation": dilation}
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         return gconv2d_reference(x, z, weight, scale_weight, mix_weight, bias, **options)
     # The gradient of a sum is a view of one number a channel; that of a mean would be a tensor as large as x.
     pixels = x.shape[2] * x.shape[3]
     mean = x.mean((2, 3)) if x.dtype in HALF else x.sum((2, 3)) / pixels
     s = torch.sigmoid(F.linear(torch.cat([mean, z], dim=1), scale_weight))
-    u = F.conv2d(x, weight, None, stride, padding, dilation)
+    u = _convolved(x, weight, stride, padding, dilation, padding_mode)
     return gconv_mix(u, s, mix_weight, bias, impl=impl)
 
 
+@public
 def glinear(
     x: Tensor,
     z: Tensor,

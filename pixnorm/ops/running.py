@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pixnorm.ops._dispatch import define_op
+from pixnorm.ops.common import public
 
 
 def update_running_reference(running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float, count: int) -> None:
@@ -29,3 +30,10 @@ update_running = define_op(
     lambda running, batch, momentum, count: None,
     everywhere=update_running_reference,
 )
+
+
+@public
+def count_batch(y: Tensor, num_batches_tracked: Tensor) -> Tensor:
+    """y; one batch more is counted, in place. What passes y on is ``torch.fx``, which drops calls without a result."""
+    num_batches_tracked.add_(1)
+    return y

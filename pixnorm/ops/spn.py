@@ -11,20 +11,33 @@ The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is t
 the image. The bias that the 1x1 convolution might have would be cancelled by BN_m, so there is none.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.checks import (
+    check_device,
+    check_eps,
+    check_image,
+    check_option,
+    check_parameter_dtype,
+    check_running_statistics,
+    check_several_values,
+    check_shape,
+)
 from pixnorm.ops.common import (
-    FLOAT,
-    HALF,
     convolutions_allow_tf32,
     dense_like,
     exporting,
     gpu_name,
     is_channels_last,
+    like_parameter,
+    public,
     reference_grads,
+    through_reference,
     triton_ops,
     without_autocast,
 )
@@ -57,6 +70,8 @@ def spn_reference(
     channels, k = gamma_weight.shape[0], gamma_weight.shape[-1]
 
     p = F.conv2d(x, mask_projection.to(x.dtype))
+    if mask_running_mean is not None:  # which may be float32 beside half precision
+        mask_weight, mask_bias = (t.to(mask_running_mean.dtype) for t in (mask_weight, mask_bias))
     q = F.batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
     m = torch.sigmoid(q)
     m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
@@ -96,11 +111,23 @@ def _spn_bwd_fake(grad_y, x, *args):
     return dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
 
 
+def _spn_fwd_flops(x, mask_projection, mask_weight, mask_bias, gamma_weight, *args, out_shape=None, **kwargs) -> int:
+    """Of the projection and the four depthwise convolutions, at the resolution of y: as the paper counts (Table 6)."""
+    n, _, h, w = out_shape[0]
+    return 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight))
+
+
+def _spn_bwd_flops(grad_y, x, mask_projection, mask_weight, mask_bias, gamma_weight, *args, **kwargs) -> int:
+    n, _, h, w = grad_y
+    return 2 * 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight))
+
+
 spn_fwd = define_op(
     f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
     "float eps, int upsample, bool relu, bool allow_tf32) "
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
     _spn_fwd_fake,
+    flops=_spn_fwd_flops,
 )
 spn_bwd = define_op(
     f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
@@ -108,6 +135,7 @@ spn_bwd = define_op(
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
     _spn_bwd_fake,
+    flops=_spn_bwd_flops,
 )
 
 
@@ -139,8 +167,9 @@ class SPNFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 15
         training, eps, upsample, relu = ctx.options
-        inputs, (p, *used) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        if torch.is_grad_enabled():
+        saved = ctx.saved_tensors  # once: each look unpacks them, where checkpoints or offloading have packed
+        inputs, (p, *used) = saved[:8], saved[8:]
+        if through_reference():
             statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
             activation = "relu" if relu else None
 
@@ -151,9 +180,11 @@ class SPNFunction(torch.autograd.Function):
             grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[7:])
         else:
             grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
+            grads = [grads[0], *map(like_parameter, grads[1:], inputs[1:])]
         return None, None, None, None, None, None, None, *grads
 
 
+@public
 def spn(
     x: Tensor,
     mask_projection: Tensor,
@@ -190,7 +221,7 @@ def spn(
         mask_running_mean, mask_running_var: (Cm,), the same of ``conv1x1(x)``.
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
-        eps: added to both variances.
+        eps: added to both variances; positive in training.
         upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
             that is saved for backward stay at the resolution of x.
         activation: None or ``"relu"``, applied to the result.
@@ -200,10 +231,10 @@ def spn(
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
 
-    Parameters and running statistics have x's dtype, or float32 where x is float16 or bfloat16; the statistics of a
-    batch are float32 for those (float64 for float64). As with batch norm, autocast changes nothing here: x's dtype
-    decides. Gradients of gradients are right in eager mode (computed by the reference); ``torch.compile`` cannot
-    differentiate twice.
+    Parameters have x's dtype, or float32 where x is float16 or bfloat16; running statistics that of the parameters, or
+    float32 beside parameters in half precision. The statistics of a batch are float32 for those (float64 for float64).
+    As with batch norm, autocast changes nothing here: x's dtype decides. Gradients of gradients are right in eager mode
+    (computed by the reference); ``torch.compile`` cannot differentiate twice.
 
     Raises:
         ValueError: wrong rank, shape, or value of an option; one value per channel in training.
@@ -213,7 +244,7 @@ def spn(
     """
     inputs = (x, mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
-    _check(inputs, buffers, training, upsample, activation)
+    _check(inputs, buffers, training, eps, upsample, activation)
 
     refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": _triton_refusal(x, upsample)}
     chosen = choose("spn", impl, x.device, refusals, _preferred(x, upsample))
@@ -296,52 +327,35 @@ _NAMES = (
 )
 
 
-def _check(inputs, buffers, training, upsample, activation) -> None:
+def _check(inputs, buffers, training, eps, upsample, activation) -> None:
     x, mask_projection, gamma_weight = inputs[0], inputs[1], inputs[4]
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    if x.dtype not in FLOAT:
-        raise TypeError(f"expected floating point input, got {x.dtype} of shape {tuple(x.shape)}")
-    if upsample not in (1, 2):
-        raise ValueError(f"upsample must be 1 or 2, got {upsample!r}")
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    check_image(x)
+    check_option("upsample", upsample, (1, 2))
+    check_option("activation", activation, (None, "relu"))
+    check_eps(eps, training)
 
     channels = x.shape[1]
-    mask_channels = mask_projection.shape[0] if mask_projection.dim() else 0
-    if mask_channels not in (1, channels):
+    mask_channels, projected = mask_projection.shape[:2] if mask_projection.dim() == 4 else (0, channels)
+    if projected != channels and gamma_weight.dim() > 0 and gamma_weight.shape[0] == projected:
+        raise ValueError(f"expected input of {projected} channels, got {channels}: input of shape {tuple(x.shape)}")
+    if mask_channels != 1 and mask_channels != channels:
         raise ValueError(
             f"mask_projection must have shape ({channels}, {channels}, 1, 1) or (1, {channels}, 1, 1) for input of "
             f"shape {tuple(x.shape)}, got {tuple(mask_projection.shape)}"
         )
     k = gamma_weight.shape[-1] if gamma_weight.dim() else 0
-    if k not in (1, 3, 5):
+    if not any(k == size for size in (1, 3, 5)):
         raise ValueError(f"the kernel size must be 1, 3 or 5, got gamma_weight of shape {tuple(gamma_weight.shape)}")
     of_mask, of_x = (mask_channels,), (channels,)
     shapes = [x.shape, (mask_channels, channels, 1, 1), of_mask, of_mask, *[(channels, 1, k, k)] * 4]
-    shapes += [of_x, of_x, of_mask, of_mask]
-
-    for index, (name, tensor, shape) in enumerate(zip(_NAMES, inputs + buffers, shapes, strict=True)):
-        is_buffer = index >= len(inputs)
-        if tensor is None and is_buffer:
-            if not training:
-                raise RuntimeError(f"Expected {name} to be defined when training=False")
-            continue
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"{name} must have shape {tuple(shape)} for input of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise RuntimeError(f"expected all tensors on one device, got x on {x.device} and {name} on {tensor.device}")
-        if index > 0 and tensor.dtype != inputs[2].dtype:
-            what = "running statistics of the parameters' dtype" if is_buffer else "parameters of one dtype"
-            raise TypeError(f"expected {what}, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
-    weight_dtype = inputs[2].dtype
-    if weight_dtype != x.dtype and not (weight_dtype == torch.float32 and x.dtype in HALF):
-        raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {weight_dtype}")
-    for mean, var in ((8, 9), (10, 11)):
-        if (buffers[mean - 8] is None) != (buffers[var - 8] is None):
-            raise ValueError(f"{_NAMES[mean]} and {_NAMES[var]} must either both be None or neither be None")
+    for name, tensor, shape in zip(_NAMES, inputs, shapes, strict=False):
+        check_shape(name, tensor, shape, x)
+        check_device(name, tensor, x)
+        if name != "x" and tensor.dtype != inputs[2].dtype:
+            raise TypeError(f"expected parameters of one dtype, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
+    check_parameter_dtype(inputs[2].dtype, x)
+    of_buffers = zip(_NAMES[len(inputs) :], buffers, (of_x, of_x, of_mask, of_mask), strict=True)
+    check_running_statistics(of_buffers, x, inputs[2].dtype, training)
     n, _, h, w = x.shape
-    if training and n * h * w * upsample**2 == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if training:
+        check_several_values(x, n * h * w * upsample**2)

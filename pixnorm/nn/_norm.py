@@ -1,0 +1,79 @@
+"""What normalising layers have in common: running statistics, kept as ``nn.BatchNorm2d`` keeps them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixnorm.ops.running import count_batch
+
+
+class Norm2d(nn.Module):
+    """A layer that normalises by the statistics of the batch, and in eval mode by running ones.
+
+    No subclass of PyTorch's batch norms: ``convert_sync_batchnorm`` would put those in its place.
+
+    Args:
+        num_features: C, the channels of the input.
+        eps, momentum, track_running_stats: as in ``nn.BatchNorm2d``.
+    """
+
+    _KINDS = ("",)  # prefixes of the statistics that a layer has
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, num_features: int, eps: float, momentum: float | None, track_running_stats: bool):
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features must be positive, got {num_features}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.track_running_stats = track_running_stats
+
+    def _register_statistics(self, sizes: dict[str, int], device: Any, dtype: torch.dtype | None) -> None:
+        """Buffers for each kind of statistics, by its prefix: as many means and variances as it has channels."""
+        track = self.track_running_stats
+        for prefix, size in sizes.items():
+            for name in ("running_mean", "running_var"):
+                self.register_buffer(prefix + name, torch.empty(size, device=device, dtype=dtype) if track else None)
+        counter = torch.zeros((), device=device, dtype=torch.long) if track else None
+        self.register_buffer("num_batches_tracked", counter)
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Set the running means to 0, the running variances to 1 and the count of batches to 0."""
+        if self.running_mean is None:
+            return
+        for prefix in self._KINDS:
+            getattr(self, f"{prefix}running_mean").zero_()
+            getattr(self, f"{prefix}running_var").fill_(1)
+        self.num_batches_tracked.zero_()
+
+    @property
+    def _updates(self) -> bool:
+        """Whether a call moves the running statistics."""
+        return self.training and self.track_running_stats and self.running_mean is not None
+
+    def _statistics(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """The buffers that a call is given, or None in their place; and its options.
+
+        To be followed by ``_counted``.
+        """
+        given = self._updates or not self.training
+        buffers = tuple(
+            getattr(self, f"{prefix}{name}") if given else None
+            for prefix in self._KINDS
+            for name in ("running_mean", "running_var")
+        )
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (int(self.num_batches_tracked) + 1) if self._updates else 0.0
+        return buffers, {
+            "training": self.training or self.running_mean is None,
+            "momentum": momentum,
+            "eps": self.eps,
+        }
+
+    def _counted(self, y: Tensor) -> Tensor:
+        """y, after the batch has been counted: input that the call refuses leaves no trace."""
+        return count_batch(y, self.num_batches_tracked) if self._updates else y

@@ -1,0 +1,94 @@
+"""What ops ask of their arguments: once for all backends, and in one set of words, PyTorch's where it has some.
+
+Sizes may be symbols (``torch.compile`` with dynamic shapes), so they are compared one by one and never looked up.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pixnorm.ops.common import FLOAT, HALF
+
+
+def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
+    """An option has one of the values that there are."""
+    if not any(value == one for one in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """As ``F.batch_norm``: in training the variance may be 0."""
+    if not (eps > 0 if training else eps >= 0):  # also not a number
+        raise ValueError(f"eps must be {'positive in training' if training else 'non-negative'}, got {eps}")
+
+
+def check_floating(x: Tensor, what: str = "input") -> None:
+    if x.dtype not in FLOAT:
+        raise TypeError(f"expected floating point {what}, got {x.dtype} of shape {tuple(x.shape)}")
+
+
+def check_image(x: Tensor) -> None:
+    """(N, C, H, W), floating point."""
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    check_floating(x)
+
+
+def has_shape(tensor: Tensor, shape: Sequence[int]) -> bool:
+    return tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True))
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, what: str = "input") -> None:
+    """A tensor has the shape that x, which is called ``what``, asks for."""
+    if not has_shape(tensor, shape):
+        wanted, found = tuple(shape), tuple(tensor.shape)
+        raise ValueError(f"{name} must have shape {wanted} for {what} of shape {tuple(x.shape)}, got {found}")
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor, what: str = "x") -> None:
+    """A tensor is where x is."""
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"expected all tensors on one device, got {what} on {x.device} and {name} on {tensor.device}"
+        )
+
+
+def check_parameter_dtype(dtype: torch.dtype, x: Tensor) -> None:
+    """Parameters have x's dtype, or float32 beside input in half precision."""
+    if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in HALF):
+        raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {dtype}")
+
+
+def check_running_statistics(
+    buffers: Iterable[tuple[str, Tensor | None, Sequence[int]]], x: Tensor, parameter_dtype: torch.dtype, training: bool
+) -> None:
+    """Name, buffer and shape, means and variances in turn: both or neither, and, to normalise by, both.
+
+    They have one dtype: the parameters', or float32 beside parameters in half precision (FSDP, Apex O2).
+    """
+    buffers = list(buffers)
+    for name, buffer, shape in buffers:
+        if buffer is None:
+            if not training:
+                raise RuntimeError(f"Expected {name} to be defined when training=False")
+            continue
+        check_shape(name, buffer, shape, x)
+        check_device(name, buffer, x)
+        if buffer.dtype != parameter_dtype and not (buffer.dtype == torch.float32 and parameter_dtype in HALF):
+            raise TypeError(
+                "expected running statistics of the parameters' dtype, or float32 beside parameters in half precision, "
+                f"got {parameter_dtype} and, for {name}, {buffer.dtype}"
+            )
+    for (mean, of_mean, _), (var, of_var, _) in zip(buffers[::2], buffers[1::2], strict=True):
+        if (of_mean is None) != (of_var is None):
+            raise ValueError(f"{mean} and {var} must either both be None or neither be None")
+    dtypes = {buffer.dtype for _, buffer, _ in buffers if buffer is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"expected running statistics of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+
+
+def check_several_values(x: Tensor, per_channel: int) -> None:
+    """In training there is something to normalise by."""
+    if per_channel == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -1,0 +1,529 @@
+"""What surrounds layers in real programs, for every op and module: checkpointing, offloading, dynamic shapes,
+transforms, tracing, export, mixed precision. In all of it they do as ``nn.BatchNorm2d`` and ``nn.Conv2d`` do."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import pixnorm
+from pixnorm.networks import Generator
+from pixnorm.ops import _dispatch
+from pixnorm.testing import DENSE_LAYOUTS, Case, evaluate, in_double
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:pixnorm.*on the reference")]
+
+CLOSE = {"rtol": 1e-8, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def nothing_fell_back(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_fallbacks", {})
+
+
+def leaves_of(spec, case, dtype=torch.float64, **options):
+    tensors = spec.inputs(case, dtype, **options)
+    return {name: t.requires_grad_(name in spec.differentiable) for name, t in tensors.items()}
+
+
+# --- modules, each called with its features alone
+
+
+class Given(nn.Module):
+    """A layer that takes latent vectors, with some."""
+
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("z", torch.randn(2, dim, generator=torch.Generator().manual_seed(1), device="cpu"))
+
+    def forward(self, x):
+        return self.layer(x, self.z)
+
+
+MODULES = {
+    "SPN2d": lambda impl: pixnorm.SPN2d(4, impl=impl),
+    "SPN2d, up": lambda impl: pixnorm.SPN2d(4, upsample=2, activation="relu", impl=impl),
+    "GConv2d": lambda impl: Given(pixnorm.GConv2d(4, 4, 3, 3, padding=1, impl=impl), 3),
+    "LatentBatchNorm2d": lambda impl: Given(pixnorm.nn.LatentBatchNorm2d(4, 3), 3),
+}
+modules = pytest.mark.parametrize("which", MODULES)
+
+
+def module_and_input(which, impl="auto", *, training=True, dtype=torch.float64):
+    torch.manual_seed(0)
+    module = MODULES[which](impl).to(torch.get_default_device(), dtype).train(training)
+    return module, torch.randn(2, 4, 6, 5, dtype=dtype)
+
+
+def gradients(module, x, run=None):
+    """Of all that can have one."""
+    module, x = copy.deepcopy(module), x.detach().clone().requires_grad_()
+    y = (run or (lambda module, x: module(x)))(module, x)
+    grads = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
+    return [y, *grads, *module.buffers()]
+
+
+def assert_all_close(actual, expected, **tolerances):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerances)
+
+
+# --- saved tensors
+
+
+@pytest.mark.emulated
+def test_saved_tensors_are_unpacked_once(spec, options, impl):
+    """What packs them (checkpoints, offloading) may do much in unpacking, or forbid a second time."""
+    packed, unpacked = [], []
+    leaves = leaves_of(spec, Case((2, 3, 4, 5), "", options))
+
+    def pack(tensor):
+        packed.append(None)
+        return tensor
+
+    def unpack(tensor):
+        unpacked.append(None)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = spec.function(**leaves, **options, impl=impl)
+    torch.autograd.grad(y.sum(), [leaves[name] for name in spec.differentiable])
+    # The reference is many operations; some of them save what only some backwards need.
+    assert len(unpacked) == len(packed) if impl != "reference" else len(unpacked) <= len(packed)
+
+
+@modules
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(which, training, reentrant):
+    module, x = module_and_input(which, training=training)
+    expected = gradients(module, x)
+
+    def run(module, x):
+        return checkpoint(module, x, use_reentrant=reentrant)
+
+    if reentrant:  # PyTorch's own forbids what computes gradients without backward()
+        module, x = copy.deepcopy(module), x.requires_grad_()
+        run(module, x).sin().sum().backward()
+        torch.testing.assert_close(x.grad, expected[1])
+    else:  # of the statistics nothing is said: in training they move twice, as batch norm's do
+        count = 2 + len(list(module.parameters()))
+        assert_all_close(gradients(module, x, run)[:count], expected[:count])
+
+
+def test_double_backward_under_a_checkpoint(spec, kernel):
+    """Of the reference, in the second pass."""
+    leaves = leaves_of(spec, Case((2, 3, 4, 5), ""))
+    wanted = [leaves[name] for name in spec.differentiable]
+
+    def second(run):
+        y = run()
+        grads = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), wanted)
+
+    function = spec.call(kernel)
+    names, tensors = list(leaves), list(leaves.values())
+    through = second(
+        lambda: checkpoint(lambda *t: function(**dict(zip(names, t, strict=True))), *tensors, use_reentrant=False)
+    )
+    assert_all_close(through, second(lambda: function(**leaves)))
+
+
+def test_checkpoints_in_a_generator():
+    torch.manual_seed(0)
+    generator, z = Generator(norm="spn", channels=8, latent_dim=4), torch.randn(2, 4)
+    expected = gradients(generator, z)
+    for block in (generator.block1, generator.block2, generator.block3):
+        block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
+    y = generator(z.requires_grad_())
+    grads = torch.autograd.grad(y.sin().sum(), [z, *generator.parameters()])
+    assert_all_close([y, *grads], expected[: 1 + len(grads)], rtol=1e-3, atol=1e-4)
+
+
+# --- torch.compile with sizes that vary
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dynamic_sizes(spec, impl, training):
+    """Batch, height and width; a second and a third size need no other graph."""
+    torch.compiler.reset()
+    options = {"training": training} if spec.inference else {}
+    compiled = torch.compile(spec.call(impl), fullgraph=True, backend="aot_eager", dynamic=True)
+    for number, shape in enumerate([(2, 3, 4, 6), (3, 3, 8, 10), (5, 3, 12, 14)]):
+        tensors = spec.inputs(Case(shape, "", options))
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            actual = evaluate(spec, compiled, tensors, options)
+        expected = evaluate(spec, spec.call(impl), tensors, options)
+        for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
+            torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@modules
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_with_dynamic_sizes(which, training):
+    module, x = module_and_input(which, training=training)
+    torch.compiler.reset()
+    expected = gradients(module, x)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    y = compiled(x)
+    torch.testing.assert_close(y, expected[0], **CLOSE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shape in ((2, 4, 8, 10), (2, 4, 12, 7)):
+            assert compiled(torch.randn(shape, dtype=x.dtype)).shape[:2] == (2, 4)
+
+
+# --- torch.func, forward mode
+
+
+def func_of(spec, impl, options):
+    """The op as a function of what has a gradient, and those tensors."""
+    tensors = spec.inputs(Case((2, 3, 3, 4), "", options), torch.float64)
+    rest = {name: tensors[name] for name in tensors if name not in spec.differentiable and name not in spec.buffers}
+    rest |= {name: tensors[name] for name in spec.buffers} if options.get("training") is False else {}
+
+    def function(*leaves):
+        return spec.function(**dict(zip(spec.differentiable, leaves, strict=True)), **rest, **options, impl=impl)
+
+    return function, [tensors[name] for name in spec.differentiable]
+
+
+def test_transforms_of_functions(spec, options):
+    """``auto`` is the default, so it must work; it takes the reference, and says so."""
+    auto, leaves = func_of(spec, "auto", options)
+    reference, _ = func_of(spec, "reference", options)
+    tangents = [torch.randn_like(leaf) for leaf in leaves]
+
+    def loss_of(function):
+        return lambda *leaves: function(*leaves).sin().sum()
+
+    every = tuple(range(len(leaves)))
+    transforms = (
+        lambda f: torch.func.grad(loss_of(f), argnums=every)(*leaves),
+        lambda f: torch.func.vjp(f, *leaves)[1](torch.ones_like(f(*leaves))),
+        lambda f: torch.func.jvp(f, tuple(leaves), tuple(tangents)),
+        lambda f: [torch.func.jacrev(f)(*leaves)],
+        lambda f: [torch.func.vmap(f)(*(torch.stack([leaf, 2 * leaf]) for leaf in leaves))],
+        lambda f: forward_mode(f, leaves, tangents),
+    )
+    for transform in transforms:
+        assert_all_close(transform(auto), transform(reference), **CLOSE)
+    reason = pixnorm.backends()[f"auto: {spec.name}"]
+    assert "a transform of torch.func is active" in reason and "forward-mode" in reason
+    assert f"auto: {spec.name}" in pixnorm.backends()
+
+
+def forward_mode(function, leaves, tangents):
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
+        return torch.autograd.forward_ad.unpack_dual(function(*duals))
+
+
+def test_a_named_impl_says_that_it_cannot_be_transformed(spec, kernel):
+    function, leaves = func_of(spec, kernel, {})
+    with pytest.raises(RuntimeError, match=f"{spec.name}: impl='{kernel}' cannot run here: a transform of torch.func"):
+        torch.func.grad(lambda *leaves: function(*leaves).sum())(*leaves)
+
+
+def test_gradients_of_many_outputs_at_once(spec, kernel):
+    """``is_grads_batched``, as in vectorised Jacobians, runs a backward under vmap."""
+    function, leaves = func_of(spec, kernel, {})
+    y = function(*[leaf.requires_grad_() for leaf in leaves])
+    many = torch.randn(3, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(many):
+        assert_all_close([t[i] for t in together], torch.autograd.grad(y, leaves, one, retain_graph=True), **CLOSE)
+
+
+@modules
+def test_transforms_of_modules(which):
+    module, x = module_and_input(which, training=False)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).sin().sum()
+
+    grads = torch.func.grad(loss)(parameters, x)
+    expected = torch.autograd.grad(module(x).sin().sum(), list(parameters.values()))
+    assert_all_close(grads.values(), expected, **CLOSE)
+
+
+# --- tracing and export
+
+
+@modules
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(which, tmp_path):
+    """With gradients on, which is the default; the result loads where there is no pixnorm: it is PyTorch's own."""
+    module, x = module_and_input(which, training=False)
+    traced = torch.jit.trace(module, x)
+    assert "pixnorm::" not in str(traced.inlined_graph)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    other = torch.randn_like(x)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(other), module(other))
+
+
+@modules
+@pytest.mark.parametrize("training", [True, False])
+def test_fx(which, training):
+    """Our functions are leaves; in training the statistics move as they would."""
+    module, x = module_and_input(which, training=training)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, dtype=x.dtype), module).train(training)
+    expected = copy.deepcopy(model)
+    graph = torch.fx.symbolic_trace(copy.deepcopy(model))
+    targets = [getattr(node.target, "__name__", "") for node in graph.graph.nodes if node.op == "call_function"]
+    assert {"spn", "gconv2d", "latent_batch_norm"} & set(targets)
+    for _ in range(2):
+        torch.testing.assert_close(graph(x), expected(x))
+    buffers = dict(expected.named_buffers())
+    for name, buffer in graph.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name])
+    assert "SPN" not in which or not training or buffers["1.num_batches_tracked"] == 2
+
+
+@pytest.mark.cpu
+@modules
+def test_onnx(which, tmp_path):
+    """Standard operators, with the default impl."""
+    onnx = pytest.importorskip("onnx", reason="onnx is an extra of the tests")
+    pytest.importorskip("onnxscript", reason="onnxscript is an extra of the tests")
+    module, x = module_and_input(which, training=False, dtype=torch.float32)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(module, (x,), file, dynamo=True)
+    model = onnx.load(file)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
+    (actual,) = onnx.reference.ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), module(x), rtol=1e-4, atol=1e-5)
+
+
+# --- precision, strides, counts
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_parameters_with_float32_statistics(spec, impl, dtype, training):
+    """FSDP's mixed precision, Apex O2."""
+    options = {"training": training} if spec.inference else {}
+    tensors = spec.inputs(Case((4, 8, 6, 6), "", options), dtype)
+    tensors |= {name: tensors[name].float() for name in spec.buffers}
+    result = evaluate(spec, spec.call(impl), tensors, options)
+    exact = evaluate(spec, spec.reference, in_double(tensors), options)
+    assert result.y.dtype == dtype and all(buffer.dtype == torch.float32 for buffer in result.buffers.values())
+    for name, buffer in result.buffers.items():
+        torch.testing.assert_close(buffer.double(), exact.buffers[name], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(result.y.double(), exact.y, rtol=0.1, atol=0.2)
+    assert all(grad.dtype == dtype for grad in result.grads.values())
+
+
+@pytest.mark.emulated
+def test_gradients_have_their_parameters_strides(spec, impl):
+    """After ``.to(memory_format=torch.channels_last)`` DDP and fused optimisers ask for that."""
+    tensors = spec.inputs(Case((2, 4, 5, 6), ""))
+    for name, tensor in tensors.items():
+        if tensor.dim() == 4 and name not in spec.per_sample:
+            tensors[name] = tensor.to(memory_format=torch.channels_last)
+    leaves = {name: t.requires_grad_(name in spec.differentiable) for name, t in tensors.items()}
+    wanted = [name for name in spec.differentiable if name not in spec.per_sample]
+    y = spec.function(**leaves, impl=impl)
+    for name, grad in zip(wanted, torch.autograd.grad(y.sum(), [leaves[name] for name in wanted]), strict=True):
+        assert grad.stride() == leaves[name].stride() or impl == "reference", name
+
+
+def test_flops_are_those_of_the_reference(spec, kernel):
+    """Of forward, as the papers count: PyTorch's own count of depthwise gradients is not to be matched."""
+    for options in spec.variants:
+        leaves = leaves_of(spec, Case((2, 3, 4, 5), "", options))
+        counts = []
+        for impl in (kernel, "reference"):
+            with FlopCounterMode(display=False) as counter:
+                y = spec.function(**leaves, **options, impl=impl)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
+        y = spec.function(**leaves, **options, impl=kernel)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2 * counts[0]
+
+
+GENERATORS = {  # multiply-adds: Table 6 of the SPN paper; 4.2 of the GConv paper's count
+    "bn": ({"norm": "bn"}, 1_593_049_088),
+    "spn": ({"norm": "spn"}, 1_793_982_464),
+    "gconv": ({"norm": "bigbn", "conv": "gconv", "latent_dim": 32, "bias": False}, 1_769_357_312),
+}
+
+
+@pytest.mark.parametrize("which", GENERATORS)
+def test_flops_of_the_papers_generators(which, impl):
+    options, count = GENERATORS[which]
+    generator = Generator(**options, impl=impl)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator(torch.randn(1, generator.fc.in_features))
+    assert counter.get_total_flops() == 2 * count
+
+
+# --- what takes the place of PyTorch's
+
+
+def test_statistics_of_a_whole_model():
+    """As swa_utils.update_bn, which sees PyTorch's norms alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), pixnorm.SPN2d(4, momentum=0.3), nn.BatchNorm2d(4)).eval()
+    model[2].requires_grad_(False)
+    batches = [torch.randn(8, 3, 4, 4) for _ in range(3)]
+    weights = copy.deepcopy(dict(model.named_parameters()))
+    pixnorm.update_statistics([batches[0], (batches[1], None), {"input": batches[2]}], model)
+    features = torch.cat([model[0](batch) for batch in batches])
+    torch.testing.assert_close(model[1].running_mean, features.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    each = torch.stack([model[0](batch).var((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(model[1].running_var, each, rtol=1e-4, atol=1e-5)
+    assert not model.training and model[1].momentum == 0.3 and model[1].num_batches_tracked == 3
+    plain = nn.BatchNorm2d(4, momentum=None)
+    model[1].train()
+    for batch in batches:
+        plain(model[1](model[0](batch)))
+    torch.testing.assert_close(model[2].running_var, plain.running_var, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_statistics_are_restored_after_an_error():
+    model = nn.Sequential(pixnorm.SPN2d(4, momentum=0.3)).eval()
+    with pytest.raises(ValueError, match="expected input of 4 channels, got 3"):
+        pixnorm.update_statistics([torch.randn(2, 3, 4, 4)], model)
+    assert not model.training and model[0].momentum == 0.3
+    pixnorm.update_statistics([], nn.Identity())
+
+
+def test_norms_are_found_by_their_classes():
+    layers = [pixnorm.SPN2d(2), pixnorm.nn.LatentBatchNorm2d(2, 3), nn.BatchNorm2d(2), nn.SyncBatchNorm(2)]
+    assert all(isinstance(layer, pixnorm.NORMS) for layer in layers)
+    assert not isinstance(nn.Conv2d(1, 1, 1), pixnorm.NORMS)
+    assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers[:2])
+
+
+# --- checkpoints of what was there before
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_batch_norm_checkpoint_loads_into_spn(strict, affine):
+    torch.manual_seed(0)
+    trained = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=affine))
+    if affine:
+        nn.init.normal_(trained[1].weight), nn.init.normal_(trained[1].bias)
+    trained(torch.randn(8, 3, 4, 4))
+    model = copy.deepcopy(trained)
+    pixnorm.convert_batchnorm(model)
+    model[1].gamma_weight.data.normal_()
+    model.load_state_dict(trained.state_dict(), strict=strict)
+    x = torch.randn(4, 3, 6, 6)
+    difference = (model.eval()(x) - trained.eval()(x)).abs().max() / trained(x).abs().max()
+    assert 0 < difference < 0.2  # the noise
+    assert torch.equal(model[1].running_var, trained[1].running_var)
+    own = copy.deepcopy(model)
+    own[1].gamma_weight.data.zero_()
+    own.load_state_dict(model.state_dict(), strict=strict)
+    assert torch.equal(own(x), model(x))
+
+
+def test_a_part_of_a_checkpoint_is_still_missing():
+    with pytest.raises(RuntimeError, match="running_mean"):
+        pixnorm.SPN2d(4).load_state_dict({"weight": torch.ones(4), "bias": torch.zeros(4)})
+    with pytest.raises(RuntimeError, match="gamma_weight"):
+        pixnorm.SPN2d(4).load_state_dict(nn.BatchNorm2d(3).state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_plain_convolutions_checkpoint_loads_into_gconv(strict):
+    torch.manual_seed(0)
+    trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = copy.deepcopy(trained)
+    pixnorm.convert_conv(model, latent_dim=5)
+    model[0].mix_weight.data.normal_()
+    model.load_state_dict(trained.state_dict(), strict=strict)
+    x = torch.randn(2, 3, 6, 6)
+    with pixnorm.nn.latent(torch.randn(2, 5)):
+        torch.testing.assert_close(model(x), trained(x))
+
+
+def test_older_checkpoints_of_the_latent_batch_norm_load():
+    norm = pixnorm.nn.LatentBatchNorm2d(4, 3)
+    norm(torch.randn(5, 4, 3, 2), torch.randn(5, 3))
+    state = norm.state_dict()
+    old = {f"norm.{name}" if "running" in name or "tracked" in name else name: value for name, value in state.items()}
+    other = pixnorm.nn.LatentBatchNorm2d(4, 3)
+    other.load_state_dict(old)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+# --- convolutions as PyTorch's take their input
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [(1, 2), "same", "valid"], ids=str)
+def test_padding_modes(impl, padding_mode, padding):
+    conv = nn.Conv2d(3, 4, (3, 2), padding=padding, dilation=(1, 2), padding_mode=padding_mode, dtype=torch.float64)
+    model = nn.Sequential(conv)
+    result = pixnorm.convert_conv(model, latent_dim=2)
+    assert result.replaced == ["0"]
+    model[0].impl = impl
+    x, z = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    torch.testing.assert_close(model[0](x, z), conv(x), **CLOSE)
+    nn.init.normal_(model[0].mix_weight)  # the scales come from the input without its border
+    s = torch.sigmoid(torch.cat([x.mean((2, 3)), z], 1) @ model[0].scale_weight.T)
+    u = F.conv2d(*padded(conv, x), dilation=conv.dilation)
+    expected = u + torch.einsum("ji,bi,bihw->bjhw", model[0].mix_weight, s, u) + conv.bias[:, None, None]
+    torch.testing.assert_close(model[0](x, z), expected, **CLOSE)
+
+
+def padded(conv, x):
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode), conv.weight
+
+
+def test_one_sample_without_a_batch(impl):
+    conv = pixnorm.GConv2d(3, 4, 3, 2, impl=impl)
+    x, z = torch.randn(3, 6, 7), torch.randn(2)
+    expected = conv(x[None], z[None])[0]
+    torch.testing.assert_close(conv(x, z), expected)
+    torch.testing.assert_close(conv(x, z[None]), expected)
+    with pixnorm.nn.latent(z[None]):
+        torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_spectral_norm_of_nothing_is_an_error(spectral_norm):
+    """It divides by the norm of a weight that starts at zero."""
+    x, z = torch.randn(2, 3, 5, 5), torch.randn(2, 2)
+    conv = pixnorm.GConv2d(3, 4, 3, 2, init="zero")
+    assert conv(x, z).isfinite().all()
+    spectral_norm(conv, "mix_weight")
+    with pytest.raises(RuntimeError, match=r"mix_weight is not a number: it starts at 0.*init='glorot'"):
+        conv(x, z)
+    other = spectral_norm(pixnorm.GConv2d(3, 4, 3, 2, init="zero"), "weight")
+    assert other(x, z).isfinite().all()
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_a_channels_last_model_under_ddp_hears_no_complaint(layout, tmp_path):
+    """Gradients lie as DDP's buckets do."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        generator = Generator(norm="spn", channels=8, latent_dim=4)
+        if layout == "channels_last":
+            generator = generator.to(memory_format=torch.channels_last)
+        model = nn.parallel.DistributedDataParallel(generator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                model(torch.randn(2, 4)).sum().backward()
+    finally:
+        dist.destroy_process_group()
