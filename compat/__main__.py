@@ -72,10 +72,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     stacks = [stack for stack in STACKS if arguments.only in (None, stack.name)]
+    for stack in stacks:  # first, and together: work on the sources may go on
+        stack.copy_sources()
     for stack in stacks:
         print(f"=== {stack.name}: Python {stack.python}, {', '.join(stack.packages)}", flush=True)
         stack.install(arguments.python)
-        stack.copy_sources()
         stack.build()
     of_sources = fingerprint(stacks[0].sources)
     found = {}
