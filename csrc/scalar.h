@@ -7,6 +7,12 @@
 #define PIXNORM_HOST_DEVICE
 #endif
 
+#ifdef _MSC_VER
+#define PIXNORM_ALWAYS_INLINE __forceinline
+#else
+#define PIXNORM_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace pixnorm {
 
 template <class I>

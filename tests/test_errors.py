@@ -117,7 +117,7 @@ BAD_INPUT = {
     "activation": (
         lambda t: t | {"activation": "gelu"},
         ValueError,
-        words("activation must be one of None, 'relu', got 'gelu'"),
+        words("activation must be one of None, 'relu', 'leaky_relu', got 'gelu'"),
     ),
 }
 

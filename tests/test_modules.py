@@ -148,7 +148,7 @@ def test_reset_draws_anew():
         ({"mask_channels": 2}, "mask_channels must be one of 1, 4, got 2"),
         ({"mask_channels": 0}, "mask_channels"),
         ({"upsample": 3}, "upsample must be one of 1, 2, got 3"),
-        ({"activation": "gelu"}, "activation must be one of None, 'relu', got 'gelu'"),
+        ({"activation": "gelu"}, "activation must be one of None, 'relu', 'leaky_relu', got 'gelu'"),
         ({"impl": "fast"}, "impl must be one of 'auto', .*, got 'fast'"),
         ({"init": "zeros"}, "init must be one of 'bn', 'keras', got 'zeros'"),
     ],

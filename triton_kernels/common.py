@@ -130,6 +130,24 @@ def to_accumulator(value, pointer):
 
 
 @triton.jit
+def activated(value, SLOPE: tl.constexpr):
+    """Leaky ReLU; ReLU is the one of slope 0. NaN stays, and slope 0 makes 0 of infinity too (csrc/activation.h)."""
+    if SLOPE == 0.0:
+        return tl.where(value < 0, tl.zeros_like(value), value)
+    else:
+        return tl.where(value < 0, value * SLOPE, value)
+
+
+@triton.jit
+def activation_gradient(value, gradient, SLOPE: tl.constexpr):
+    """What it lets through, of the value before it."""
+    if SLOPE == 0.0:
+        return tl.where(value <= 0, tl.zeros_like(gradient), gradient)
+    else:
+        return tl.where(value <= 0, gradient * SLOPE, gradient)
+
+
+@triton.jit
 def columns_of(tile, V: tl.constexpr, LANES: tl.constexpr):
     """The columns of a (LANES, V) tile, V a power of two; no lane's leave its thread."""
     if V == 1:

@@ -17,6 +17,7 @@ from pixnorm.triton_kernels.common import (
     SIZES,
     Walk,
     accumulator,
+    activated,
     launch,
     load_columns,
     op_of_kernels,
@@ -87,8 +88,8 @@ APPLY = {
 def spn_fwd_modulate_kernel(
     x_ptr, p_ptr, y_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, N, C, H, W, rows, strips,
-    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
-    ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y = γ x̂ + β. Lanes walk down the rows of x, the rows of the mask that a stencil needs in registers."""
     REACH: tl.constexpr = (K // 2 + U - 1) // U
@@ -124,8 +125,8 @@ def spn_fwd_modulate_kernel(
                     g = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
                     value = apply_stencil(beta, beta_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
                     value += g * (x[j] * rstd + centre)
-                    if RELU:
-                        value = tl.where(value < 0, 0.0, value)  # NaN stays
+                    if ACTIVATED:
+                        value = activated(value, SLOPE)
                     y = y + (value,)
             at = ((h * U + a) * (W * U) + w * U) * pixel
             store_columns(y_ptr, y_plane, at, pixel, y, here, V * U, LANES, not LAST)
@@ -137,12 +138,15 @@ def contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _options(taps: Tensor, mask_weight: Tensor, c: int, eps: float, upsample: int, relu: bool) -> dict:
+def _options(
+    taps: Tensor, mask_weight: Tensor, c: int, eps: float, upsample: int, negative_slope: float | None
+) -> dict:
     return {
         "EPS": eps,
         "K": taps.shape[-1],
         "U": upsample,
-        "RELU": relu,
+        "ACTIVATED": negative_slope is not None,
+        "SLOPE": negative_slope or 0.0,
         "ONE_MASK": mask_weight.shape[0] != c,
     }
 
@@ -168,7 +172,7 @@ def spn_fwd(
     mask_var: Tensor | None,
     eps: float,
     upsample: int,
-    relu: bool,
+    negative_slope: float | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op of SPN, see pixnorm/ops/spn.py."""
@@ -196,7 +200,7 @@ def spn_fwd(
     launch(
         wrap_triton(spn_fwd_modulate_kernel), (walk.programs,), x, p, y, *used, *parameters, n, c, h, w,
         walk.rows, walk.strips,
-        **_options(gamma_weight, mask_weight, c, eps, upsample, relu), **walk.options(is_channels_last(x)),
+        **_options(gamma_weight, mask_weight, c, eps, upsample, negative_slope), **walk.options(is_channels_last(x)),
     )  # fmt: skip
     return y, p, *used
 
@@ -218,7 +222,7 @@ def spn_bwd(
     mask_var: Tensor,
     eps: float,
     upsample: int,
-    relu: bool,
+    negative_slope: float | None,
     allow_tf32: bool,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -235,7 +239,7 @@ def spn_bwd(
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
     grad_y, p = (dense(t, x) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
-    options = _options(gamma_weight, mask_weight, c, eps, upsample, relu)
+    options = _options(gamma_weight, mask_weight, c, eps, upsample, negative_slope)
     one_mask, k = options["ONE_MASK"], options["K"]
 
     walk = _walk(REDUCE, x, upsample, k)

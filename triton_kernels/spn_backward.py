@@ -7,7 +7,7 @@ dγ = dy x̂; the mask's gradient dm gathers both through the stencils.
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import SIZES, load_columns, store_columns, to_accumulator
+from pixnorm.triton_kernels.common import SIZES, activation_gradient, load_columns, store_columns, to_accumulator
 from pixnorm.triton_kernels.spn_rows import (
     apply_stencil,
     channel_value,
@@ -30,7 +30,7 @@ def gradients_of_row(
     dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
     rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
     K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, AROUND: tl.constexpr, HALO: tl.constexpr,
-    RELU: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, P_WIDE: tl.constexpr,
+    ACTIVATED: tl.constexpr, SLOPE: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, P_WIDE: tl.constexpr,
 ):  # fmt: skip
     """x̂ and dβ ([a][column and b]) of row h, AROUND columns to either side included; dβ is 0 outside of the image.
 
@@ -54,14 +54,14 @@ def gradients_of_row(
     for a in tl.static_range(U):
         at = ((h * U + a) * (W * U) + w * U) * pixel
         values = load_row(dy_ptr, y_plane, at, pixel, here, columns, V, AROUND, HALO, U, LANES, WIDE)
-        if RELU:
+        if ACTIVATED:
             passed = ()
             for j in tl.static_range(V + 2 * AROUND):
                 for b in tl.static_range(U):
                     g = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j - AROUND, K, U, V, REACH, HALO)
                     y = apply_stencil(beta, beta_inside, masks, columns, a, b, j - AROUND, K, U, V, REACH, HALO)
                     y += g * x_hat[j]
-                    passed = passed + (tl.where(y <= 0, 0.0, values[j * U + b]),)  # NaN stays
+                    passed = passed + (activation_gradient(y, values[j * U + b], SLOPE),)
             values = passed
         d_beta = d_beta + (values,)
     return masks, x_hat, d_beta, inside, here, gamma_inside
@@ -148,15 +148,16 @@ def sum_of_program(value, LANES: tl.constexpr, CHANNELS: tl.constexpr):
 def spn_bwd_reduce_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, sums_ptr, dm_ptr, N, C, H, W, rows, strips, parts,
-    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
-    ONE_MASK: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
 
     With one mask for all channels the last two are left at 0, and each channel's share of dm is written out instead.
     """
     REACH: tl.constexpr = (K // 2 + U - 1) // U
-    HALO: tl.constexpr = 2 * REACH if RELU else REACH
+    HALO: tl.constexpr = 2 * REACH if ACTIVATED else REACH
     c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
     plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
@@ -195,7 +196,7 @@ def spn_bwd_reduce_kernel(
         found = gradients_of_row(
             dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
             rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
-            K, U, V, REACH, REACH, HALO, RELU, LANES, not LAST, P_WIDE,
+            K, U, V, REACH, REACH, HALO, ACTIVATED, SLOPE, LANES, not LAST, P_WIDE,
         )  # fmt: skip
         masks, x_hat, d_beta, inside = found[:4]
         dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
@@ -318,8 +319,8 @@ def spn_bwd_apply_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
     gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, means_ptr, projection_ptr, dx_ptr, dp_ptr,
     N, C, H, W, rows, strips,
-    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
-    ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx of batch norm, dx = (dy γ - mean(dy γ) - x̂ mean(dy γ x̂)) rstd, and dp likewise from dq.
 
@@ -328,7 +329,7 @@ def spn_bwd_apply_kernel(
     REACH: tl.constexpr = (K // 2 + U - 1) // U
     # With one mask no gradient of the mask is needed here, and so none of its neighbours.
     AROUND: tl.constexpr = 0 if ONE_MASK else REACH
-    HALO: tl.constexpr = REACH + AROUND if RELU else REACH
+    HALO: tl.constexpr = REACH + AROUND if ACTIVATED else REACH
     c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
     plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
     slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
@@ -362,7 +363,7 @@ def spn_bwd_apply_kernel(
         found = gradients_of_row(
             dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
             rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
-            K, U, V, REACH, AROUND, HALO, RELU, LANES, not LAST, P_WIDE,
+            K, U, V, REACH, AROUND, HALO, ACTIVATED, SLOPE, LANES, not LAST, P_WIDE,
         )  # fmt: skip
         masks, x_hat, d_beta = found[:3]
         here, gamma_inside = found[4:]

@@ -13,6 +13,7 @@
 
 #include "cpu/isa.h"
 #include "dispatch.h"
+#include "scalar.h"
 
 #define PIXNORM_ISA_BASELINE 0
 #define PIXNORM_ISA_AVX2 1

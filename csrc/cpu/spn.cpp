@@ -148,10 +148,11 @@ struct Values {
   }
 };
 
-Shape shape_of(const Tensor& x, int64_t upsample, bool relu) {
+Shape shape_of(const Tensor& x, int64_t upsample, std::optional<double> negative_slope) {
   STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
   STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
-  return {x.size(0), x.size(1), x.size(2), x.size(3), upsample, layout_of(x) == MemoryFormat::ChannelsLast, relu};
+  const bool channels_last = layout_of(x) == MemoryFormat::ChannelsLast;
+  return {x.size(0), x.size(1), x.size(2), x.size(3), upsample, channels_last, Activation(negative_slope)};
 }
 
 // ---- forward ----
@@ -199,8 +200,9 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
                       const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
-                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample, bool relu, bool) {
-  const Shape s = shape_of(x, upsample, relu);
+                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample,
+                      std::optional<double> negative_slope, bool) {
+  const Shape s = shape_of(x, upsample, negative_slope);
   const ParameterTensors parameters{
       mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
   parameters.check(s);
@@ -339,8 +341,8 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
                        const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                        const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
                        const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
-                       bool relu, bool, bool training) {
-  const Shape s = shape_of(x, upsample, relu);
+                       std::optional<double> negative_slope, bool, bool training) {
+  const Shape s = shape_of(x, upsample, negative_slope);
   const ParameterTensors parameters{
       mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
   parameters.check(s);

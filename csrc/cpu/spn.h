@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "activation.h"
 #include "spn_sums.h"
 
 namespace pixnorm {
@@ -15,7 +16,8 @@ namespace spn {
 struct Shape {
   int64_t n, c, h, w;  // of x; y is `upsample` times as high and wide
   int64_t upsample;
-  bool channels_last, relu;
+  bool channels_last;
+  Activation activation;
 
   int64_t pixels() const { return h * w; }
   int64_t image() const { return c * h * w; }

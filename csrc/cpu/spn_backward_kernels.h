@@ -37,7 +37,7 @@ class BackwardBlock {
   void step(int64_t h) {
     make_mask(h + 1);
     if (h >= 0 && h < s_.h) {
-      if (s_.relu) {
+      if (s_.activation.on) {
         make_d<true>(h);
       } else {
         make_d<false>(h);
@@ -63,12 +63,13 @@ class BackwardBlock {
     store(to, load(to) + value);
   }
 
-  template <bool kRelu>
+  template <bool kActivated>
   PIXNORM_INLINE void make_d(int64_t h) {
     const bool own = h >= tile_.h0 && h < tile_.h1;
     const A* const mask[3] = {mask_.row(h - 1), mask_.row(h), mask_.row(h + 1)};
     const A* x = x_.row(h);
     A* dx = kApply && own ? dx_.row(h) : nullptr;
+    const A slope = static_cast<A>(s_.activation.slope);
     for (int a = 0; a < U; ++a) {
       const A* dy = dy_.row(h * U + a);
       A *d_gamma = d_gamma_.row(h, a), *d_beta = d_beta_.row(h, a);
@@ -80,12 +81,12 @@ class BackwardBlock {
         for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
           constexpr int n = decltype(pixels)::value;
           Vec<A> gamma[n * U], beta[n * U], gradient[n];
-          if constexpr (kApply || kRelu) affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
+          if constexpr (kApply || kActivated) affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
 #pragma GCC unroll 8
           for (int i = 0; i < n * U; ++i) {
             const Vec<A> x_hat = (load(x + (w + i / U) * kBlock + c) - mean) * rstd;
             Vec<A> d = load(dy + (w * U + i) * kBlock + c);
-            if constexpr (kRelu) d = gamma[i] * x_hat + beta[i] <= A(0) ? Vec<A>{} : d;
+            if constexpr (kActivated) activate_gradient<Vec<A>>(gamma[i] * x_hat + beta[i], d, slope);
             const Vec<A> dx_hat = d * x_hat;
             store(d_beta + (w * U + i) * kBlock + c, d);
             store(d_gamma + (w * U + i) * kBlock + c, dx_hat);

@@ -185,7 +185,7 @@ class ForwardBlock {
     const A* x = x_.row(h);
     for (int a = 0; a < U; ++a) {
       A* y = y_.row(h * U + a);
-      if (s_.relu) {
+      if (s_.activation.on) {
         make_row<true>(h, a, mask, x, y);
       } else {
         make_row<false>(h, a, mask, x, y);
@@ -203,9 +203,10 @@ class ForwardBlock {
     });
   }
 
-  template <bool kRelu>
+  template <bool kActivated>
   PIXNORM_INLINE void make_row(int64_t h, int a, const A* const (&mask)[3], const A* x, A* y) {
     const int row_neighbours = neighbours(h * U + a, s_.h * U);
+    const A slope = static_cast<A>(s_.activation.slope);
     for (int c = 0; c < kBlock; c += kLanes<A>) {
       const Vec<A> mean = load(params_.mean + c), rstd = load(params_.rstd + c);
       for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
@@ -215,8 +216,9 @@ class ForwardBlock {
 #pragma GCC unroll 8
         for (int i = 0; i < n * U; ++i) {
           const Vec<A> x_hat = (load(x + (w + i / U) * kBlock + c) - mean) * rstd;
-          const Vec<A> value = gamma[i] * x_hat + beta[i];
-          store(y + (w * U + i) * kBlock + c, kRelu ? max_keep_nan<A>(value, 0) : value);
+          Vec<A> value = gamma[i] * x_hat + beta[i];
+          if constexpr (kActivated) activate(value, slope);
+          store(y + (w * U + i) * kBlock + c, value);
         }
       });
     }

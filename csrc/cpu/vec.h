@@ -42,6 +42,8 @@ PIXNORM_INLINE void store(A* to, Vec<A> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+#include "activation_functions.h"
+
 template <class A>
 PIXNORM_INLINE A sum_lanes(Vec<A> v) {
   A sum = 0;

@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<
 #pragma unroll
         for (int j = 0; j < U * V; ++j) {
           result[j] = fma(gamma[j], d[j / U], result[j]);
-          if (call.relu && result[j] < 0) result[j] = 0;  // NaN stays
+          if (call.activated) activate(result[j], call.slope);
         }
         store<kChannelsLast, U * V>(y + ((U * h + a) * U * s.w + U * place.column) * pixel, result, s.c);
       }
@@ -388,7 +388,8 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
                       const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
-                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample, bool relu, bool allow_tf32) {
+                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample,
+                      std::optional<double> negative_slope, bool allow_tf32) {
   const Shape s = shape_of(x, upsample);
   const bool given = mean.has_value();
   STD_TORCH_CHECK(var.has_value() == given && mask_mean.has_value() == given && mask_var.has_value() == given,
@@ -418,7 +419,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
 
     project(s, channels_last, in_dtype(parameters.mask_projection, dtype_of<T>), x_dense, p, allow_tf32);
     ForwardCall<T> call{};
-    parameters.set_up(call, s, eps, relu, x_dense, p);
+    parameters.set_up(call, s, eps, negative_slope, x_dense, p);
     call.y = static_cast<T*>(y.data_ptr());
     for (int i = 0; i < 4; ++i) {
       call.used[i] = static_cast<A*>(used[i].data_ptr());

@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kFinishThreads) spn_bwd_finish_kernel(const Ba
 // With z_k, the sum of dγ (or dβ) over the outputs whose tap k falls on a pixel of x: dm = Σ w_k z_k, and the gradient
 // of w_k is Σ m z_k. Without upsampling z_k is one output. With it, it is a box of 2x2, and the box of a row of x that
 // reaches up is the one that reaches down from the row above.
-template <class T, int V, int U, bool kChannelsLast, bool kRelu, bool kApply>
+template <class T, int V, int U, bool kChannelsLast, bool kActivated, bool kApply>
 __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
   using A = acc_t<T>;
-  constexpr bool kNeedGamma = kApply || kRelu;
+  constexpr bool kNeedGamma = kApply || kActivated;
   constexpr int kExchanged = U == 2 ? 4 : 2;
   using TableHere = Table<T, U, kChannelsLast>;
   using Exchange = Neighbours<A, kExchanged, kChannelsLast>;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
   A sums[kApply ? 1 : kSums] = {};
   const int pixel = kChannelsLast ? s.c : 1;
   const bool whole = plan.rows >= s.h;
-  const bool relu = kRelu && call.relu;
+  const bool activated = kActivated && call.activated;
   using XRow = Row<T, V, kChannelsLast>;
   using YRow = Row<T, U * V, kChannelsLast>;
   // Apply goes through the strips the other way, from those that reduce has left in the L2 cache.
@@ -91,7 +91,7 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
     A mask[3][V + 2] = {};                // rows h - 1, h, t
     A dm[2][V] = {};                      // rows h - 1, h, as far as they are known
     A above[2][U == 2 ? 2 * V : 1] = {};  // with upsampling: the last row of dγ and dβ of row h - 1 of x
-    const int begin = whole ? 0 : relu ? -2 : -1;
+    const int begin = whole ? 0 : activated ? -2 : -1;
     if (inside(place.row + begin)) load_x(p_next, p, place.row + begin);
     for (int i = begin; i <= plan.rows + 1; ++i) {
       const int t = place.row + i, h = t - 1;
@@ -143,12 +143,12 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
         if constexpr (kNeedGamma) {
           A gamma[U * V];
           affine.template row<0>(a, h, s.h, place.first, place.last, mask, gamma);
-          if (relu) {
+          if (activated) {
             A beta[U * V];
             affine.template row<1>(a, h, s.h, place.first, place.last, mask, beta);
 #pragma unroll
             for (int j = 0; j < U * V; ++j) {
-              if (fma(gamma[j], centred[j / U], beta[j]) <= 0) d[1][a][j] = 0;  // NaN stays
+              activate_gradient(fma(gamma[j], centred[j / U], beta[j]), d[1][a][j], call.slope);
             }
           }
 #pragma unroll
@@ -306,10 +306,10 @@ __device__ __forceinline__ void backward(const BackwardCall<T>& call) {
 template <class T, bool kChannelsLast>
 constexpr int kReduceBlocks = kChannelsLast || std::is_same_v<T, double> ? kBlocksAtOnce<T, kChannelsLast> : 3;
 
-template <class T, int V, int U, bool kChannelsLast, bool kRelu>
+template <class T, int V, int U, bool kChannelsLast, bool kActivated>
 __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kReduceBlocks<T, kChannelsLast>)
     spn_bwd_reduce_kernel(const BackwardCall<T> call) {
-  backward<T, V, U, kChannelsLast, kRelu, false>(call);
+  backward<T, V, U, kChannelsLast, kActivated, false>(call);
 }
 
 // 16 warps, as kBlocksAtOnce says, but where a thread has 8 columns of y in two rows: they take more registers.
@@ -334,7 +334,7 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
           using TableHere = Table<T, u(), last()>;
           // In channels_last with ReLU, reduce would need more registers than 16 warps can have.
           constexpr bool kNarrow = last() && u() == 1 && columns() == 4;
-          const auto launch_reduce = [&](auto v, auto relu) {
+          const auto launch_reduce = [&](auto v, auto activated) {
             Plan& plan = call.plan = make_plan<T, v(), last()>(call.shape);
             if (plan.splits > kMaxSplits) plan.split(kMaxSplits * plan.blocks);
             call.splits = plan.splits;
@@ -343,14 +343,14 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
             const int warps = plan.threads / kWarp;
             const int walking = TableHere::kNumbers + Neighbours<A, kExchanged, last()>::numbers(plan.threads);
             const int adding = last() ? warps / 2 * kSums * kWarp : warps * kSums;  // see write_sums
-            launch(spn_bwd_reduce_kernel<T, v(), u(), last(), relu()>,
+            launch(spn_bwd_reduce_kernel<T, v(), u(), last(), activated()>,
                    launch_of(plan, std::max(walking, adding) * sizeof(A), stream), call);
             return sums;
           };
           // Where it matters, a kernel of its own for a layer without ReLU, which needs no gamma and beta here.
           constexpr bool kTwo = columns() > 1;
-          const Tensor sums = kTwo && !call.relu ? launch_reduce(columns, Bool<!kTwo>{})
-                                                 : launch_reduce(Int<kNarrow ? 2 : columns()>{}, Bool<true>{});
+          const Tensor sums = kTwo && !call.activated ? launch_reduce(columns, Bool<!kTwo>{})
+                                                      : launch_reduce(Int<kNarrow ? 2 : columns()>{}, Bool<true>{});
           const Tensor means = empty_like(x, {last() ? call.shape.c : 0, kMeans}, dtype_of<A>);
           call.means = static_cast<A*>(means.data_ptr());
           if (last()) {
@@ -395,7 +395,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
                        const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
                        const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
                        const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
-                       bool relu, bool allow_tf32, bool training) {
+                       std::optional<double> negative_slope, bool allow_tf32, bool training) {
   const Shape s = shape_of(x, upsample);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ParameterTensors parameters(s, mask_projection, mask_weight, mask_bias,
@@ -431,7 +431,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       const Tensor dp = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
       const Tensor x_copy = channels_last ? x_dense : empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>);
       BackwardCall<T> call{};
-      parameters.set_up(call, s, eps, relu, x_dense, p_dense);
+      parameters.set_up(call, s, eps, negative_slope, x_dense, p_dense);
       call.dy = data_of<T>(dy_dense);
       call.dx = static_cast<T*>(dx.data_ptr());
       call.dp = static_cast<T*>(dp.data_ptr());

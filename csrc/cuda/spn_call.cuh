@@ -8,6 +8,7 @@
 #include <climits>
 #include <initializer_list>
 
+#include "activation.h"
 #include "check.h"
 #include "cuda/gemm.cuh"
 #include "cuda/spn_walk.cuh"
@@ -47,9 +48,12 @@ struct ParameterTensors {
   }
 
   template <class T>
-  void set_up(Call<T>& call, const Shape& s, double eps, bool relu, const Tensor& x, const Tensor& p) const {
+  void set_up(Call<T>& call, const Shape& s, double eps, std::optional<double> negative_slope, const Tensor& x,
+              const Tensor& p) const {
     call.shape = s;
-    call.relu = relu;
+    const Activation activation(negative_slope);
+    call.activated = activation.on;
+    call.slope = static_cast<acc_t<T>>(activation.slope);
     call.eps = static_cast<acc_t<T>>(eps);
     call.x = data_of<T>(x);
     call.p = data_of<T>(p);

@@ -236,13 +236,16 @@ struct Gradient {
   }
 };
 
+#include "activation_functions.h"
+
 // What both directions know of a call.
 template <class T>
 struct Call {
   using A = acc_t<T>;
   Shape shape;
   Plan plan;
-  bool relu;
+  bool activated;
+  A slope;
   A eps;
   const T *x, *p;
   Parameter<T> mask_weight, mask_bias;

@@ -7,6 +7,7 @@ from pixnorm import functional as F
 from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_eps, check_option
+from pixnorm.ops.common import ACTIVATIONS
 
 NOISE = 0.02  # standard deviation, relative to each channel's scale: without it masks get no gradient in the first step
 
@@ -31,7 +32,7 @@ class SPN2d(Norm2d):
         momentum: weight of the new batch in the running statistics; None averages over all batches.
         track_running_stats: if False there are no running statistics, and eval mode uses those of the batch too.
         upsample: 2 normalises ``interpolate(x, scale_factor=2, mode="nearest")``, at the cost of low resolution.
-        activation: None or ``"relu"``, applied to the result.
+        activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
         impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.spn`.
         device: of parameters and buffers.
         dtype: of parameters and buffers; float32 also serves float16 and bfloat16 inputs.
@@ -39,6 +40,7 @@ class SPN2d(Norm2d):
             plus noise N(0, 0.02²), without which the mask would get no gradient in the first step. ``"keras"`` draws
             the depthwise kernels Glorot uniform in the way of Keras, with limit √(6 / (k² (C + 1))). The projection is
             Glorot uniform in both.
+        negative_slope: of ``"leaky_relu"``.
 
     Shape:
         (N, C, H, W) to (N, C, H * upsample, W * upsample), in the input's dtype and memory format.
@@ -72,6 +74,7 @@ class SPN2d(Norm2d):
         dtype=None,
         *,
         init: str = "bn",
+        negative_slope: float = 0.2,
     ):
         super().__init__(num_features, eps, momentum, track_running_stats)
         mask_channels = num_features if mask_channels is None else mask_channels
@@ -79,7 +82,7 @@ class SPN2d(Norm2d):
         check_option("kernel_size", kernel_size, (1, 3, 5))
         check_option("mask_channels", mask_channels, (1, num_features))
         check_option("upsample", upsample, (1, 2))
-        check_option("activation", activation, (None, "relu"))
+        check_option("activation", activation, ACTIVATIONS)
         check_option("impl", impl, IMPLS)
         check_option("init", init, ("bn", "keras"))
         self.kernel_size = kernel_size
@@ -88,6 +91,7 @@ class SPN2d(Norm2d):
         self.activation = activation
         self.impl = impl
         self.init = init
+        self.negative_slope = negative_slope
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -133,6 +137,7 @@ class SPN2d(Norm2d):
             **options,
             upsample=self.upsample,
             activation=self.activation,
+            negative_slope=self.negative_slope,
             impl=self.impl,
         )
         return self._counted(y)
@@ -149,10 +154,11 @@ class SPN2d(Norm2d):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
+        slope = f"negative_slope={self.negative_slope}, " if self.activation == "leaky_relu" else ""
         return (
             f"{self.num_features}, kernel_size={self.kernel_size}, mask_channels={self.mask_channels}, eps={self.eps}, "
             f"momentum={self.momentum}, track_running_stats={self.track_running_stats}, upsample={self.upsample}, "
-            f"activation={self.activation!r}, impl={self.impl!r}"
+            f"activation={self.activation!r}, {slope}impl={self.impl!r}"
         )
 
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+ACTIVATIONS = (None, "relu", "leaky_relu")
 HALF = (torch.float16, torch.bfloat16)
 FLOAT = (torch.float64, torch.float32, *HALF)
 
@@ -35,6 +37,18 @@ def public(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return call
+
+
+def slope_of(activation: str | None, negative_slope: float) -> float | None:
+    """As ops are told of an activation: None, or the slope for negative values; ReLU's is 0."""
+    return {None: None, "relu": 0.0, "leaky_relu": float(negative_slope)}[activation]
+
+
+def activate(y: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """The same in plain PyTorch."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, negative_slope)
+    return F.relu(y) if activation == "relu" else y
 
 
 class _Following(importlib.abc.MetaPathFinder):

@@ -29,6 +29,8 @@ from pixnorm.ops.checks import (
     check_shape,
 )
 from pixnorm.ops.common import (
+    ACTIVATIONS,
+    activate,
     convolutions_allow_tf32,
     dense_like,
     exporting,
@@ -37,6 +39,7 @@ from pixnorm.ops.common import (
     like_parameter,
     public,
     reference_grads,
+    slope_of,
     through_reference,
     triton_ops,
     without_autocast,
@@ -63,6 +66,7 @@ def spn_reference(
     eps: float = 1e-5,
     upsample: int = 1,
     activation: str | None = None,
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """SPN in plain PyTorch: the specification. Any device, any order of gradient. Arguments as in :func:`spn`."""
     if upsample == 2:
@@ -82,8 +86,7 @@ def spn_reference(
     x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     gamma = depthwise(m, gamma_weight) + depthwise(m_inv, gamma_weight_inv)
     beta = depthwise(m, beta_weight) + depthwise(m_inv, beta_weight_inv)
-    y = gamma * x_hat + beta
-    return F.relu(y) if activation == "relu" else y
+    return activate(gamma * x_hat + beta, activation, negative_slope)
 
 
 # The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
@@ -124,14 +127,14 @@ def _spn_bwd_flops(grad_y, x, mask_projection, mask_weight, mask_bias, gamma_wei
 
 spn_fwd = define_op(
     f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
-    "float eps, int upsample, bool relu, bool allow_tf32) "
+    "float eps, int upsample, float? negative_slope, bool allow_tf32) "
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
     _spn_fwd_fake,
     flops=_spn_fwd_flops,
 )
 spn_bwd = define_op(
     f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
-    "Tensor mask_var, float eps, int upsample, bool relu, bool allow_tf32, bool training) "
+    "Tensor mask_var, float eps, int upsample, float? negative_slope, bool allow_tf32, bool training) "
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
     _spn_bwd_fake,
@@ -152,10 +155,10 @@ class SPNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, impl, training, eps, upsample, relu, allow_tf32, statistics, *inputs):
+    def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, statistics, *inputs):
         forward, ctx.backward_op = _ops(impl)
-        y, p, *used = forward(*inputs, *statistics, eps, upsample, relu, allow_tf32)
-        ctx.options = training, eps, upsample, relu
+        y, p, *used = forward(*inputs, *statistics, eps, upsample, negative_slope, allow_tf32)
+        ctx.options = training, eps, upsample, negative_slope
         ctx.allow_tf32 = allow_tf32
         ctx.save_for_backward(*inputs, p, *used)
         ctx.mark_non_differentiable(*used)
@@ -166,20 +169,22 @@ class SPNFunction(torch.autograd.Function):
     def backward(ctx, grad_y, *_):
         if grad_y is None:
             return (None,) * 15
-        training, eps, upsample, relu = ctx.options
+        training, eps, upsample, negative_slope = ctx.options
         saved = ctx.saved_tensors  # once: each look unpacks them, where checkpoints or offloading have packed
         inputs, (p, *used) = saved[:8], saved[8:]
         if through_reference():
             statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
-            activation = "relu" if relu else None
+            activation = None if negative_slope is None else "leaky_relu" if negative_slope else "relu"
 
             def reference(*inputs):
-                options = {"training": training, "eps": eps, "upsample": upsample, "activation": activation}
-                return spn_reference(*inputs, *statistics, **options)
+                options = {"training": training, "eps": eps, "upsample": upsample}
+                if activation == "leaky_relu":
+                    options["negative_slope"] = negative_slope
+                return spn_reference(*inputs, *statistics, **options, activation=activation)
 
             grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[7:])
         else:
-            grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, relu, ctx.allow_tf32, training)
+            grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, negative_slope, ctx.allow_tf32, training)
             grads = [grads[0], *map(like_parameter, grads[1:], inputs[1:])]
         return None, None, None, None, None, None, None, *grads
 
@@ -204,6 +209,7 @@ def spn(
     eps: float = 1e-5,
     upsample: int = 1,
     activation: str | None = None,
+    negative_slope: float = 0.2,
     impl: str = "auto",
 ) -> Tensor:
     r"""Self pixel-wise normalisation (arXiv 2201.10725, eq. 1-4): batch norm whose affine is made, pixel by pixel,
@@ -224,7 +230,8 @@ def spn(
         eps: added to both variances; positive in training.
         upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
             that is saved for backward stay at the resolution of x.
-        activation: None or ``"relu"``, applied to the result.
+        activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
+        negative_slope: of the latter.
         impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C), ``"triton"`` (GPUs) or ``"reference"`` (plain
             PyTorch).
 
@@ -260,6 +267,7 @@ def spn(
                 eps=eps,
                 upsample=upsample,
                 activation=activation,
+                negative_slope=negative_slope,
             )
         if training:
             for buffer, copy in zip(buffers, copies, strict=True):
@@ -267,12 +275,12 @@ def spn(
                     buffer.copy_(copy)
         return y
 
-    relu, allow_tf32 = activation == "relu", convolutions_allow_tf32()
+    slope, allow_tf32 = slope_of(activation, negative_slope), convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, *used = SPNFunction.apply(chosen, training, eps, upsample, relu, allow_tf32, statistics, *inputs)
+        y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, statistics, *inputs)
     else:
-        y, _, *used = _ops(chosen)[0](*inputs, *statistics, eps, upsample, relu, allow_tf32)
+        y, _, *used = _ops(chosen)[0](*inputs, *statistics, eps, upsample, slope, allow_tf32)
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
@@ -331,7 +339,7 @@ def _check(inputs, buffers, training, eps, upsample, activation) -> None:
     x, mask_projection, gamma_weight = inputs[0], inputs[1], inputs[4]
     check_image(x)
     check_option("upsample", upsample, (1, 2))
-    check_option("activation", activation, (None, "relu"))
+    check_option("activation", activation, ACTIVATIONS)
     check_eps(eps, training)
 
     channels = x.shape[1]

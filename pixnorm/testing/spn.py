@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pixnorm.functional import spn
+from pixnorm.ops.common import slope_of
 from pixnorm.ops.spn import _ops, spn_reference
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
@@ -84,7 +85,8 @@ def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[st
     training = options.get("training", True)
     inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
     given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
-    settings = options.get("eps", 1e-5), options.get("upsample", 1), options.get("activation") == "relu", True
+    slope = slope_of(options.get("activation"), options.get("negative_slope", 0.2))
+    settings = options.get("eps", 1e-5), options.get("upsample", 1), slope, True
     yield forward, (*inputs, *given, *settings)
     y, *saved = forward(*inputs, *given, *settings)
     yield backward, (torch.ones_like(y), *inputs, *saved, *settings, training)
@@ -124,6 +126,8 @@ def _spn_cases() -> tuple[Case, ...]:
         "inference: given statistics": {"training": False},
         "inference, and nothing of the batch in the gradient": {"training": False, "upsample": 2, "activation": "relu"},
         "activation without upsampling": {"activation": "relu"},
+        "a slope": {"activation": "leaky_relu"},
+        "another slope": {"activation": "leaky_relu", "negative_slope": -0.5, "upsample": 2, "training": False},
         "upsampling without activation": {"upsample": 2},
         "eps and momentum reach the kernel": {"eps": 0.25, "momentum": 0.75},
     }
@@ -161,7 +165,7 @@ SPN = OpSpec(
     saved_bytes=_spn_saved_bytes,
     takes=_spn_takes,
     kernel_calls=_spn_kernel_calls,
-    options={"training": (True, False), "upsample": (1, 2), "activation": (None, "relu")},
+    options={"training": (True, False), "upsample": (1, 2), "activation": (None, "leaky_relu")},
     variants=({}, {"upsample": 2, "activation": "relu"}),
     inference={"training": False},
     library_sums=("mask_projection",),
