@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -272,19 +273,29 @@ def test_jit_trace(which, tmp_path):
 @modules
 @pytest.mark.parametrize("training", [True, False])
 def test_fx(which, training):
-    """Our functions are leaves; in training the statistics move as they would."""
+    """Layers are leaves, as PyTorch's are: a graph has both modes, and its statistics move."""
     module, x = module_and_input(which, training=training)
     model = nn.Sequential(nn.Conv2d(4, 4, 1, dtype=x.dtype), module).train(training)
     expected = copy.deepcopy(model)
+    for layer in (expected[1], model[1]):
+        layer.momentum = None  # which counts batches
     graph = torch.fx.symbolic_trace(copy.deepcopy(model))
-    targets = [getattr(node.target, "__name__", "") for node in graph.graph.nodes if node.op == "call_function"]
-    assert {"spn", "gconv2d", "latent_batch_norm"} & set(targets)
-    for _ in range(2):
+    assert not [node for node in graph.graph.nodes if node.op == "call_function" and "pixnorm" in str(node.target)]
+    for mode in (training, not training, training):
+        graph.train(mode), expected.train(mode)
         torch.testing.assert_close(graph(x), expected(x))
     buffers = dict(expected.named_buffers())
+    assert dict(graph.named_buffers()).keys() == buffers.keys()
     for name, buffer in graph.named_buffers():
         torch.testing.assert_close(buffer, buffers[name])
-    assert "SPN" not in which or not training or buffers["1.num_batches_tracked"] == 2
+
+
+def test_fx_of_functions():
+    """Of a layer that is itself all that is traced, its function is the leaf."""
+    layer, x = pixnorm.SPN2d(4).eval(), torch.randn(2, 4, 5, 6)
+    graph = torch.fx.symbolic_trace(layer)
+    assert [node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"] == ["spn"]
+    torch.testing.assert_close(graph(x), layer(x))
 
 
 @pytest.mark.cpu
@@ -429,6 +440,68 @@ def test_a_batch_norm_checkpoint_loads_into_spn(strict, affine):
     own[1].gamma_weight.data.zero_()
     own.load_state_dict(model.state_dict(), strict=strict)
     assert torch.equal(own(x), model(x))
+
+
+def test_checkpoints_without_a_count_of_batches():
+    """As PyTorch's batch norms were before they had one, and as their own loading allows."""
+    plain = nn.Sequential(nn.BatchNorm2d(4))
+    state = {name: value for name, value in plain.state_dict().items() if "tracked" not in name}
+    plain.load_state_dict(state)
+    pixnorm.convert_batchnorm(plain).model.load_state_dict(state)
+    norm = pixnorm.nn.LatentBatchNorm2d(4, 3)
+    norm.load_state_dict({name: value for name, value in norm.state_dict().items() if "tracked" not in name})
+
+
+def test_what_a_meta_layer_does_not_have_is_missing():
+    with torch.device("meta"):
+        spn, gconv = pixnorm.SPN2d(4), pixnorm.GConv2d(4, 4, 3, 2)
+    with pytest.raises(RuntimeError, match="mask_projection"):
+        spn.load_state_dict(nn.BatchNorm2d(4).state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="scale_weight"):
+        gconv.load_state_dict(nn.Conv2d(4, 4, 3, bias=False).state_dict(), assign=True)
+
+
+def test_wrapped_layers_of_a_generator_get_their_latent_vectors():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    torch.manual_seed(0)
+    generator = Generator(channels=8, latent_dim=4, norm="bigbn", conv="gconv", bias=False).eval()
+    z = torch.randn(2, 4)
+    expected = generator(z)
+    wrapped = (pixnorm.GConv2d, pixnorm.nn.LatentBatchNorm2d)
+    apply_activation_checkpointing(generator, check_fn=lambda module: isinstance(module, wrapped))
+    torch.testing.assert_close(generator(z), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_latent_vectors_from_around_have_the_inputs_dtype(dtype):
+    """What casts a model's input, as FSDP does, does not see them; one that is given is as it is."""
+    layer, x, z = pixnorm.GConv2d(4, 4, 3, 3, dtype=dtype), torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(2, 3)
+    with pixnorm.nn.latent(z):
+        assert torch.equal(layer(x), layer(x, z.to(dtype)))
+    with pytest.raises(TypeError, match="expected tensors of one dtype"):
+        layer(x, z)
+
+
+def test_a_pruned_layer_can_be_exported_and_compiled():
+    """What looks for not a number in a weight that starts at zero looks in eager calls alone."""
+    layer = pixnorm.GConv2d(4, 4, 3, 3, init="zero").eval()
+    prune.l1_unstructured(layer, "mix_weight", 0.3)
+    x, z = torch.randn(2, 4, 6, 5), torch.randn(2, 3)
+    exported = torch.export.export(layer, (x, z))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(exported.module()(x, z), layer(x, z))
+    torch.testing.assert_close(compiled(x, z), layer(x, z))
+
+
+def test_layers_take_their_input_by_its_name():
+    """As nn.BatchNorm2d and nn.Conv2d."""
+    x, z = torch.randn(2, 4, 6, 5), torch.randn(2, 3)
+    pixnorm.SPN2d(4)(input=x)
+    pixnorm.GConv2d(4, 4, 3, 3)(input=x, z=z)
+    pixnorm.nn.LatentBatchNorm2d(4, 3)(input=x, z=z)
+    pixnorm.GLinear(3, 4, 3)(input=z, z=z)
 
 
 def test_a_part_of_a_checkpoint_is_still_missing():

@@ -39,6 +39,7 @@ class UpBlock(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
+        self.latent_norm, self.latent_conv = norm == "bigbn", conv == "gconv"
         if norm == "spn":
             self.norm1 = SPN2d(in_channels, upsample=2, activation="relu", impl=impl)
             self.act1 = nn.Identity()
@@ -69,8 +70,10 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Features of twice the resolution; z for the layers that take one."""
-        h = _call(self.conv1, self.act1(_call(self.norm1, x, z)), z)
-        h = _call(self.conv2, self.act2(_call(self.norm2, h, z)), z)
+        # Also layers that something is wrapped around, and those of a converted model.
+        of_norm, of_conv = ((z,) if takes else () for takes in (self.latent_norm, self.latent_conv))
+        h = self.conv1(self.act1(self.norm1(x, *of_norm)), *of_conv)
+        h = self.conv2(self.act2(self.norm2(h, *of_norm)), *of_conv)
         return h + self.up(self.shortcut(x))
 
 
@@ -147,10 +150,6 @@ class Generator(nn.Module):
             z = torch.cat([z, F.one_hot(y, self.num_classes).to(z.dtype)], dim=1)
         h = self.block3(self.block2(self.block1(h, z), z), z)
         return self.tanh(self.conv(self.act(self.norm(h))))
-
-
-def _call(layer: nn.Module, x: Tensor, z: Tensor | None) -> Tensor:
-    return layer(x, z) if isinstance(layer, GConv2d | LatentBatchNorm2d) else layer(x)
 
 
 def _glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:

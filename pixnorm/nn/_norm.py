@@ -18,6 +18,7 @@ class Norm2d(nn.Module):
         eps, momentum, track_running_stats: as in ``nn.BatchNorm2d``.
     """
 
+    _version = 2  # as of PyTorch's: in 1 there was no count of batches
     _KINDS = ("",)  # prefixes of the statistics that a layer has
     num_batches_tracked: Tensor | None
 
@@ -48,6 +49,12 @@ class Norm2d(nn.Module):
             getattr(self, f"{prefix}running_mean").zero_()
             getattr(self, f"{prefix}running_var").fill_(1)
         self.num_batches_tracked.zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others) -> None:
+        version, counter = local_metadata.get("version"), f"{prefix}num_batches_tracked"
+        if (version is None or version < 2) and self.num_batches_tracked is not None and counter not in state_dict:
+            state_dict = state_dict | {counter: torch.tensor(0, dtype=torch.long)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     @property
     def _updates(self) -> bool:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
 from pixnorm.ops.checks import check_eps, has_shape
 from pixnorm.ops.common import public
@@ -59,10 +60,12 @@ class LatentBatchNorm2d(Norm2d):
         nn.init.xavier_uniform_(self.gamma.weight)
         nn.init.xavier_uniform_(self.beta.weight)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Normalise x, then scale and shift each sample's channels as z says."""
+    def forward(self, input: Tensor, z: Tensor) -> Tensor:
+        """Normalise the input, then scale and shift each sample's channels as z says."""
+        if (node := traced(self, input, z)) is not None:
+            return node
         buffers, options = self._statistics()
-        y = latent_batch_norm(x, z, self.gamma.weight, self.beta.weight, *buffers, **options)
+        y = latent_batch_norm(input, z, self.gamma.weight, self.beta.weight, *buffers, **options)
         return self._counted(y)
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from pixnorm import functional as F
+from pixnorm.nn._leaf import traced
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_option
 from pixnorm.ops.common import exporting
@@ -51,6 +52,8 @@ def latent(z: Tensor) -> Iterator[None]:
 class _Generative(nn.Module):
     """The parameters that both layers have."""
 
+    _may_divide_by_zero = False  # whether spectral norm of mix_weight would
+
     def __init__(self, kernels: tuple[int, ...], latent_dim: int, bias: bool, impl: str, init: str, device, dtype):
         super().__init__()
         check_option("impl", impl, IMPLS)
@@ -88,7 +91,8 @@ class _Generative(nn.Module):
 
     def _mix_weight(self) -> Tensor:
         weight = self.mix_weight
-        if self._may_divide_by_zero and "mix_weight" not in self._parameters:  # but what a parametrization makes of it
+        looks = not (torch.compiler.is_compiling() or exporting() or weight.is_meta)
+        if self._may_divide_by_zero and looks and "mix_weight" not in self._parameters:  # but what is made of another
             if weight.isnan().any():
                 raise RuntimeError(
                     "mix_weight is not a number: it starts at 0, and spectral norm divides by its norm; use "
@@ -101,15 +105,18 @@ class _Generative(nn.Module):
         """A checkpoint of the plain layer is that of one that mixes nothing."""
         if prefix + "weight" in state_dict and not {prefix + "scale_weight", prefix + "mix_weight"} & state_dict.keys():
             own = {"scale_weight": self.scale_weight.detach(), "mix_weight": torch.zeros_like(self.mix_weight)}
-            state_dict = state_dict | {prefix + name: value for name, value in own.items()}
+            # Of a layer that was made on the meta device there are none: they count as missing.
+            own = {prefix + name: value for name, value in own.items() if not value.is_meta}
+            state_dict = state_dict | own
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def _latent(self, z: Tensor | None) -> Tensor:
+    def _latent(self, z: Tensor | None, x: Tensor) -> Tensor:
         if z is None and exporting():
             raise RuntimeError(
                 f"torch.export would make the latent vectors of {type(self).__name__} a constant: pass z"
             )
-        z = _current.z if z is None else z
+        if z is None and _current.z is not None:
+            z = _current.z.to(x.dtype)  # what casts the input of a model (FSDP) does not see this one
         if z is None:
             raise RuntimeError(
                 f"{type(self).__name__} needs latent vectors: call it with (x, z), or the model inside "
@@ -194,11 +201,13 @@ class GConv2d(_Generative):
         self.dilation = dilation
         self.padding_mode = padding_mode
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Convolve each sample of x with the kernels that it and its latent vector choose."""
+    def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
+        """Convolve each sample of the input with the kernels that it and its latent vector choose."""
+        if (node := traced(self, input, z)) is not None:
+            return node
         return F.gconv2d(
-            x,
-            self._latent(z),
+            input,
+            self._latent(z, input),
             self.weight,
             self.scale_weight,
             self._mix_weight(),
@@ -261,10 +270,12 @@ class GLinear(_Generative):
         self.in_features = in_features
         self.out_features = out_features
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Map each sample of x by the weights that it and its latent vector choose."""
+    def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
+        """Map each sample of the input by the weights that it and its latent vector choose."""
+        if (node := traced(self, input, z)) is not None:
+            return node
         weights = self.weight, self.scale_weight, self._mix_weight(), self.bias
-        return F.glinear(x, self._latent(z), *weights, impl=self.impl)
+        return F.glinear(input, self._latent(z, input), *weights, impl=self.impl)
 
     def extra_repr(self) -> str:
         return (

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pixnorm import functional as F
+from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_eps, check_option
@@ -121,11 +122,13 @@ class SPN2d(Norm2d):
             for kernel in (self.gamma_weight, self.gamma_weight_inv, self.beta_weight, self.beta_weight_inv):
                 nn.init.uniform_(kernel, -limit, limit)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; in training also update the running statistics."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the input; in training also update the running statistics."""
+        if (node := traced(self, input)) is not None:
+            return node
         buffers, options = self._statistics()
         y = F.spn(
-            x,
+            input,
             self.mask_projection,
             self.mask_weight,
             self.mask_bias,
@@ -146,9 +149,15 @@ class SPN2d(Norm2d):
         """A checkpoint of batch norm becomes what ``convert_batchnorm`` makes of that batch norm."""
         found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         if found.keys() & {"weight", "running_mean"} and "mask_projection" not in found:
-            ones = self.gamma_weight.detach().new_ones(self.num_features)
+            ones = next(iter(found.values())).new_ones(self.num_features, dtype=self.gamma_weight.dtype)
             affine = found.pop("weight", ones), found.pop("bias", torch.zeros_like(ones))
-            of_mask = {name: value for name, value in self.state_dict().items() if name.startswith("mask_")}
+            own = {**self._parameters, **self._buffers}
+            # Of a layer that was made on the meta device there is no mask to keep: it counts as missing.
+            of_mask = {
+                name: tensor.detach()
+                for name, tensor in own.items()
+                if name.startswith("mask_") and tensor is not None and not tensor.is_meta
+            }
             found |= of_mask | kernels_of_batchnorm(*affine, self.kernel_size, NOISE)
             state_dict = {prefix + name: value for name, value in found.items()}
         super()._load_from_state_dict(state_dict, prefix, *others)
