@@ -31,7 +31,7 @@ import torch
 from benchmarks import machine_code
 from benchmarks.machine_code import BUILD, Function, listed, read
 from benchmarks.model import GPU, GPUS, OTHER_GPUS, WARP
-from pixnorm.ops._dispatch import _triton_obstacle
+from pixnorm.ops._dispatch import triton_obstacle
 
 DTYPES = {"float": torch.float32, "BFloat16": torch.bfloat16, "Half": torch.float16, "double": torch.float64}
 IN_SIGNATURES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
@@ -167,7 +167,7 @@ def compiled(launch: Launch, gpu: GPU) -> tuple[Function, int]:
 
 
 def _import_kernels() -> None:
-    if obstacle := _triton_obstacle("meta"):
+    if obstacle := triton_obstacle("meta"):
         raise RuntimeError(obstacle)
 
 

@@ -144,7 +144,7 @@ class GConvConfiguration(Configuration):
         case = Case(SMALL if self.small_planes else LARGE, "")
         dtype = DTYPES[self.dtype]
         tensors = GCONV_MIX.inputs(case, dtype, parameter_dtype=dtype, layout=self.layout, device="meta")
-        with patch.object(testing.gconv, "_ops", lambda impl: (gconv.gconv_mix_fwd, gconv.gconv_mix_bwd)):
+        with patch.object(testing.gconv, "ops_of", lambda impl: (gconv.gconv_mix_fwd, gconv.gconv_mix_bwd)):
             for function, (*arguments, _) in GCONV_MIX.kernel_calls("triton", tensors, {}):
                 function(*arguments, not self.strict)
 

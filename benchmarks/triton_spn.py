@@ -136,7 +136,7 @@ class SPNConfiguration(Configuration):
         sizes = {"kernel_size": self.kernel_size} | ({"masks": 1} if self.one_mask else {})
         dtype = DTYPES[self.dtype]
         parameters = dtype if dtype == torch.float64 else torch.float32
-        with patch.object(testing.spn, "_ops", lambda impl: (spn.spn_fwd, spn.spn_bwd)):
+        with patch.object(testing.spn, "ops_of", lambda impl: (spn.spn_fwd, spn.spn_bwd)):
             for shape in SHAPES:
                 case = Case(shape, "", options, sizes=sizes)
                 tensors = SPN.inputs(case, dtype, parameter_dtype=parameters, layout=self.layout, device="meta")

@@ -242,3 +242,24 @@ def test_every_spec_has_its_ops():
     for spec in SPECS:
         for suffix in ("fwd", "bwd"):
             assert hasattr(torch.ops.pixnorm, f"{spec.name}_{suffix}")
+
+
+# --- where an op is
+
+
+@pytest.mark.cpu
+def test_an_op_has_its_files(spec):
+    """One stem in every folder: that of the file that defines it."""
+    stem = spec.reference.__module__.rpartition(".")[2]
+    files = [f"pixnorm/ops/{stem}.py", f"pixnorm/testing/{stem}.py", f"csrc/cpu/{stem}.cpp", f"tests/test_{stem}.py"]
+    files += [f"triton_kernels/{stem}.py"] * (stem in _dispatch._triton_modules)
+    files += [f"csrc/cuda/{stem}.cu"] * spec.cuda_kernels
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert stem in _dispatch._triton_modules
+
+
+@pytest.mark.cpu
+def test_every_op_with_a_backward_has_a_spec():
+    """What defines a forward and a backward op is tested as all ops are."""
+    defined = {name.removesuffix("_bwd") for name in _dispatch._flops if name.endswith("_bwd")}
+    assert defined == {spec.name for spec in SPECS}

@@ -269,7 +269,7 @@ def test_the_table_of_what_is_faster():
 
     def chosen(shape, dtype=torch.float32, allow_tf32=True, device="cuda"):
         u = types.SimpleNamespace(device=torch.device(device), shape=torch.Size(shape), dtype=dtype)
-        return gconv._preferred(u, allow_tf32)
+        return gconv.preferred(u, allow_tf32)
 
     assert chosen((64, 256, 32, 32)) == chosen((64, 256, 8, 8)) == "triton"
     assert chosen((64, 128, 64, 64), allow_tf32=False) == chosen((64, 128, 64, 64), torch.float64) == "native"

@@ -182,7 +182,7 @@ def test_pytorch_finds_the_kernels_of_the_ops():
 @pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)
 def test_the_ops_have_the_schemas_of_the_native_ones(module):
     assert _dispatch._find_triton_obstacle("meta", None) is None
-    for native, ours in zip(module._ops("native"), module._ops("triton"), strict=True):
+    for native, ours in zip(module.ops_of("native"), module.ops_of("triton"), strict=True):
         for of in ("arguments", "returns"):
             types_of = [[str(value.type) for value in getattr(op._schema, of)] for op in (native, ours)]
             assert types_of[0] == types_of[1]
@@ -302,11 +302,11 @@ def test_the_table_of_what_is_faster(monkeypatch):
     x = types.SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.bfloat16, is_contiguous=lambda **options: bool(options)
     )
-    assert spn_module._preferred(x, 2) == "native"
+    assert spn_module.preferred(x, 2) == "native"
     monkeypatch.setattr(spn_module, "_TRITON_IS_FASTER", {("a GPU", torch.bfloat16, True, 2)})
-    assert spn_module._preferred(x, 2) == "triton"
-    assert spn_module._preferred(x, 1) == "native"
-    assert spn_module._preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
+    assert spn_module.preferred(x, 2) == "triton"
+    assert spn_module.preferred(x, 1) == "native"
+    assert spn_module.preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
 
 
 @pytest.mark.parametrize(

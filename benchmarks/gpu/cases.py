@@ -22,7 +22,7 @@ from benchmarks.gpu.timing import Launch, Spread, Timed
 from benchmarks.model import kernel_bytes
 from benchmarks.test_generator import LATENT_DIM, generator
 from benchmarks.test_spn import HEADS, case, label
-from pixnorm.ops.gconv import _preferred
+from pixnorm.ops.gconv import preferred
 from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, OpSpec, saved_bytes
 
 # Of the output; torch.compile takes part in the first.
@@ -111,7 +111,7 @@ def mixing(section: Section) -> None:
     for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
         compare(section, "mixing", where, call, (*EAGER, *section.fused(GCONV_MIX)))
         u = call.inputs(DENSE_LAYOUTS[0])["u"]
-        section.add("auto", **where, impl=_preferred(u, torch.backends.cudnn.allow_tf32))
+        section.add("auto", **where, impl=preferred(u, torch.backends.cudnn.allow_tf32))
 
 
 def compare(section: Section, what: str, where: dict[str, str], call: Call, names: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from benchmarks.gpu.cases import BATCHES, KERNEL_SHAPES, LAYER_SHAPES, MIXING_SH
 from benchmarks.gpu.processes import end_with_parent
 from benchmarks.test_spn import HEADS
 from benchmarks.test_spn import case as case_of
-from pixnorm.ops._dispatch import _triton_obstacle
+from pixnorm.ops._dispatch import triton_obstacle
 from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, SPN, Case, OpSpec, evaluate
 
 # Of x, beside those of the benchmarks: what the first checks and the tests of many things are called with.
@@ -101,7 +101,7 @@ def compiling(arch: int | None) -> ExitStack:
         import triton
 
         triton.runtime.driver.set_active(PretendedGPU(arch))
-    if obstacle := _triton_obstacle("meta"):  # imports the kernels
+    if obstacle := triton_obstacle("meta"):  # imports the kernels
         raise SystemExit(obstacle)
     from pixnorm import triton_kernels
 

@@ -66,7 +66,7 @@ def markdown(records: Records, picture: str | None) -> str:
         _mixing(records),
         "## GConv's mixing: which is faster? Device time of triton, that of native being 1",
         "Native is here a product of the library. In brackets where the middle halves of the rounds overlap. `auto` "
-        "has one choice for both passes, by `_preferred` in `pixnorm/ops/gconv.py`: correct it where it is the slower.",
+        "has one choice for both passes, by `preferred` in `pixnorm/ops/gconv.py`: correct it where it is the slower.",
         _mixing_choice(records),
         "## GConv: generator step, ms",
         _steps(records, "gconv_step"),

@@ -27,16 +27,20 @@ _EXTENSIONS = {
     "cuda": ("pixnorm._cuda", "reinstall pixnorm where nvcc and a CUDA build of torch are (`make build` in a clone)"),
 }
 _flops: dict[str, Callable[..., int]] = {}  # op -> its multiplications and additions
+_triton_modules: dict[str, None] = {}  # in the order in which ops are defined
 _missing: dict[str, str] = {}  # device type -> why its extension is not loaded
 _fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
 
 
-def define_op(schema: str, fake, everywhere=None, flops=None) -> torch._ops.OpOverload:
+def define_op(schema: str, fake, everywhere=None, flops=None, triton=None) -> torch._ops.OpOverload:
     """Define ``pixnorm::<schema>`` and its fake (shapes, dtypes and strides of the outputs); return the op.
 
     ``everywhere`` is what runs on devices that no compiled kernel is registered for. ``flops`` counts multiplications
     and additions for ``torch.utils.flop_counter``: it is given the arguments, shapes in the place of tensors.
+    ``triton`` is the module of ``triton_kernels`` that has its kernels, if there are any.
     """
+    if triton is not None:
+        _triton_modules.setdefault(triton)
     name = schema[: schema.index("(")]
     if flops is not None:
         _flops[name] = flops
@@ -52,7 +56,7 @@ def _register_flops() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if importlib.util.find_spec("triton") is not None:
-        _triton_obstacle("meta")  # imports the kernels
+        triton_obstacle("meta")  # imports the kernels
     for name, flops in _flops.items():
         for op in (name, f"{name}_triton"):
             if hasattr(torch.ops.pixnorm, op) and getattr(torch.ops.pixnorm, op) not in flop_registry:
@@ -97,7 +101,7 @@ _triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> wh
 
 
 @constant_in_graphs
-def _triton_obstacle(device_type: str, index: int | None = None) -> str | None:
+def triton_obstacle(device_type: str, index: int | None = None) -> str | None:
     """Why Triton kernels cannot run on a device; None where they can, and then they are imported and registered."""
     if (device_type, index) not in _triton_obstacles:
         _triton_obstacles[device_type, index] = _find_triton_obstacle(device_type, index)
@@ -128,8 +132,8 @@ def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return f"Triton is for GPUs of compute capability 8.0 and newer, this is {major}.{minor}"
-    for op in ("spn", "gconv"):
-        importlib.import_module(f"pixnorm.triton_kernels.{op}")
+    for module in _triton_modules:
+        importlib.import_module(f"pixnorm.triton_kernels.{module}")
     return None
 
 
@@ -186,7 +190,7 @@ def choose(
         elif candidate == "native":
             obstacle = _native_obstacle(device, refusal, composite)
         else:
-            obstacle = _triton_obstacle(device.type, device.index) or refusal
+            obstacle = triton_obstacle(device.type, device.index) or refusal
         if obstacle is None:
             return candidate
         obstacles.append(obstacle)
@@ -216,7 +220,7 @@ def backends() -> dict[str, str]:
             info = importlib.import_module(module).build_info()
             details = ", ".join(f"{key} {value}" for key, value in info.items())
             report[f"native ({device})"] = f"available ({details})"
-    obstacle = _triton_obstacle("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+    obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
     report["triton"] = f"unavailable: {obstacle}" if obstacle else f"available (triton {_triton_version()})"
     for op, reasons in _fallbacks.items():
         report[f"auto: {op}"] = f"ran on the reference: {'; '.join(reasons)}"

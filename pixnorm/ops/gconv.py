@@ -192,6 +192,7 @@ gconv_mix_fwd = define_op(
     _gconv_mix_fwd_fake,
     everywhere=_library_fwd,
     flops=lambda u, s, mix_weight, *args, **kwargs: 2 * prod(u) * mix_weight[0],
+    triton="gconv",
 )
 gconv_mix_bwd = define_op(
     "gconv_mix_bwd(Tensor grad_y, Tensor u, Tensor s, Tensor mix_weight, bool has_bias, bool allow_tf32) "
@@ -199,10 +200,11 @@ gconv_mix_bwd = define_op(
     _gconv_mix_bwd_fake,
     everywhere=_library_bwd,
     flops=lambda grad_y, u, s, mix_weight, *args, **kwargs: 2 * 2 * prod(u) * mix_weight[0],
+    triton="gconv",
 )
 
 
-def _ops(impl: str):
+def ops_of(impl: str):
     """The forward and the backward op of an impl."""
     return triton_ops("gconv_mix") if impl == "triton" else (gconv_mix_fwd, gconv_mix_bwd)
 
@@ -212,7 +214,7 @@ class GConvMixFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, allow_tf32, u, s, mix_weight, bias):
-        forward, ctx.backward_op = _ops(impl)
+        forward, ctx.backward_op = ops_of(impl)
         ctx.allow_tf32 = allow_tf32
         ctx.save_for_backward(u, s, mix_weight, bias)
         return forward(u, s, mix_weight, bias, allow_tf32)
@@ -233,7 +235,7 @@ class GConvMixFunction(torch.autograd.Function):
 # ---- which impl, on a GPU ----
 
 
-def _preferred(u: Tensor, allow_tf32: bool) -> str:
+def preferred(u: Tensor, allow_tf32: bool) -> str:
     """``"triton"``, the fused kernel, or ``"native"``, which on a GPU is the library's batched product.
 
     Fused, u is read once and y written: 2 passes over memory, T each. The library reads u twice and y once, writes y
@@ -305,12 +307,12 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
 
 def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
     refusals = {"native": None, "triton": _triton_refusal(u)}
-    chosen = choose("gconv_mix", impl, u.device, refusals, _preferred(u, allow_tf32), composite=True)
+    chosen = choose("gconv_mix", impl, u.device, refusals, preferred(u, allow_tf32), composite=True)
     if chosen == "reference":
         return gconv_mix_reference(u, s, mix_weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, s, mix_weight, bias)):
         return GConvMixFunction.apply(chosen, allow_tf32, u, s, mix_weight, bias)
-    return _ops(chosen)[0](u, s, mix_weight, bias, allow_tf32)
+    return ops_of(chosen)[0](u, s, mix_weight, bias, allow_tf32)
 
 
 def _under_autocast(device: torch.device) -> bool:

@@ -131,6 +131,7 @@ spn_fwd = define_op(
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
     _spn_fwd_fake,
     flops=_spn_fwd_flops,
+    triton="spn",
 )
 spn_bwd = define_op(
     f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
@@ -139,10 +140,11 @@ spn_bwd = define_op(
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
     _spn_bwd_fake,
     flops=_spn_bwd_flops,
+    triton="spn",
 )
 
 
-def _ops(impl: str):
+def ops_of(impl: str):
     """The forward and the backward op of an impl."""
     return triton_ops("spn") if impl == "triton" else (spn_fwd, spn_bwd)
 
@@ -156,7 +158,7 @@ class SPNFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, statistics, *inputs):
-        forward, ctx.backward_op = _ops(impl)
+        forward, ctx.backward_op = ops_of(impl)
         y, p, *used = forward(*inputs, *statistics, eps, upsample, negative_slope, allow_tf32)
         ctx.options = training, eps, upsample, negative_slope
         ctx.allow_tf32 = allow_tf32
@@ -254,7 +256,7 @@ def spn(
     _check(inputs, buffers, training, eps, upsample, activation)
 
     refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": _triton_refusal(x, upsample)}
-    chosen = choose("spn", impl, x.device, refusals, _preferred(x, upsample))
+    chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample))
     if chosen == "reference":
         # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
         copies = [b if b is None else b.clone() for b in buffers]
@@ -280,7 +282,7 @@ def spn(
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, statistics, *inputs)
     else:
-        y, _, *used = _ops(chosen)[0](*inputs, *statistics, eps, upsample, slope, allow_tf32)
+        y, _, *used = ops_of(chosen)[0](*inputs, *statistics, eps, upsample, slope, allow_tf32)
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
@@ -295,7 +297,7 @@ def spn(
 _TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 
 
-def _preferred(x: Tensor, upsample: int) -> str:
+def preferred(x: Tensor, upsample: int) -> str:
     if not _TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
     kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample

@@ -1,5 +1,8 @@
 """What tests and benchmarks know of each op; see :mod:`pixnorm.testing.harness`."""
 
+import pkgutil
+from importlib import import_module
+
 from pixnorm.testing.gconv import GCONV_MIX
 from pixnorm.testing.harness import (
     DENSE_LAYOUTS,
@@ -23,7 +26,15 @@ from pixnorm.testing.harness import (
 )
 from pixnorm.testing.spn import SPN
 
-SPECS = (SPN, GCONV_MIX)
+
+def _found() -> tuple[OpSpec, ...]:
+    """The specs of all modules here; those with kernels of their own on every device first."""
+    modules = [import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+    specs = {id(value): value for module in modules for value in vars(module).values() if isinstance(value, OpSpec)}
+    return tuple(sorted(specs.values(), key=lambda spec: (not spec.cuda_kernels, spec.name)))
+
+
+SPECS = _found()
 
 __all__ = [
     "DENSE_LAYOUTS",

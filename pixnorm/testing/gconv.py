@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pixnorm.functional import gconv_mix
-from pixnorm.ops.gconv import _ops, gconv_mix_reference
+from pixnorm.ops.gconv import gconv_mix_reference, ops_of
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
 
@@ -35,7 +35,7 @@ def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
 
 
 def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
-    forward, backward = _ops(impl)
+    forward, backward = ops_of(impl)
     u, s, weight, bias = (tensors.get(name) for name in ("u", "s", "mix_weight", "bias"))
     yield forward, (u, s, weight, bias, True)
     yield backward, (torch.ones_like(u), u, s, weight, bias is not None, True)

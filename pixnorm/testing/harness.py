@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pixnorm import backends
-from pixnorm.ops._dispatch import _triton_obstacle
+from pixnorm.ops._dispatch import triton_obstacle
 
 # --- how close is close
 
@@ -380,4 +380,4 @@ def available_impls(device: str | None = None) -> list[str]:
     """The impls that can run here on a device (the default one), the reference first."""
     device = device or torch.get_default_device().type
     native = backends().get(f"native ({device})", "").startswith("available")
-    return ["reference", *(["native"] if native else []), *([] if _triton_obstacle(device) else ["triton"])]
+    return ["reference", *(["native"] if native else []), *([] if triton_obstacle(device) else ["triton"])]

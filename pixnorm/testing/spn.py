@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pixnorm.functional import spn
 from pixnorm.ops.common import slope_of
-from pixnorm.ops.spn import _ops, spn_reference
+from pixnorm.ops.spn import ops_of, spn_reference
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
 _SPN_PARAMETERS = (
@@ -81,7 +81,7 @@ def _spn_takes(impl: str, case: Case) -> bool:
 
 
 def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
-    forward, backward = _ops(impl)
+    forward, backward = ops_of(impl)
     training = options.get("training", True)
     inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
     given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
