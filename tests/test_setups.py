@@ -157,7 +157,8 @@ def test_dynamic_sizes(spec, impl, training):
     torch.compiler.reset()
     options = {"training": training} if spec.inference else {}
     compiled = torch.compile(spec.call(impl), fullgraph=True, backend="aot_eager", dynamic=True)
-    for number, shape in enumerate([(2, 3, 4, 6), (3, 3, 8, 10), (5, 3, 12, 14)]):
+    # Divisible by the same powers of two: by these Triton's kernels differ.
+    for number, shape in enumerate([(2, 3, 4, 6), (3, 3, 12, 10), (5, 3, 20, 14)]):
         tensors = spec.inputs(Case(shape, "", options))
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             actual = evaluate(spec, compiled, tensors, options)
