@@ -36,7 +36,7 @@ compat:  ## build and test with the oldest and the newest PyTorch that pixnorm i
 	$(PYTHON) -m compat $(addprefix --python ,$(PYTHONS))
 
 bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
-	$(PY) -m benchmarks.report --results $(RESULTS)
+	$(PY) -m benchmarks --results $(RESULTS)
 
 gmm: build  ## train the GConv paper's toy, eight Gaussians, with plain and generative layers
 	$(PY) -m benchmarks.paper.gmm --results $(RESULTS)

@@ -9,26 +9,33 @@ MAX_ROUNDS = 10
 TOO_SLOW = 1.5
 
 
+def pytest_configure(config):
+    config.shortest = {}  # seconds of a contender's shortest round so far
+
+
 @pytest.fixture
 def time_lap(request, benchmark):
-    """``time_lap(contender, rivals)``: add one lap of a contender to the results.
+    """``time_lap(where, contender, prepare)``: add one lap of a contender to the results.
 
-    The first lap is one round, from cold. Later ones have as many rounds as fit ``LAP_SECONDS``, at least one. Where
-    only the fastest of some rivals will count, those that take longer than a lap should, and ``TOO_SLOW`` times as long
-    as the fastest, sit out the later laps.
+    ``where`` is what its record says besides; ``prepare()`` gives the function to time, and what else to record.
+    The first lap is one round, from cold. Later ones have as many rounds as fit ``LAP_SECONDS``, at least one. With
+    ``rivals``, of which only the fastest will count, those that take longer than a lap should, and ``TOO_SLOW`` times
+    as long as the fastest, sit out the later laps.
     """
+    shortest = request.config.shortest
 
-    def run(contender, rivals=()):
-        fastest = min((rival.seconds for rival in rivals), default=math.inf)
-        if contender.seconds < math.inf and contender.seconds > max(LAP_SECONDS, TOO_SLOW * fastest):
+    def run(where, contender, prepare, rivals=()):
+        key, fastest = tuple(where.values()), math.inf
+        for rival in rivals:
+            fastest = min(fastest, shortest.get((*key, rival), math.inf))
+        before = shortest.get((*key, contender), math.inf)
+        if max(LAP_SECONDS, TOO_SLOW * fastest) < before < math.inf:
             pytest.skip("much slower than the best of its kind: one lap is enough")
-        rounds = max(1, min(MAX_ROUNDS, int(LAP_SECONDS / contender.seconds)))
-        benchmark.group = f"{test} {parameters}".rstrip(" -")
-        benchmark.extra_info.update(contender.info)
-        benchmark.pedantic(contender.run, rounds=rounds, warmup_rounds=int(rounds > 1))
+        function, found = prepare()
+        rounds = max(1, min(MAX_ROUNDS, int(LAP_SECONDS / before)))
+        benchmark.extra_info.update({**where, "contender": contender, **found})
+        benchmark.pedantic(function, rounds=rounds, warmup_rounds=int(rounds > 1))
         if benchmark.stats:
-            contender.seconds = min(contender.seconds, benchmark.stats.stats.min)
+            shortest[(*key, contender)] = min(before, benchmark.stats.stats.min)
 
-    test = request.node.originalname.removeprefix("test_")
-    parameters = request.node.callspec.id.partition("lap")[0]
     return run

@@ -1,51 +1,36 @@
-"""Who runs against whom: eager PyTorch, torch.compile, every backend; and the floors, GEMMs alone and copies alone."""
+"""Who runs against whom: eager PyTorch, torch.compile, every impl; and floors: matrix products alone, copies alone."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
-from pixnorm.testing import DENSE_LAYOUTS, Case, OpSpec, available_impls, saved_bytes
+from benchmarks.registry import PRECISIONS, Op, Step
+from benchmarks.stopwatch import Timed
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, OpSpec
 
-DEVICE = "cpu"
-DTYPE = torch.float32
-MODES = ("forward", "forward_backward")
-LARGE = 1 << 22  # elements of x above which the memory saved for backward is not measured: it is proportional
-PEERS = tuple(f"{peer}-{layout}" for peer in ("eager", "compile") for layout in DENSE_LAYOUTS)
-# With no kernel built, ask for the native one all the same: it fails, and says how to get it.
-KERNELS = tuple(available_impls(DEVICE)[1:]) or ("native",)
-FUSED = tuple(f"{impl}-{layout}" for impl in KERNELS for layout in DENSE_LAYOUTS)
-GEMMS = tuple(f"gemm-{layout}" for layout in DENSE_LAYOUTS)  # of SPN its projection alone, of GConv its mixing
-COPIES = ("copy", "copy_fresh")
+COPIES = ("copy-used", "copy-fresh")  # into memory that was used before; into fresh memory, as much as the op allocates
 
 
-@dataclass
-class Contender:
-    """A function to time.
+class Passes(NamedTuple):
+    """A contender's forward (keeping what backward needs), its backward from the result, and its tensors."""
 
-    Attributes:
-        run: one round.
-        info: what else is known of it; stored beside the times.
-        seconds: of the shortest round so far.
-    """
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], object]
+    tensors: dict[str, Tensor]
 
-    run: Callable[[], object]
-    info: dict = field(default_factory=dict)
-    seconds: float = math.inf
+    def both(self) -> object:
+        return self.backward(self.forward())
 
+    @torch.no_grad()
+    def inference(self) -> Tensor:
+        return self.forward()
 
-def laps(count: int) -> pytest.MarkDecorator:
-    """The contenders of a race take turns, so that a machine that slows down slows them all."""
-    return pytest.mark.parametrize("lap", range(count), ids="lap{}".format)
-
-
-@lru_cache(maxsize=len(DENSE_LAYOUTS))  # the races over one case follow each other
-def draw(spec: OpSpec, case: Case, layout: str) -> dict[str, Tensor]:
-    return spec.inputs(case, DTYPE, layout=layout, device=DEVICE)
+    def timed(self) -> dict[str, Timed]:
+        """Each pass alone."""
+        return {"forward": Timed(lambda _: self.forward()), "backward": Timed(self.backward, self.forward)}
 
 
 def implementation(spec: OpSpec, name: str) -> Callable[..., Tensor]:
@@ -54,96 +39,91 @@ def implementation(spec: OpSpec, name: str) -> Callable[..., Tensor]:
         return spec.reference
     if name == "compile":
         return torch.compile(spec.reference, dynamic=False)
+    if name == "cooperative":  # as TORCHINDUCTOR_COOPERATIVE_REDUCTIONS=1
+        return torch.compile(spec.reference, dynamic=False, options={"triton.cooperative_reductions": True})
     return spec.call(name)
 
 
-class Race:
-    """One call of an op, and the contenders that run it: by name, each made when it is first asked for.
+@lru_cache(maxsize=1)  # drawing takes longer than measuring; calls of one case follow each other
+def draw(spec: OpSpec, case: Case, device: torch.device) -> dict[str, Tensor]:
+    return spec.inputs(case, device=device)
+
+
+class Call:
+    """One call of an op in one precision.
 
     Args:
-        spec: the op.
         case: shape and options.
-        mode: ``"forward"``, without gradients, or ``"forward_backward"``.
+        precision: a key of ``PRECISIONS``; sets the flag that allows TF32.
     """
 
-    def __init__(self, spec: OpSpec, case: Case, mode: str):
-        torch._dynamo.reset()  # every race compiles for its own shape
-        self.spec, self.case, self.backward = spec, case, mode == "forward_backward"
-        self.contenders: dict[str, Contender] = {}
-        self.inputs = cache(self._inputs)
+    def __init__(self, op: Op, case: Case, precision: str, device: torch.device | str):
+        torch._dynamo.reset()  # torch.compile specialises on each case
+        self.dtype, torch.backends.cudnn.allow_tf32, _ = PRECISIONS[precision]
+        self.op, self.spec, self.case = op, op.spec, case
+        self.tensors = draw(op.spec, case, torch.device(device))
 
-    def __getitem__(self, name: str) -> Contender:
-        if name not in self.contenders:
-            self.contenders[name] = self._contender(name)
-        return self.contenders[name]
+    def inputs(self, layout: str) -> dict[str, Tensor]:
+        """The tensors, differentiable ones as leaves. Parameters are float32 where the op takes them so."""
+        first, parameter_dtype = self.spec.first, torch.float32 if self.spec.float32_parameters else self.dtype
+        tensors = {name: tensor.to(parameter_dtype) for name, tensor in self.tensors.items() if name != first}
+        tensors[first] = LAYOUTS[layout](self.tensors[first].to(self.dtype))
+        return {
+            name: tensor.detach().requires_grad_() if name in self.spec.differentiable else tensor
+            for name, tensor in tensors.items()
+        }
 
-    def _inputs(self, layout: str) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-        """All tensors, those of them that get a gradient, and a gradient of the output."""
-        tensors = draw(self.spec, self.case, layout)
-        differentiable = [name for name in self.spec.differentiable if name in tensors]
-        leaves = [tensors[name].requires_grad_(self.backward) for name in differentiable]
-        with torch.no_grad():
-            grad = torch.randn_like(self.spec.call(KERNELS[0])(**tensors, **self.case.options))
-        return tensors, leaves, grad
-
-    def _contender(self, name: str) -> Contender:
-        if name in COPIES:
-            return Contender(self._copy(fresh=name == "copy_fresh"))
+    def passes(self, name: str) -> Passes:
+        """Those of a contender; its forward has run once."""
         impl, layout = name.split("-")
-        if impl == "gemm":
-            return Contender(projection(self.case.shape, layout, self.backward))
+        tensors = self.inputs(layout)
+        leaves = [tensors[leaf] for leaf in self.spec.differentiable if leaf in tensors]
         function = implementation(self.spec, impl)
-        tensors, leaves, grad = self.inputs(layout)
 
         def forward() -> Tensor:
             return function(**tensors, **self.case.options)
 
-        if not self.backward:
-            forward = torch.no_grad()(forward)
-            if impl == "compile":
-                forward()
-            return Contender(forward)
+        grad = torch.randn_like(forward())
+        return Passes(forward, lambda y: torch.autograd.grad(y, leaves, grad), tensors)
 
-        def run() -> None:
-            torch.autograd.grad(forward(), leaves, grad)
+    def ready(self, name: str) -> Passes:
+        """Those of a contender, after both have run once."""
+        passes = self.passes(name)
+        passes.both()
+        return passes
 
-        if impl == "compile":
-            run()
-        if tensors[self.spec.first].numel() > LARGE:
-            return Contender(run)
-        return Contender(run, {"saved_bytes": saved_bytes(forward, tensors.values())})
-
-    def _copy(self, fresh: bool) -> Callable[[], object]:
-        """A copy that moves as many bytes as the op must move outside its GEMMs: half are read, half are written.
-
-        Args:
-            fresh: write as much as the op allocates (its outputs, and what it saves) into fresh memory, the rest into
-                memory that has been used before; otherwise write all into such memory.
-        """
-        traffic = self.spec.traffic(self.case, DTYPE)
-        size = traffic.forward - traffic.forward_gemm
-        allocated = self.inputs(DENSE_LAYOUTS[0])[2].nbytes + self.spec.saved_bytes(self.case, DTYPE)
-        if self.backward:
-            size += traffic.backward - traffic.backward_gemm
-            allocated += self.inputs(DENSE_LAYOUTS[0])[0][self.spec.first].nbytes
-        source = torch.ones(size // 2 // DTYPE.itemsize, dtype=DTYPE, device=DEVICE)
-        ready = torch.ones_like(source)
-        cut = allocated // DTYPE.itemsize if fresh else 0
-
-        def run() -> None:
-            source[:cut].clone()
-            ready[cut:].copy_(source[cut:])
-
-        return run
+    def floor(self, name: str, backward: bool) -> Callable[[], object] | None:
+        """The matrix products alone, or a copy of the bytes that must move besides; None if none must."""
+        impl, variant = name.split("-")
+        if impl == "products":
+            return self.op.products(self.case.shape, variant, backward)
+        traffic = self.spec.traffic(self.case, self.dtype)
+        size = traffic.forward - traffic.forward_gemm + backward * (traffic.backward - traffic.backward_gemm)
+        passes = self.passes(f"eager-{DENSE_LAYOUTS[0]}")
+        allocated = passes.inference().nbytes + self.spec.saved_bytes(self.case, self.dtype)
+        allocated += backward * passes.tensors[self.spec.first].nbytes
+        return copy(size, self.dtype, allocated if variant == "fresh" else 0) if size else None
 
 
-def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
-    """The products with a square weight, as SPN's kernels do those with its projection: p = W x; then dx += Wᵀ dp and
-    dW = dp xᵀ. GConv's mixing has three of the same sizes."""
+def copy(size: int, dtype: torch.dtype, fresh: int) -> Callable[[], object]:
+    """A copy that reads and writes ``size`` bytes in all, ``fresh`` of them written into new memory."""
+    source = torch.ones(size // 2 // dtype.itemsize, dtype=dtype)
+    target, cut = torch.ones_like(source), fresh // dtype.itemsize
+
+    def run() -> None:
+        source[:cut].clone()
+        target[cut:].copy_(source[cut:])
+
+    return run
+
+
+def square_products(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
+    """Products of every pixel with a square weight, as our CPU kernels call them: p = W x; then dx += Wᵀ dp and
+    dW = dp xᵀ."""
     n, c, h, w = shape
-    weight, grad_weight = torch.ones(c, c, dtype=DTYPE), torch.ones(c, c, dtype=DTYPE)
+    weight, grad_weight = torch.ones(c, c), torch.ones(c, c)
     size = (n * h * w, c) if layout == "channels_last" else (n, c, h * w)
-    x, p, grad_x = (torch.ones(size, dtype=DTYPE) for _ in range(3))
+    x, p, grad_x = (torch.ones(size) for _ in range(3))
 
     def pixels() -> None:
         torch.mm(x, weight.t(), out=p)
@@ -159,3 +139,29 @@ def projection(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[
                 torch.addmm(grad_weight, p[i], x[i].t(), beta=float(i > 0), out=grad_weight)
 
     return pixels if layout == "channels_last" else planes
+
+
+def training_step(op: Op, name: str, batch: int, precision: str, device: torch.device | str) -> Callable[[], object]:
+    """Forward and backward of the op's generator; in bf16 under autocast, with weights in float32."""
+    impl, layout = name.split("-")
+    if impl == "products":
+        calls = [op.products((batch, *shape[1:]), layout, True) for shape, _ in op.step.calls]
+        return lambda: [call() for call in calls]
+    torch.backends.cudnn.allow_tf32 = PRECISIONS[precision].tf32
+    device = torch.device(device)
+    model = generator(op.step, impl, layout).to(device)
+    z, weights = torch.randn(batch, op.step.latent_dim, device=device), list(model.parameters())
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(z)
+
+    grad = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), weights, grad)
+
+
+def generator(step: Step, impl: str, layout: str = DENSE_LAYOUTS[0]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = step.build("reference" if impl == "eager" else impl)
+    channels_last = layout == "channels_last"
+    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,21 +1,22 @@
-"""The results as one picture."""
+"""Records as one picture: rows of panels, without those that have nothing to show."""
 
-from itertools import product
-from math import prod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import cycle, product
+from math import nan, prod
 from pathlib import Path
-from statistics import geometric_mean
 
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.contenders import FUSED, GEMMS, MODES, PEERS
-from benchmarks.results import GOALS, LAYOUTS, NAMES, Results, layers, mixings
-from benchmarks.test_generator import STEPS
-from benchmarks.test_spn import SHAPES, SWEEP, label
+from benchmarks.goals import MODES_OF
+from benchmarks.ops import OPS
+from benchmarks.records import Records, layouts_of, names_of
+from benchmarks.registry import IMPLS, LAYOUTS, MAIN_PRECISIONS, MODES, PRECISIONS, Op, in_layouts, label, number
 
-GREY, BLUE, TEAL, ORANGE, PALE = "#9aa5b1", "#2f6fb0", "#2a9d8f", "#e07a2f", "#c8d6e5"
-COLOURS = dict(zip(NAMES, ("#9ec5e8", "#2f6fb0", "#f3b98a", "#d9662b"), strict=True))
+GREY, PALE, TEAL, BLUE, ORANGE = "#9aa5b1", "#c8d6e5", "#2a9d8f", "#2f6fb0", "#e07a2f"
+TONES = {"native": (BLUE, "#9ec5e8", "#1d4672", "#c9dff2"), "triton": (ORANGE, "#f6cda9", "#8f4716", "#fbe7d5")}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -27,129 +28,212 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+WIDTH = 12  # columns of a row
 
 
-def draw(results: Results, path: Path) -> None:
-    """Write the picture: SPN's speed-ups and step; its time, memory and growth; GConv's speed-ups and step."""
+def draw(records: Records, path: Path) -> None:
+    """Write the picture."""
     matplotlib.use("agg")
+    rows = [row for op in OPS.values() for row in _rows(records, op) if row]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplot_mosaic(
-            [
-                ["speed_up"] * 8 + ["step"] * 4,
-                ["time"] * 5 + ["memory"] * 3 + ["growth"] * 4,
-                ["mixing"] * 8 + ["gconv_step"] * 4,
-            ],
-            figsize=(13, 12),
-            layout="constrained",
-        )
-        figure.suptitle(f"pixnorm on {results.facts['machine']} · {results.facts['commit']}", x=0.01, ha="left")
-        _speed_up(axes["speed_up"], results)
-        _step(axes["step"], results, "step", "Generator step, batch norm = 1")
-        _time(axes["time"], results)
-        _memory(axes["memory"], results)
-        _growth(axes["growth"], results)
-        _mixing(axes["mixing"], results)
-        _step(axes["gconv_step"], results, "gconv_step", "Generator step, plain convolution = 1")
+        figure = plt.figure(figsize=(13, 1 + 3.6 * len(rows)), layout="constrained")
+        grid = figure.add_gridspec(len(rows), WIDTH)
+        for i, row in enumerate(rows):
+            at, total = 0, sum(weight for weight, _ in row)
+            for weight, panel in row:
+                width = round(WIDTH * weight / total)
+                panel(figure.add_subplot(grid[i, at : at + width]))
+                at += width
+        commit = records.facts.get("commit", "")
+        figure.suptitle(f"pixnorm on {records.machine} · {commit}", x=0.01, ha="left")
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
 
-def short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _rows(records: Records, op: Op) -> list[list[tuple[int, Callable[[Axes], None]]]]:
+    """Of one op, panels with their relative widths."""
+
+    def kept(*panels: tuple[str, int, Callable]) -> list:
+        return [
+            (weight, partial(panel, records, op)) for what, weight, panel in panels if records.all(what, op=str(op))
+        ]
+
+    heads = [("layer", 5, partial(_speed_up, head=head)) for head in op.heads]
+    middle = [("layer", 5, _time), ("memory", 3, _memory), ("sweep", 4, _growth)]
+    step, shares, small = ("step", 3 if records.on_cpu else 5, _step), ("kernel", 7, _shares), ("small", 12, _small)
+    if records.on_cpu:
+        return [kept(*heads, step), kept(*middle)]
+    return [kept(*heads), kept(*middle), kept(step, shares), kept(small)]
 
 
-def bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: list[str], form=short) -> None:
-    """Groups of bars, one colour for each series, each bar with its value."""
-    width = 0.84 / len(series)
-    for i, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
+def bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours: Iterable[str], form=number) -> None:
+    """Groups of bars, one colour for each series, each bar with its value; None has no bar."""
+    width = 0.84 / max(1, len(series))
+    for i, ((name, values), colour) in enumerate(zip(series.items(), cycle(colours), strict=False)):
         at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        axis.bar_label(axis.bar(at, values, 0.92 * width, color=colour, label=name), fmt=form, fontsize=7, padding=1)
+        heights = [nan if value is None else value for value in values]
+        axis.bar_label(axis.bar(at, heights, 0.92 * width, color=colour, label=name), fmt=form, fontsize=7, padding=1)
     axis.set_xticks(range(len(groups)), groups)
     axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.tick_params(axis="x", length=0)
+    axis.legend(ncols=2 if len(series) < 6 else 4, loc="upper left")
+    axis.margins(y=0.35)
 
 
-def _speed_up(axis: Axes, results: Results) -> None:
-    series = {}
-    for (head, mode), name in NAMES.items():
-        values = [results.speed_up(comparison) for comparison in layers(head, mode)]
-        series[f"{name} (goal {GOALS[head, mode]})"] = [*values, geometric_mean(values)]
-    bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
-    for goal in sorted(set(GOALS.values())):
+def _goal(axis: Axes, *goals: float) -> None:
+    for goal in set(goals):
         axis.axhline(goal, color="black", linewidth=0.6, linestyle=":")
-    axis.set_title("Speed-up over the best of eager and torch.compile, NCHW and channels_last")
-    axis.legend(ncols=2, loc="upper left")
-    axis.margins(y=0.25)
 
 
-def _mixing(axis: Axes, results: Results) -> None:
-    series = {}
-    for mode, (layout, name) in product(MODES, LAYOUTS.items()):
-        values = [results.mixing(comparison, layout) for comparison in mixings(mode)]
-        series[f"{mode.replace('_', ' + ')}, {name}"] = [*values, geometric_mean(values)]
-    bars(axis, [*map(label, SHAPES), "geometric mean"], series, list(COLOURS.values()), "%.1f")
-    axis.axhline(2, color="black", linewidth=0.6, linestyle=":")
-    axis.set_title("GConv's mixing: speed-up over eager in the same layout (goal 2)")
-    axis.legend(ncols=2, loc="upper left")
-    axis.margins(y=0.25)
+def _main_groups(records: Records, op: Op, head: str) -> list[dict]:
+    """On the CPU the shapes, on a GPU the precisions of the main shape."""
+    found = records.groups("layer", "shape", "precision", op=str(op), head=head)
+    return [group for group in found if records.on_cpu or group["shape"] == label(op.shapes.gpu[0])]
 
 
-def _step(axis: Axes, results: Results, of: str, title: str) -> None:
-    steps = {title: results.step(of, [impl]) for impl, title in STEPS[of].items() if impl != "gemm"}
-    bars = axis.bar(list(steps), list(steps.values()), 0.6, color=[GREY, ORANGE, *[BLUE] * (len(steps) - 2)])
-    axis.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=12, fontweight="bold")
-    axis.axhline(1.05, color="black", linewidth=0.6, linestyle=":")
-    axis.tick_params(axis="x", length=0)
-    axis.set_title(f"{title} (goal 1.05)")
-    axis.margins(y=0.08)
+def _title(records: Records, group: dict) -> str:
+    return group["shape"] if records.on_cpu else PRECISIONS[group["precision"]].title
 
 
-def _time(axis: Axes, results: Results) -> None:
+def _speed_up(records: Records, op: Op, axis: Axes, head: str) -> None:
+    impls, over = records.impls("layer", op=str(op)), op.goals.speed_ups[0]
+    groups, series, goals = _main_groups(records, op, head), {}, set()
+    for impl, mode, layouts in product(impls, MODES_OF[records.on_cpu], layouts_of(op)):
+        where = {"op": str(op), "head": head, "mode": mode}
+        names = names_of(over.over, layouts), names_of([impl], layouts)
+        values = [records.ratio(*names, "layer", **where, **group) for group in groups]
+        series[", ".join([impl, MODES[mode], *[LAYOUTS[layouts[0]]] * op.same_layout])] = values
+        goals |= {over.goal(head, mode, group["precision"], records.gpu) for group in groups} - {None}
+    tones = [tone for impl in impls for tone in TONES[impl][: 2 * len(layouts_of(op))]]
+    bars(axis, [_title(records, group) for group in groups], series, tones, "%.1f")
+    _goal(axis, *goals)
+    main = "" if records.on_cpu else f", {label(op.shapes.gpu[0])}"
+    over_what = "eager, same layout" if op.same_layout else "peers"
+    axis.set_title(f"{op.heads[head].title}{main}: speed-up over {over_what} (dotted: goals)")
+
+
+def _step(records: Records, op: Op, axis: Axes) -> None:
+    impls = ["eager", *records.impls("step", op=str(op))]
+    groups = records.groups("step", "batch", "precision", "clock", op=str(op))
     series = {
-        "best peer": lambda comparison: results.time(comparison, PEERS),
-        "pixnorm": lambda comparison: results.time(comparison, FUSED),
-        "its GEMMs alone": lambda comparison: results.time(comparison, GEMMS),
-        "copy of the other bytes": lambda comparison: results.time(comparison, "copy"),
+        f"{op.step.title}, {impl}": [records.step_ratio(op, [impl], **group) for group in groups] for impl in impls
     }
-    comparisons = layers("plain", "forward_backward")
-    times = {name: [1000 * figure(comparison) for comparison in comparisons] for name, figure in series.items()}
-    bars(axis, [label(shape) for shape in SHAPES], times, [GREY, BLUE, TEAL, PALE])
+    titles = [
+        f"{PRECISIONS[of['precision']].dtype}".removeprefix("torch.") + f"\n{of['batch']}\n{of['clock']}"
+        for of in groups
+    ]
+    bars(axis, titles, series, [GREY, *(TONES[impl][0] for impl in impls[1:])], "%.2f")
+    goal = op.step.goal["cpu" if records.on_cpu else "cuda"]
+    _goal(axis, goal)
+    axis.set_title(f"Generator step with {op.step.title}, {op.step.plain_title} = 1 (goal {goal:g})")
+
+
+def _time(records: Records, op: Op, axis: Axes) -> None:
+    head, unit = next(iter(op.heads)), 1e-3 if records.on_cpu else 1e-6
+    impls = records.impls("layer", op=str(op))
+    kinds = {"eager": ["eager"], "torch.compile": ["compile", "cooperative"]} | {impl: [impl] for impl in impls}
+    modes = ["forward_backward"] if records.on_cpu else MODES_OF[False]
+    groups = [
+        group | {"mode": mode}
+        for group, mode in product(_main_groups(records, op, head), modes)
+        if records.on_cpu or group["precision"] in MAIN_PRECISIONS
+    ]
+
+    def times(names: Sequence[str]) -> list[float | None]:
+        found = [records.time(names, "layer", op=str(op), head=head, **group) for group in groups]
+        return [value and value / unit for value in found]
+
+    series = {kind: times(in_layouts(*of)) for kind, of in kinds.items()}
+    floors = {"matrix products alone": times(in_layouts("products")), "copy of the other bytes": times(["copy-used"])}
+    series |= {name: values for name, values in floors.items() if any(values)}
+    colours = [GREY, PALE, *(TONES[impl][0] for impl in impls), TEAL, "#a8d8d1"]
+    titles = [_title(records, group) + ("" if records.on_cpu else f"\n{MODES[group['mode']]}") for group in groups]
+    bars(axis, titles, series, colours)
     axis.set_yscale("log")
-    axis.set_title("SPN forward + backward, ms")
-    axis.legend(ncols=2, loc="upper left")
-    axis.margins(y=0.3)
+    what = "forward + backward, ms" if records.on_cpu else f"{label(op.shapes.gpu[0])}: device time, µs"
+    axis.set_title(f"{op.heads[head].title}, {what}")
 
 
-def _memory(axis: Axes, results: Results) -> None:
-    heads = {"SPN": "plain", "up → SPN → ReLU": "up"}
-    saved = {
-        name: [results.saved(head, contender) for head in heads.values()]
-        for name, contender in (("eager", PEERS[0]), ("pixnorm", FUSED[0]))
-    }
-    bars(axis, list(heads), saved, [GREY, BLUE], "%.2f")
-    axis.set_title("Saved for backward, in outputs")
-    axis.legend(loc="upper left")
-    axis.margins(y=0.25)
+def _memory(records: Records, op: Op, axis: Axes) -> None:
+    impls, series = records.impls("memory", op=str(op)), {}
+    for impl, key in product(("eager", *impls), ("peak", "saved")):
+        values = []
+        for head in op.heads:
+            found = records.all("memory", op=str(op), head=head)
+            found = [entry for entry in found if entry["contender"] in in_layouts(impl) and entry.get(key)]
+            values.append(min((entry[key] / entry["output"] for entry in found), default=None))
+        if any(value is not None for value in values):
+            series[f"{impl}, {key}"] = values
+    tones = {"eager": (GREY, PALE)} | TONES
+    colours = [tones[name.split(",")[0]][name.endswith("saved")] for name in series]
+    bars(axis, [head.title for head in op.heads.values()], series, colours, "%.2f")
+    axis.set_title("Memory for backward, in outputs")
 
 
-def _growth(axis: Axes, results: Results) -> None:
+def _growth(records: Records, op: Op, axis: Axes) -> None:
+    ours = in_layouts(*records.impls("sweep", op=str(op)))
     figures = {
-        "eager": (lambda comparison: results.time(comparison, "eager-channels_last", min), GREY),
-        "pixnorm": (lambda comparison: results.time(comparison, FUSED, min), BLUE),
-        "pixnorm outside the GEMMs": (lambda comparison: results.outside(comparison, min), ORANGE),
+        "eager": (partial(records.time, ["eager-channels_last"], "sweep", "shortest"), GREY),
+        "ours": (partial(records.time, ours, "sweep", "shortest"), BLUE),
+        "ours outside the products": (partial(records.outside, ours, "sweep", "shortest"), ORANGE),
     }
-    for (size, shapes), marker in zip(SWEEP.items(), "osD", strict=True):
+    for (size, shapes), marker in zip(op.shapes.sweep.items(), "osD", strict=True):
         elements = [prod(shape) for shape in shapes]
         for figure, colour in figures.values():
-            times = [1e9 * figure(f"sweep {size}-{label(shape)}") / prod(shape) for shape in shapes]
+            found = [figure(op=str(op), size=size, shape=label(shape)) for shape in shapes]
+            times = [1e9 * value / count if value else nan for value, count in zip(found, elements, strict=True)]
             axis.plot(elements, times, marker=marker, markersize=4, linewidth=1, color=colour)
+        axis.plot([], [], color="black", marker=marker, markersize=4, linestyle="", label=f"{size} grows")
     for name, (_, colour) in figures.items():
         axis.plot([], [], color=colour, label=name)
-    for size, marker in zip(SWEEP, "osD", strict=True):
-        axis.plot([], [], color="black", marker=marker, markersize=4, linestyle="", label=f"{size} grows")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("elements of x")
+    axis.set_xlabel("elements of the input")
     axis.set_title("Growth: ns per element, forward + backward")
     axis.legend(ncols=2, loc="upper right", fontsize=7)
     axis.margins(y=0.3)
+
+
+def _shares(records: Records, op: Op, axis: Axes) -> None:
+    markers, goals = dict(zip(LAYOUTS, "os", strict=True)), op.goals.share(records.gpu)
+    kernels = goals or dict.fromkeys(entry["kernel"] for entry in records.all("kernel", op=str(op)) if entry["bytes"])
+    ticks = {}
+    for (x, kernel), (side, i) in product(enumerate(kernels), ((-0.23, 0), (0.23, 1))):
+        name = kernel.removesuffix("_kernel").removeprefix(f"{op}_")
+        ticks |= {x + side: ("fp32", "bf16")[i], x: f"\n{name}"}
+        if goals:
+            axis.hlines(100 * goals[kernel][i], x + side - 0.2, x + side + 0.2, color="black", linewidth=0.8)
+        heads = {head: "full" if j == 0 else "none" for j, head in enumerate(op.heads)}
+        for k, (impl, head) in enumerate(product(IMPLS, heads)):
+            for entry, share in records.shares(impl, kernel, MAIN_PRECISIONS[i], op=str(op), head=head):
+                at, marker = x + side - 0.15 + 0.1 * k, markers[entry["contender"].split("-")[1]]
+                style = {"color": TONES[impl][0], "markersize": 5, "fillstyle": heads[head]}
+                axis.plot(at, 100 * share, marker, **style)
+    for impl in records.impls("kernel", op=str(op)):
+        axis.plot([], [], "o", color=TONES[impl][0], label=impl)
+    for layout, marker in markers.items():
+        axis.plot([], [], marker, color="black", label=LAYOUTS[layout])
+    for head in list(op.heads.values())[1:]:
+        axis.plot([], [], "o", color="black", fillstyle="none", label=head.title)
+    axis.plot([], [], color="black", linewidth=0.8, label="goal, native")
+    _goal(axis, 100)
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(-0.5, len(kernels) - 0.5)
+    axis.set_ylim(bottom=0)
+    axis.set_title("Kernels that move 64 MB and more: bandwidth, % of a copy's")
+    axis.legend(ncols=3, loc="lower left")
+
+
+def _small(records: Records, op: Op, axis: Axes) -> None:
+    impls = records.impls("small", op=str(op))
+    where = {"op": str(op), "head": next(iter(op.heads))}
+    groups = records.groups("small", "shape", "mode", **where)
+    series = {}
+    for impl, graph in product(("eager", *impls), (False, True)):
+        times = [records.time(in_layouts(impl), "small", **where, graph=graph, **group) for group in groups]
+        series[impl + ", CUDA graph" * graph] = [value and 1e6 * value for value in times]
+    colours = [GREY, PALE, *(tone for impl in impls for tone in TONES[impl][:2])]
+    bars(axis, [f"{group['shape']}\n{MODES[group['mode']]}" for group in groups], series, colours)
+    axis.set_yscale("log")
+    axis.set_title(f"{op.title}, small shapes: wall time per call, µs")

@@ -18,8 +18,8 @@ from tabulate import tabulate
 from benchmarks.gpu.live import Live
 from benchmarks.gpu.parts import environment, fresh_folder, parts
 from benchmarks.gpu.processes import FOLDER, Companion, Part
-from benchmarks.gpu.report import draw_picture, goals_table
-from benchmarks.results import file_stem
+from benchmarks.records import file_stem
+from benchmarks.report import draw_picture, goals_table
 
 REPORT = 8  # seconds kept for the picture at the end
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu.cases SECTION --records FILE``: measure one section; each finding is a line of JSON.
 
-A section that is stopped has written what it had found; a contender that fails is told of, and the rest goes on.
+A section that is stopped has written what it had found; a contender that fails is recorded, and the rest goes on.
 """
 
 import argparse
@@ -10,179 +10,128 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from benchmarks.contenders import Call, Passes, training_step
+from benchmarks.goals import BATCHES
 from benchmarks.gpu.first import check, facts, first
 from benchmarks.gpu.processes import CONTEXT_LOST
-from benchmarks.gpu.section import COMPILED, EAGER, Call, ContextLostError, Passes, Section
-from benchmarks.gpu.timing import Launch, Spread, Timed
-from benchmarks.model import kernel_bytes
-from benchmarks.test_generator import LATENT_DIM, generator
-from benchmarks.test_spn import HEADS, case, label
-from pixnorm.ops.gconv import preferred
-from pixnorm.testing import DENSE_LAYOUTS, GCONV_MIX, SPN, Case, OpSpec, saved_bytes
+from benchmarks.gpu.section import ContextLostError, Section
+from benchmarks.ops import OPS
+from benchmarks.registry import MAIN_PRECISIONS, Op, Shape, in_layouts, label
+from benchmarks.stopwatch import Launch, Spread, Timed
+from pixnorm.testing import saved_bytes
 
-# Of the output; torch.compile takes part in the first.
-LAYER_SHAPES = ((64, 256, 32, 32), (16, 256, 32, 32), (32, 64, 128, 128))
-MIXING_SHAPES = ((64, 256, 32, 32), (64, 256, 8, 8), (16, 256, 16, 16), (32, 64, 128, 128))
-KERNEL_SHAPES = ((64, 256, 32, 32), (64, 256, 64, 64))
-SMALL_SHAPES = ((64, 256, 4, 4), (64, 256, 8, 8), (16, 256, 4, 4))
-BATCHES = (64, 16)
-MIXING_PRECISIONS = ("tf32", "fp32", "bf16")
+EAGER, COMPILED = in_layouts("eager"), in_layouts("compile", "cooperative")
 
 
-class Pair(NamedTuple):
-    """Two generators: with a plain layer, and with ours in its place.
-
-    Attributes:
-        plain: the former among contenders.
-        plainly, ours: the layers in words.
-        spec: of our layer.
-        goal: most time of the latter, that of the former being 1.
-    """
-
-    plain: str
-    plainly: str
-    ours: str
-    spec: OpSpec
-    goal: float
+def named(op: Op, head: str, shape: Shape, precision: str) -> dict[str, str]:
+    """What the records of a call say of it."""
+    return {"op": str(op), "head": head, "shape": label(shape), "precision": precision}
 
 
-PAIRS = {
-    "step": Pair("bn", "batch norm", "SPN", SPN, 1),
-    "gconv_step": Pair("conv", "plain convolutions", "GConv", GCONV_MIX, 1.05),
-}
+def titled(what: str, where: dict) -> str:
+    return " ".join((what, *map(str, where.values())))
 
 
-def layer(section: Section, head: str, shape: tuple[int, ...], precision: str) -> Call:
-    """Of SPN; ``head`` is a key of ``HEADS``, the shape that of the output."""
-    return Call(section, SPN, case(head, section.sized(shape)), precision)
-
-
-def mixings(section: Section, shapes: Iterable[tuple], precisions: Iterable[str]) -> Iterator[tuple[dict, Call]]:
-    """Calls of GConv's mixing, each after what its records say of it. As in the generator, there is no bias."""
-    for shape in shapes:
-        of_shape = Case(section.sized(shape), "", sizes={"bias": 0})
-        for precision in precisions:
-            yield {"shape": label(shape), "precision": precision}, Call(section, GCONV_MIX, of_shape, precision)
+def main_calls(section: Section) -> Iterator[tuple[Op, dict[str, str], Callable[[], Call]]]:
+    """Each op's heads at its main shape, in the main precisions."""
+    for op in OPS.values():
+        for head, precision in product(op.heads, section.precisions(MAIN_PRECISIONS)):
+            call = op, head, op.shapes.gpu[0], precision
+            yield op, named(*call), lambda call=call: section.call(*call)
 
 
 def compiling(section: Section) -> None:
     """Compile the peers under torch.compile beside other work; they are then found in its cache."""
-    for what, where, call in peer_calls(section):
-        torch._dynamo.reset()
+    for _, where, call in main_calls(section):
+        of_call = call()
         for name in COMPILED:
-            section.attempt(f"compiling {what} {' '.join(where.values())} {name}", call.ready, name)
-
-
-def peer_calls(section: Section) -> Iterator[tuple[str, dict[str, str], Call]]:
-    """Those that torch.compile takes part in; compiling for every shape would take longer than all the rest."""
-    shape = LAYER_SHAPES[0]
-    for head, precision in product(HEADS, section.some_precisions):
-        where = {"head": head, "shape": label(shape), "precision": precision}
-        yield "layer", where, layer(section, head, shape, precision)
-    for where, call in mixings(section, MIXING_SHAPES[:1], section.some_precisions):
-        yield "mixing", where, call
+            section.attempt(f"{titled('compiling', where)} {name}", of_call.ready, name)
 
 
 def peers(section: Section) -> None:
-    """Forward and backward of plain PyTorch under torch.compile."""
-    for what, where, call in peer_calls(section):
-        compare(section, what, where, call, COMPILED)
+    """Forward and backward of plain PyTorch under torch.compile; for every shape, compiling would take too long."""
+    for _, where, call in main_calls(section):
+        compare(section, where, call(), COMPILED)
 
 
 def layers(section: Section) -> None:
-    """Forward, and backward alone, of eager mode and of ours in every precision."""
-    main, *others = LAYER_SHAPES
-    rest = [precision for precision in section.precisions if precision not in section.some_precisions]
-    order = [(main, section.precisions), *product(others, [section.some_precisions]), *product(others, [rest])]
-    for shape, precisions in order:  # should time run out, what counts least is lost
-        for head, precision in product(HEADS, precisions):
-            where = {"head": head, "shape": label(shape), "precision": precision}
-            call = layer(section, head, shape, precision)
-            compare(section, "layer", where, call, (*EAGER, *section.fused(SPN)))
+    """Forward, and backward alone, of eager mode and of ours; and which impl ``auto`` takes. What counts least is last,
+    should time run out."""
+    jobs = []
+    for op in OPS.values():
+        rank = {shape: i for i, shape in enumerate(op.shapes.gpu)}
+        for shape, precision, head in product(rank, section.precisions(op.precisions), op.heads):
+            jobs.append((rank[shape] > 0 and precision not in MAIN_PRECISIONS, op, head, shape, precision))
+    for _, op, *call in sorted(jobs, key=lambda job: job[0]):
+        where, of_call = named(op, *call), section.call(op, *call)
+        compare(section, where, of_call, (*EAGER, *section.fused(op.spec)))
+        for layout in ("contiguous", "channels_last") if op.auto else ():
+            x = of_call.inputs(layout)[op.spec.first]
+            impl = op.auto(x, of_call.case.options, torch.backends.cudnn.allow_tf32)
+            section.add("auto", **where, layout=layout, impl=impl)
 
 
-def mixing(section: Section) -> None:
-    """The same of GConv's mixing; and which impl ``auto`` would take."""
-    for where, call in mixings(section, MIXING_SHAPES, section.among(MIXING_PRECISIONS)):
-        compare(section, "mixing", where, call, (*EAGER, *section.fused(GCONV_MIX)))
-        u = call.inputs(DENSE_LAYOUTS[0])["u"]
-        section.add("auto", **where, impl=preferred(u, torch.backends.cudnn.allow_tf32))
-
-
-def compare(section: Section, what: str, where: dict[str, str], call: Call, names: Iterable[str]) -> None:
+def compare(section: Section, where: dict[str, str], call: Call, names: Iterable[str]) -> None:
     """Forward, and backward alone, of several contenders."""
-    torch._dynamo.reset()
-    titled = " ".join((what, *where.values()))
     contenders: dict[str, dict[str, Timed]] = {"forward": {}, "backward": {}}
     for name in names:
-        if not section.has(what, **where, mode="backward", contender=name):
-            passes = section.attempt(f"{titled} {name}", call.ready, name)
+        if not section.has("layer", **where, mode="backward", contender=name):
+            passes = section.attempt(f"{titled('layer', where)} {name}", call.ready, name)
             for mode, timed in (passes.timed() if passes else {}).items():
                 contenders[mode][name] = timed
     for mode, rivals in contenders.items():
-        times = section.attempt(f"{titled} {mode}", section.stopwatch.device_times, rivals)
+        times = section.attempt(f"{titled('layer', where)} {mode}", section.stopwatch.device_times, rivals)
         for name, spread in (times or {}).items():
-            section.add(what, **where, mode=mode, contender=name, **spread._asdict())
+            section.add("layer", **where, mode=mode, contender=name, **spread._asdict())
 
 
-def memory(section: Section) -> None:
-    """What forward and backward hold at once beyond their inputs, and what is kept in between."""
-    shape = LAYER_SHAPES[0]
-    for head, precision in product(HEADS, section.some_precisions):
-        call = layer(section, head, shape, precision)
-        for name in (*EAGER, *section.fused(SPN)):
-            where = {"head": head, "shape": label(shape), "precision": precision, "contender": name}
-            if not section.has("memory", **where):
-                section.attempt(" ".join(("memory", *where.values())), add_memory, section, call, where)
+def kernels(section: Section) -> None:
+    """The time of each kernel of the fused ops from a profile, beside a copy of its bytes; and a call's memory."""
+    for op in OPS.values():
+        for shape, head, precision in product(op.shapes.kernels, op.heads, section.precisions(MAIN_PRECISIONS)):
+            each(section, "kernel", op, (head, shape, precision), section.fused(op.spec), add_kernels)
+    for op in OPS.values():
+        for head, precision in product(op.heads, section.precisions(MAIN_PRECISIONS)):
+            names = (*EAGER, *section.fused(op.spec))
+            each(section, "memory", op, (head, op.shapes.gpu[0], precision), names, add_memory)
+
+
+def each(section: Section, what: str, op: Op, call: tuple, names: Iterable[str], add: Callable) -> None:
+    """``add`` the records of each contender that have not been found yet."""
+    of_call = section.call(op, *call)
+    for name in names:
+        where = named(op, *call) | {"contender": name}
+        if not section.has(what, **where):
+            section.attempt(titled(what, where), add, section, of_call, where)
 
 
 def add_memory(section: Section, call: Call, where: dict[str, str]) -> None:
+    """The most memory held at once beyond the inputs, and what is kept for backward."""
     passes = call.ready(where["contender"])
     peak = section.stopwatch.peak_bytes(passes.both)
     saved = saved_bytes(passes.forward, passes.tensors.values())
     section.add("memory", **where, peak=peak, saved=saved, output=passes.forward().nbytes)
 
 
-def kernels(section: Section) -> None:
-    """The time of each kernel of the fused layers, from a profile, and the bytes that it must move."""
-    for shape, head, precision in product(KERNEL_SHAPES, HEADS, section.some_precisions):
-        where = {"head": head, "shape": label(shape), "precision": precision}
-        profile(section, where, layer(section, head, shape, precision))
-    for where, call in mixings(section, MIXING_SHAPES[:1], section.some_precisions):
-        profile(section, {"head": "mixing"} | where, call)
-    memory(section)
-
-
-def profile(section: Section, where: dict[str, str], call: Call) -> None:
-    for name in section.fused(call.spec):
-        of_name = where | {"contender": name}
-        if not section.has("kernel", **of_name):
-            section.attempt(" ".join(("kernels", *of_name.values())), add_kernels, section, call, of_name)
-
-
-def add_kernels(section: Section, call: Call, where: dict) -> None:
+def add_kernels(section: Section, call: Call, where: dict[str, str]) -> None:
     calls = section.stopwatch.launches(call.passes(where["contender"]).both, rounds=11)
     if not calls:
         section.add("no kernels", **where)
         return
-    upsample = call.case.options.get("upsample", 1)
     # The Triton kernels move in both layouts what the CUDA kernels move in channels_last.
     like_channels_last = where["contender"] != "native-contiguous"
-    moved = kernel_bytes(call.case.shape, call.dtype.itemsize, upsample, like_channels_last)
+    upsample = call.op.upsample(where["head"])
+    moved = call.op.kernel_bytes(call.case.shape, call.dtype.itemsize, upsample, like_channels_last)
     grouped: dict[str, list[list[Launch]]] = {}
     for position, launches in enumerate(calls):
         mode = "forward"
         for launch in launches:
-            ours = re.search(r"(spn|gconv)_\w*kernel", launch.name)
-            key = ours[0] if ours else launch.name[:120]
-            if key.startswith("spn_bwd"):
-                mode = "backward"
-            if key == "spn_projection_kernel":  # one kernel, two uses
+            key = kernel_name(launch.name)
+            mode = "backward" if "_bwd" in key else mode
+            if f"{key}, {mode}" in moved:  # one kernel, two uses
                 key += f", {mode}"
             grouped.setdefault(key, [[] for _ in calls])[position].append(launch)
     for key, per_call in grouped.items():
@@ -199,36 +148,43 @@ def add_kernels(section: Section, call: Call, where: dict) -> None:
         )
 
 
+def kernel_name(launched: str) -> str:
+    """Ours without namespaces and template arguments, those of libraries cut."""
+    ours = re.search(r"pixnorm::[\w:]*?(\w+_kernel)\b|^(\w+_kernel)$", launched)
+    return (ours[1] or ours[2]) if ours else launched[:120]
+
+
 def small(section: Section) -> None:
-    """Wall time where launches are all that takes time, also replayed from a CUDA graph; and how many there are."""
-    for shape, head in product(SMALL_SHAPES, HEADS):
-        if not section.has("small", head=head, shape=label(shape)):
-            small_layer(section, head, shape)
+    """Wall time of launch-bound calls, also replayed from a CUDA graph; and the number of launches."""
+    for op in OPS.values():
+        for shape, head in product(op.shapes.small, op.heads):
+            small_call(section, op, named(op, head, shape, "tf32"), section.call(op, head, shape, "tf32"))
 
 
-def small_layer(section: Section, head: str, shape: tuple[int, ...]) -> None:
-    call = layer(section, head, shape, "tf32")
-    where, titled = {"head": head, "shape": label(shape)}, f"small {head} {label(shape)}"
-    contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward + backward": {}}
-    for name in (*EAGER, *section.fused(SPN)):
-        if passes := section.attempt(f"{titled} {name}", call.ready, name):
-            contenders["forward"][name], contenders["forward + backward"][name] = passes.forward, passes.both
-            if shape == SMALL_SHAPES[0] and name in section.fused(SPN):
+def small_call(section: Section, op: Op, where: dict[str, str], call: Call) -> None:
+    title = titled("small", where)
+    if section.has("small", **where):
+        return
+    contenders: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward_backward": {}}
+    for name in (*EAGER, *section.fused(op.spec)):
+        if passes := section.attempt(f"{title} {name}", call.ready, name):
+            contenders["forward"][name], contenders["forward_backward"][name] = passes.forward, passes.both
+            if where["shape"] == label(op.shapes.small[0]) and name not in EAGER:
                 of_name = where | {"contender": name}
-                section.attempt(f"launches {titled} {name}", add_launches, section, of_name, passes)
+                section.attempt(f"launches {title} {name}", add_launches, section, of_name, passes)
     for mode, runs in contenders.items():
         graphs = {
-            name: section.attempt(f"graph {titled} {name} {mode}", section.stopwatch.graph, run)
+            name: section.attempt(f"graph {title} {name} {mode}", section.stopwatch.graph, run)
             for name, run in runs.items()
         }
         for graph, contestants in ((False, runs), (True, {name: run for name, run in graphs.items() if run})):
-            clocked = f"{titled} {mode}{' graph' if graph else ''}"
+            clocked = f"{title} {mode}{' graph' if graph else ''}"
             times = section.attempt(clocked, section.stopwatch.wall_times, contestants)
             for name, spread in (times or {}).items():
                 section.add("small", **where, mode=mode, graph=graph, contender=name, **spread._asdict())
 
 
-def add_launches(section: Section, where: dict, passes: Passes) -> None:
+def add_launches(section: Section, where: dict[str, str], passes: Passes) -> None:
     """Launches of forward and of backward: what a call with both has more than a call with the first."""
     found = [section.stopwatch.launches(run, rounds=3) for run in (passes.forward, passes.both)]
     if not all(found):
@@ -241,53 +197,33 @@ def add_launches(section: Section, where: dict, passes: Passes) -> None:
 
 def step(section: Section) -> None:
     """Forward and backward of whole generators, each with a plain layer and with ours."""
-    batches = BATCHES if section.stopwatch.on_gpu else (2,)
-    for (of, pair), batch, precision in product(PAIRS.items(), batches, section.some_precisions):
-        where = {"of": of, "batch": batch, "precision": precision}
-        titled = f"{of} {batch} {precision}"
+    stopwatch = section.stopwatch
+    batches = BATCHES[False] if stopwatch.on_gpu else (2,)
+    for op, batch, precision in product(OPS.values(), batches, section.precisions(MAIN_PRECISIONS)):
+        where = {"op": str(op), "batch": batch, "precision": precision}
         if section.has("step", **where):
             continue
         contenders = {}
-        for impl, layout in product((pair.plain, *section.impls(pair.spec), "eager"), DENSE_LAYOUTS):
-            name = f"{impl}-{layout}"
-            if run := section.attempt(f"{titled} {name}", ready_step, section, where, name):
+        for name in in_layouts(op.step.plain, *section.impls(op.spec), "eager"):
+            if run := section.attempt(f"{titled('step', where)} {name}", ready_step, section, op, where, name):
                 contenders[name] = run
         timed = {name: Timed(lambda _, run=run: run()) for name, run in contenders.items()}
-        stopwatch = section.stopwatch
-        for clock, measure, rivals in (
-            ("device", stopwatch.device_times, timed),
-            ("wall", stopwatch.wall_times, contenders),
-        ):
-            for name, spread in (section.attempt(f"{titled} {clock}", measure, rivals) or {}).items():
+        clocks = {"device": (stopwatch.device_times, timed), "wall": (stopwatch.wall_times, contenders)}
+        for clock, measured in clocks.items():
+            for name, spread in (section.attempt(f"{titled('step', where)} {clock}", *measured) or {}).items():
                 section.add("step", **where, clock=clock, contender=name, **spread._asdict())
 
 
-def ready_step(section: Section, where: dict, name: str) -> Callable[[], object]:
-    """One that has run, and what it holds at once."""
-    run = generator_step(section, **where, name=name)
+def ready_step(section: Section, op: Op, where: dict, name: str) -> Callable[[], object]:
+    """One that has run, and the memory that it holds at once."""
+    run = training_step(op, name, where["batch"], where["precision"], section.device)
     run()
     section.add("step memory", **where, contender=name, peak=section.stopwatch.peak_bytes(run))
     return run
 
 
-def generator_step(section: Section, of: str, batch: int, precision: str, name: str) -> Callable[[], object]:
-    """In bf16 under autocast, with weights in float32."""
-    torch.backends.cudnn.allow_tf32 = True
-    impl, layout = name.split("-")
-    model = generator("reference" if impl == "eager" else impl, layout, of).to(section.device)
-    z, weights = torch.randn(batch, LATENT_DIM[of], device=section.device), list(model.parameters())
-
-    def forward() -> Tensor:
-        with torch.autocast(section.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return model(z)
-
-    grad = torch.randn_like(forward())
-    return lambda: torch.autograd.grad(forward(), weights, grad)
-
-
 SECTIONS = {
-    section.__name__: section
-    for section in (facts, check, first, kernels, layers, step, mixing, small, compiling, peers)
+    section.__name__: section for section in (facts, check, first, kernels, layers, step, small, compiling, peers)
 }
 
 

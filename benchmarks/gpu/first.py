@@ -1,4 +1,4 @@
-"""What is asked of a GPU first, in two minutes: what it is, whether the numbers are right, how fast they come."""
+"""The first two minutes on a GPU: what it is, whether results are right, one timing."""
 
 import json
 import os
@@ -11,15 +11,14 @@ import triton
 from pytest_benchmark.utils import get_commit_info
 
 import pixnorm
+from benchmarks.contenders import Call
 from benchmarks.gpu.bundle import BUNDLE
-from benchmarks.gpu.section import EAGER, Call, Section
-from benchmarks.gpu.timing import Spread
-from benchmarks.results import provenance
-from benchmarks.test_spn import HEADS, label
-from benchmarks.test_spn import case as case_of
-from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, SPN, Case, OpSpec, check_against_eager
-
-SHAPE = (64, 256, 32, 32)
+from benchmarks.gpu.section import Section
+from benchmarks.ops import OPS
+from benchmarks.records import provenance
+from benchmarks.registry import MAIN_PRECISIONS, in_layouts, label
+from benchmarks.stopwatch import Spread
+from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, Case, OpSpec, check_against_eager
 
 
 def facts(section: Section) -> None:
@@ -88,16 +87,17 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def first(section: Section) -> None:
-    """SPN at one shape, forward and backward: every impl beside eager mode, in both layouts."""
-    for head, precision in product(HEADS, section.some_precisions):
-        call = Call(section, SPN, case_of(head, section.sized(SHAPE)), precision)
-        where = {"head": head, "shape": label(SHAPE), "precision": precision}
-        for name in (*section.fused(SPN), *EAGER):
+    """The first op at its main shape, forward and backward: every impl beside eager mode, in both layouts."""
+    op = next(iter(OPS.values()))
+    shape = op.shapes.gpu[0]
+    for head, precision in product(op.heads, section.precisions(MAIN_PRECISIONS)):
+        call = section.call(op, head, shape, precision)
+        where = {"op": str(op), "head": head, "shape": label(shape), "precision": precision}
+        for name in (*section.fused(op.spec), *in_layouts("eager")):
             if section.has("first", **where, contender=name):
                 continue
-
-            titled = f"first {' '.join(where.values())} {name}"
-            for mode, spread in (section.attempt(titled, times, section, call, name) or {}).items():
+            title = f"first {' '.join(where.values())} {name}"
+            for mode, spread in (section.attempt(title, times, section, call, name) or {}).items():
                 section.add("first", **where, mode=mode, contender=name, **spread._asdict())
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.gpu.parts import told
 from benchmarks.gpu.processes import FOLDER, Part
-from benchmarks.gpu.records import Records
-from benchmarks.gpu.report import markdown
 from benchmarks.gpu.section import read_records
+from benchmarks.records import Records
+from benchmarks.report import markdown
 
 EVERY = 3.0  # seconds between two looks at what is new
 MOST = 12 << 20  # bytes of the log: what is carried home from a lent machine is limited

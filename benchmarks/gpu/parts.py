@@ -62,9 +62,8 @@ def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
             workers=workers,
         ),
         section("kernels", 30, "each kernel, from a profile; memory"),
-        section("layers", 35, "SPN beside eager mode"),
+        section("layers", 50, "each op beside eager mode"),
         section("step", 35, "a generator's step"),
-        section("mixing", 15, "GConv's mixing beside eager mode"),
         section("small", 20, "launch-bound layers, CUDA graphs"),
         tests(
             "tests-triton",

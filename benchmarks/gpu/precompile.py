@@ -21,12 +21,11 @@ from unittest.mock import patch
 import torch
 
 import pixnorm.ops
-from benchmarks.gpu.cases import BATCHES, KERNEL_SHAPES, LAYER_SHAPES, MIXING_SHAPES, SMALL_SHAPES
+from benchmarks.goals import BATCHES
 from benchmarks.gpu.processes import end_with_parent
-from benchmarks.test_spn import HEADS
-from benchmarks.test_spn import case as case_of
+from benchmarks.ops import OPS
 from pixnorm.ops._dispatch import triton_obstacle
-from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, SPN, Case, OpSpec, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, Case, OpSpec, evaluate
 
 # Of x, beside those of the benchmarks: what the first checks and the tests of many things are called with.
 SHAPES = ((3, 17, 7, 10), (8, 64, 32, 32), (2, 3, 4, 5), (4, 64, 16, 16))
@@ -53,16 +52,12 @@ def checked(spec: OpSpec) -> Iterator[Case]:
 
 
 def measured(spec: OpSpec) -> Iterator[Case]:
-    """As ``benchmarks.gpu.cases`` calls the op; the same kernels serve many shapes, and then cost no time here."""
-    in_generators = [(batch, 256, side, side) for batch, side in product(BATCHES, (4, 8, 16, 32))]
-    if spec is SPN:
-        for shape in dict.fromkeys((*LAYER_SHAPES, *KERNEL_SHAPES, *SMALL_SHAPES, *in_generators)):
-            for head in HEADS:
-                yield case_of(head, shape)
-            yield Case(shape, "", {"activation": "relu"})
-    else:
-        for shape in dict.fromkeys((*MIXING_SHAPES, *in_generators)):
-            yield Case(shape, "", sizes={"bias": 0})
+    """As the benchmarks call the op; the same kernels serve many shapes, and then cost no time here."""
+    if op := OPS.get(spec.name):
+        for shape, head in product(dict.fromkeys([*op.shapes.gpu, *op.shapes.kernels, *op.shapes.small]), op.heads):
+            yield op.case(head, shape)
+        for batch, (shape, head) in product(BATCHES[False], op.step.calls):
+            yield Case((batch, *shape[1:]), "", head.options, sizes=head.sizes)
 
 
 class PretendedGPU:

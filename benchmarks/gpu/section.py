@@ -1,31 +1,19 @@
-"""What all sections of the measurements need: where findings go, and the contenders of a call."""
+"""What all sections of the measurements need: where records go, and what can be measured here."""
 
 import json
 import traceback
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from benchmarks.contenders import implementation
-from benchmarks.gpu.timing import Stopwatch, Timed
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, OpSpec, available_impls
+from benchmarks.contenders import Call
+from benchmarks.registry import IMPLS, MAIN_PRECISIONS, Op, Shape, in_layouts
+from benchmarks.stopwatch import Stopwatch
+from pixnorm.testing import OpSpec, available_impls
 
-PRECISIONS = {  # dtype of activations, whether convolutions may round to TF32
-    "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False),
-    "bf16": (torch.bfloat16, True),
-    "fp16": (torch.float16, True),
-}
 T = TypeVar("T")
-FUSED = {impl: tuple(f"{impl}-{layout}" for layout in DENSE_LAYOUTS) for impl in ("native", "triton")}
-EAGER = tuple(f"eager-{layout}" for layout in DENSE_LAYOUTS)
-# torch.compile as it is, and with reductions of several blocks that wait for each other.
-COMPILED = tuple(f"{how}-{layout}" for how in ("compile", "cooperative") for layout in DENSE_LAYOUTS)
-PEERS = EAGER + COMPILED
 
 
 def read_records(path: Path) -> list[dict]:
@@ -64,11 +52,11 @@ class Section:
         """The fused ones that can run here. With none, ask for native all the same: it says how to get it."""
         # On a GPU, native without kernels in CUDA C++ is made of the library's products.
         made_of_products = ["native"] if self.stopwatch.on_gpu and not spec.cuda_kernels else []
-        return [impl for impl in FUSED if impl in (*self.available, *made_of_products)] or ["native"]
+        return [impl for impl in IMPLS if impl in (*self.available, *made_of_products)] or ["native"]
 
     def fused(self, spec: OpSpec) -> list[str]:
         """Their contenders."""
-        return [name for impl in self.impls(spec) for name in FUSED[impl]]
+        return list(in_layouts(*self.impls(spec)))
 
     def has(self, what: str, **where) -> bool:
         """Whether a process before this one has found that."""
@@ -104,82 +92,11 @@ class Section:
             raise ContextLostError(where) from error
         return None
 
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        return tuple(PRECISIONS) if self.stopwatch.on_gpu else ("tf32",)
+    def precisions(self, wanted: Sequence[str]) -> list[str]:
+        """Those that are measured here."""
+        return [precision for precision in wanted if self.stopwatch.on_gpu or precision == MAIN_PRECISIONS[0]]
 
-    @property
-    def some_precisions(self) -> tuple[str, ...]:
-        return self.among(("tf32", "bf16"))
-
-    def among(self, precisions: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(precision for precision in precisions if precision in self.precisions)
-
-    def sized(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape if self.stopwatch.on_gpu else (2, 8, min(shape[2], 8), min(shape[3], 8))
-
-
-class Passes(NamedTuple):
-    """Of one contender: its forward, which keeps what backward needs; the backward of a result; the tensors given."""
-
-    forward: Callable[[], Tensor]
-    backward: Callable[[Tensor], object]
-    tensors: dict[str, Tensor]
-
-    def both(self) -> object:
-        return self.backward(self.forward())
-
-    def timed(self) -> dict[str, Timed]:
-        """Each pass alone."""
-        return {"forward": Timed(lambda _: self.forward()), "backward": Timed(self.backward, self.forward)}
-
-
-@lru_cache(maxsize=1)  # drawing takes longer than measuring; the precisions of one case follow each other
-def draw(spec: OpSpec, case: Case, device: torch.device) -> dict[str, Tensor]:
-    return spec.inputs(case, device=device)
-
-
-class Call:
-    """One call of an op in one precision, run by several contenders.
-
-    Args:
-        case: of a size that suits the section's device.
-        precision: a key of ``PRECISIONS``; sets the flag that allows TF32.
-    """
-
-    def __init__(self, section: Section, spec: OpSpec, case: Case, precision: str):
-        self.dtype, torch.backends.cudnn.allow_tf32 = PRECISIONS[precision]
-        self.spec, self.case = spec, case
-        self.tensors = draw(spec, case, section.device)
-
-    def inputs(self, layout: str) -> dict[str, Tensor]:
-        """The tensors, those that get a gradient as leaves. Parameters are float32 where the op takes them so."""
-        first, parameter_dtype = self.spec.first, torch.float32 if self.spec.float32_parameters else self.dtype
-        tensors = {name: tensor.to(parameter_dtype) for name, tensor in self.tensors.items() if name != first}
-        tensors[first] = LAYOUTS[layout](self.tensors[first].to(self.dtype))
-        return {
-            name: tensor.detach().requires_grad_() if name in self.spec.differentiable else tensor
-            for name, tensor in tensors.items()
-        }
-
-    def passes(self, name: str) -> Passes:
-        impl, layout = name.split("-")
-        tensors = self.inputs(layout)
-        leaves = [tensors[leaf] for leaf in self.spec.differentiable if leaf in tensors]
-        if impl == "cooperative":
-            options = {"triton.cooperative_reductions": True}  # as TORCHINDUCTOR_COOPERATIVE_REDUCTIONS=1 does
-            function = torch.compile(self.spec.reference, dynamic=False, options=options)
-        else:
-            function = implementation(self.spec, impl)
-
-        def forward() -> Tensor:
-            return function(**tensors, **self.case.options)
-
-        grad = torch.randn_like(forward())
-        return Passes(forward, lambda y: torch.autograd.grad(y, leaves, grad), tensors)
-
-    def ready(self, name: str) -> Passes:
-        """Those of a contender, after both have run once."""
-        passes = self.passes(name)
-        passes.both()
-        return passes
+    def call(self, op: Op, head: str, shape: Shape, precision: str) -> Call:
+        """``shape`` is that of the output; on the CPU it shrinks."""
+        sized = shape if self.stopwatch.on_gpu else (2, 8, *(min(size, 8) for size in shape[2:]))
+        return Call(op, op.case(head, sized), precision, self.device)

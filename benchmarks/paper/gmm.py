@@ -40,8 +40,8 @@ from benchmarks.paper.gaussians import (
     train,
 )
 from benchmarks.plots import BLUE, GREY, ORANGE, STYLE
-from benchmarks.results import json_by_line, provenance
-from benchmarks.tables import table
+from benchmarks.records import json_by_line, provenance
+from benchmarks.report import table
 
 SHOWN = (0, 1, 3, 5, 7, 9)  # of the checkpoints, in the tables and in the picture
 COLOURS = dict(zip(LAYERS, (ORANGE, BLUE), strict=True))

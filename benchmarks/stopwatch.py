@@ -1,4 +1,4 @@
-"""Clocks for work on a GPU. They run on the CPU too, where they show that code works, and not how fast."""
+"""Clocks for work on a GPU. They also run on the CPU, to try the code, not to measure."""
 
 import json
 import tempfile
@@ -18,24 +18,25 @@ DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a profiler
 
 
 class Timed(NamedTuple):
-    """What is timed is ``run(prepare())``, without the ``prepare()``."""
+    """``run(prepare())`` is timed, without the ``prepare()``."""
 
     run: Callable[[object], object]
     prepare: Callable[[], object] = lambda: None
 
 
 class Spread(NamedTuple):
-    """Seconds: the middle of all rounds, and the quarters below and above."""
+    """Seconds: median, lower and upper quartile and shortest of all rounds."""
 
     median: float
     low: float
     high: float
+    shortest: float
     rounds: int
 
     @classmethod
     def of(cls, seconds: list[float]) -> "Spread":
-        low, _, high = quantiles(seconds, n=4, method="inclusive")
-        return cls(*(float(f"{s:.4g}") for s in (median(seconds), low, high)), len(seconds))
+        low, middle, high = quantiles(seconds, n=4, method="inclusive") if seconds[1:] else seconds * 3
+        return cls(*(float(f"{s:.4g}") for s in (middle, low, high, min(seconds))), len(seconds))
 
 
 class Launch(NamedTuple):
