@@ -28,7 +28,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-WIDTH = 12  # columns of a row
+WIDTH = 60  # columns of a row
 
 
 def draw(records: Records, path: Path) -> None:
@@ -63,6 +63,8 @@ def _rows(records: Records, op: Op) -> list[list[tuple[int, Callable[[Axes], Non
     step, shares, small = ("step", 3 if records.on_cpu else 5, _step), ("kernel", 7, _shares), ("small", 12, _small)
     if records.on_cpu:
         return [kept(*heads, step), kept(*middle)]
+    if len(heads) == 1:
+        return [kept(*heads, step), kept(*middle, shares), kept(small)]
     return [kept(*heads), kept(*middle), kept(step, shares), kept(small)]
 
 
@@ -118,14 +120,11 @@ def _step(records: Records, op: Op, axis: Axes) -> None:
     series = {
         f"{op.step.title}, {impl}": [records.step_ratio(op, [impl], **group) for group in groups] for impl in impls
     }
-    titles = [
-        f"{PRECISIONS[of['precision']].dtype}".removeprefix("torch.") + f"\n{of['batch']}\n{of['clock']}"
-        for of in groups
-    ]
+    titles = [f"{of['precision'].replace('tf32', 'fp32')}\nbatch {of['batch']}\n{of['clock']} time" for of in groups]
     bars(axis, titles, series, [GREY, *(TONES[impl][0] for impl in impls[1:])], "%.2f")
     goal = op.step.goal["cpu" if records.on_cpu else "cuda"]
     _goal(axis, goal)
-    axis.set_title(f"Generator step with {op.step.title}, {op.step.plain_title} = 1 (goal {goal:g})")
+    axis.set_title(f"Training step over {op.step.plain_title} (goal {goal:g})")
 
 
 def _time(records: Records, op: Op, axis: Axes) -> None:
@@ -144,9 +143,10 @@ def _time(records: Records, op: Op, axis: Axes) -> None:
         return [value and value / unit for value in found]
 
     series = {kind: times(in_layouts(*of)) for kind, of in kinds.items()}
-    floors = {"matrix products alone": times(in_layouts("products")), "copy of the other bytes": times(["copy-used"])}
-    series |= {name: values for name, values in floors.items() if any(values)}
-    colours = [GREY, PALE, *(TONES[impl][0] for impl in impls), TEAL, "#a8d8d1"]
+    series |= {"products alone": times(in_layouts("products")), "copy of the other bytes": times(["copy-used"])}
+    tones = dict(zip(series, [GREY, PALE, *(TONES[impl][0] for impl in impls), TEAL, "#a8d8d1"], strict=True))
+    series = {name: values for name, values in series.items() if any(values)}
+    colours = [tones[name] for name in series]
     titles = [_title(records, group) + ("" if records.on_cpu else f"\n{MODES[group['mode']]}") for group in groups]
     bars(axis, titles, series, colours)
     axis.set_yscale("log")
@@ -160,7 +160,7 @@ def _memory(records: Records, op: Op, axis: Axes) -> None:
         values = []
         for head in op.heads:
             found = records.all("memory", op=str(op), head=head)
-            found = [entry for entry in found if entry["contender"] in in_layouts(impl) and entry.get(key)]
+            found = [entry for entry in found if entry["contender"] in in_layouts(impl) and entry.get(key) is not None]
             values.append(min((entry[key] / entry["output"] for entry in found), default=None))
         if any(value is not None for value in values):
             series[f"{impl}, {key}"] = values

@@ -12,85 +12,46 @@ from benchmarks.gpu.processes import FOLDER, Companion, Part
 
 
 def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
-    """The parts that run beside the others, and those that follow each other."""
-    python = [sys.executable, "-u"]
-    trial = device == "cpu"
+    """The parts that run beside the others, and those that follow each other; the most valuable first."""
+    python, trial = [sys.executable, "-u"], device == "cpu"
+    cores = os.cpu_count() or 4
 
     def section(name: str, seconds: int, what: str, quiet: bool = True, limit: int = 0, kind: type = Part) -> Part:
         module = ["benchmarks.gpu.sanitizer"] if name == "sanitizer" else ["benchmarks.gpu.cases", name]
-        command = [*python, "-m", *module, "--device", device]
-        part = kind(name, command, seconds, limit or 2 * seconds, what, quiet)
-        command += ["--records", str(part.records)]
+        part = kind(name, [*python, "-m", *module, "--device", device], seconds, limit or 2 * seconds, what, quiet)
+        part.command += ["--records", str(part.records)]
         return part
 
-    def tests(name: str, seconds: int, what: str, *chosen: str, workers: int = 0) -> Part:
-        # A process for the CPU part of each: compiling Triton's kernels, PyTorch's calls.
-        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [*python, "-m", "pytest", "tests", f"--device={device}", "-p", "benchmarks.gpu.tests", "-v", *chosen]
+    def tests(name: str, seconds: int, what: str, few: str, *chosen: str, workers: int = max(2, cores - 4)) -> Part:
+        """``few`` are the tests of a trial."""
+        command = [*python, "-m", "pytest", "tests", f"--device={device}", "-p", "benchmarks.gpu.tests", "-v"]
         command += ["--tb=short", "--durations=10", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-        if workers and find_spec("xdist"):
-            command += ["-n", str(workers)]
+        command += [*chosen, *(["-k", few] if trial else [])]
+        command += ["-n", str(workers)] if workers and find_spec("xdist") else []
+        # One thread each for compiling Triton's kernels and for PyTorch's calls.
+        alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         part = Part(name, command, seconds, 2 * seconds, what, variables=alone)
         part.variables["PIXNORM_GPU_RECORDS"] = str(part.records)
         return part
 
-    def of_trial(names: str, few: str) -> str:
-        return few if trial else names
-
-    cores = os.cpu_count() or 4
-    workers = max(2, cores - 4)
-    builder = (
-        Part("build", [*python, "setup.py", "build_ext", "--inplace"], 70, 150, "the kernels for this GPU")
-        if build
-        else Part("load", [*python, "-m", "benchmarks.gpu.bundle", "load"], 8, 60, "what `make gpu-bundle` has built")
-    )
-    large = tests("tests-large", 20, "tensors of more than 2^31 elements", "-m", "gpu_memory")
+    build_it = Part("build", [*python, "setup.py", "build_ext", "--inplace"], 70, 150, "the kernels for this GPU")
+    load_it = Part("load", [*python, "-m", "benchmarks.gpu.bundle", "load"], 8, 60, "what `make gpu-bundle` has built")
+    large = tests("tests-large", 20, "tensors of more than 2^31 elements", "", "-m", "gpu_memory", workers=0)
     large.variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    usual = "-m", "not gpu_memory"
     sequence = [
-        builder,
+        build_it if build else load_it,
         section("facts", 8, "the machine, the versions, what can run, a copy", limit=30),
         section("check", 30, "forward and backward of each op, impl, dtype and layout against the reference", False),
         section("first", 12, "one timing: native, Triton, eager", limit=30),
-        tests(
-            "tests-native",
-            75,
-            "the tests of all but Triton, test_ops and test_cuda first",
-            "-k",
-            of_trial("not triton", "test_errors"),
-            "-m",
-            "not gpu_memory",
-            workers=workers,
-        ),
+        tests("tests-native", 75, "the tests of all but Triton", "test_errors", *usual, "-k", "not triton"),
         section("kernels", 30, "each kernel, from a profile; memory"),
         section("layers", 50, "each op beside eager mode"),
-        section("step", 35, "a generator's step"),
+        section("step", 35, "a generator's training step"),
         section("small", 20, "launch-bound layers, CUDA graphs"),
-        tests(
-            "tests-triton",
-            75,
-            "the tests of the Triton kernels",
-            "-k",
-            of_trial("triton", "test_the_table_of_what_is_faster"),
-            "-m",
-            "not gpu_memory",
-            workers=workers,
-        ),
+        tests("tests-triton", 75, "the tests of the Triton kernels", "what_is_faster", *usual, "-k", "triton"),
         section("peers", 30, "eager mode under torch.compile, which was compiled beside the tests"),
-        Part(
-            "sanitizer",
-            [
-                *python,
-                "-m",
-                "benchmarks.gpu.sanitizer",
-                "--device",
-                device,
-                "--records",
-                str(FOLDER / "sanitizer.jsonl"),
-            ],
-            40,
-            80,
-            "memcheck and racecheck of a small forward and backward of each op, dtype and layout",
-        ),
+        section("sanitizer", 40, "memcheck and racecheck of a small forward and backward of each op", False),
         *([] if trial else [large]),
     ]
     precompile = [*python, "-m", "benchmarks.gpu.precompile", "--cache", str(TRITON_CACHE)]
