@@ -28,7 +28,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-WIDTH = 60  # columns of a row
 
 
 def draw(records: Records, path: Path) -> None:
@@ -37,13 +36,11 @@ def draw(records: Records, path: Path) -> None:
     rows = [row for op in OPS.values() for row in _rows(records, op) if row]
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(13, 1 + 3.6 * len(rows)), layout="constrained")
-        grid = figure.add_gridspec(len(rows), WIDTH)
-        for i, row in enumerate(rows):
-            at, total = 0, sum(weight for weight, _ in row)
-            for weight, panel in row:
-                width = round(WIDTH * weight / total)
-                panel(figure.add_subplot(grid[i, at : at + width]))
-                at += width
+        for part, row in zip(figure.subfigures(len(rows), squeeze=False).flat, rows, strict=True):
+            weights, panels = zip(*row, strict=True)
+            axes = part.subplots(1, len(row), width_ratios=weights, squeeze=False).flat
+            for panel, axis in zip(panels, axes, strict=True):
+                panel(axis)
         commit = records.facts.get("commit", "")
         figure.suptitle(f"pixnorm on {records.machine} · {commit}", x=0.01, ha="left")
         figure.savefig(path, dpi=110)
@@ -124,7 +121,7 @@ def _step(records: Records, op: Op, axis: Axes) -> None:
     bars(axis, titles, series, [GREY, *(TONES[impl][0] for impl in impls[1:])], "%.2f")
     goal = op.step.goal["cpu" if records.on_cpu else "cuda"]
     _goal(axis, goal)
-    axis.set_title(f"Training step over {op.step.plain_title} (goal {goal:g})")
+    axis.set_title(f"Step over {op.step.plain_title} (goal {goal:g})")
 
 
 def _time(records: Records, op: Op, axis: Axes) -> None:
