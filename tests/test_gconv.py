@@ -225,7 +225,7 @@ def test_products_of_the_library(shape, layout, dtype):
         grad_y = random(shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
         eager, exact = (evaluate(GCONV_MIX, GCONV_MIX.reference, t, {}, grad_y) for t in (tensors, exact))
         u, s, w, b = tensors.values()
-        y, grads = gconv._library_fwd(u, s, w, b, True), gconv._library_bwd(grad_y, u, s, w, True, True)
+        y, grads = gconv.products_fwd(u, s, w, b, True), gconv.products_bwd(grad_y, u, s, w, True, True)
         assert y.stride() == grads[0].stride() == gconv.dense_like(u).stride()
         for (name, a), (_, e), actual in zip(eager.named(), exact.named(), (y, *grads), strict=True):
             yield name, actual, [a], e
@@ -240,7 +240,7 @@ def test_products_of_the_library_do_not_overflow():
     generator = torch.Generator().manual_seed(0)
     u, noise, w = (random(shape, generator) for shape in ((2, 16, 64, 64), (2, 16, 64, 64), (16, 16)))
     u, dy, s, w = (t.half() for t in (8 * u, 8 * noise + 8 * u, torch.full((2, 16), 0.02), 0.005 * w))
-    _, grad_s, grad_w, _ = gconv._library_bwd(dy, u, s, w, False, True)
+    _, grad_s, grad_w, _ = gconv.products_bwd(dy, u, s, w, False, True)
     sums = torch.einsum("bjhw,bihw->bji", dy.double(), u.double())
     assert sums.abs().max() > 65504
     torch.testing.assert_close(grad_w.double(), (sums * s.double()[:, None]).sum(0), rtol=0.01, atol=100)

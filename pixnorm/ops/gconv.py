@@ -137,7 +137,7 @@ def _matrices(t: Tensor) -> Tensor:
     return t.view(n, c, h * w)
 
 
-def _library_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
+def products_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
     y = dense_like(u)
     u = dense(u, y)
     with without_autocast(u.device), _products(u, allow_tf32):
@@ -154,7 +154,7 @@ def _mixed(t: Tensor, weight: Tensor) -> Tensor:
     return F.linear(t.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
 
 
-def _library_bwd(
+def products_bwd(
     grad_y: Tensor, u: Tensor, s: Tensor, mix_weight: Tensor, has_bias: bool, allow_tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_u = dense_like(u)
@@ -177,11 +177,11 @@ def _library_bwd(
     return grad_u, grad_s.to(s.dtype), grad_mix_weight.to(s.dtype).contiguous(), grad_bias
 
 
-def _gconv_mix_fwd_fake(u, *args):
+def gconv_mix_fwd_fake(u, *args):
     return dense_like(u)
 
 
-def _gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
+def gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
     n = u.shape[1]
     return dense_like(u), s.new_empty(s.shape), mix_weight.new_empty((n, n)), s.new_empty((n if has_bias else 0,))
 
@@ -189,16 +189,18 @@ def _gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
 # `allow_tf32` is PyTorch's flag for convolutions on GPUs, or for matrix products; the CPU has no such mode.
 gconv_mix_fwd = define_op(
     "gconv_mix_fwd(Tensor u, Tensor s, Tensor mix_weight, Tensor? bias, bool allow_tf32) -> Tensor",
-    _gconv_mix_fwd_fake,
-    everywhere=_library_fwd,
+    gconv_mix_fwd_fake,
+    native=("cpu",),
+    everywhere=products_fwd,
     flops=lambda u, s, mix_weight, *args, **kwargs: 2 * prod(u) * mix_weight[0],
     triton="gconv",
 )
 gconv_mix_bwd = define_op(
     "gconv_mix_bwd(Tensor grad_y, Tensor u, Tensor s, Tensor mix_weight, bool has_bias, bool allow_tf32) "
     "-> (Tensor grad_u, Tensor grad_s, Tensor grad_mix_weight, Tensor grad_bias)",
-    _gconv_mix_bwd_fake,
-    everywhere=_library_bwd,
+    gconv_mix_bwd_fake,
+    native=("cpu",),
+    everywhere=products_bwd,
     flops=lambda grad_y, u, s, mix_weight, *args, **kwargs: 2 * 2 * prod(u) * mix_weight[0],
     triton="gconv",
 )
@@ -307,7 +309,7 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
 
 def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
     refusals = {"native": None, "triton": _triton_refusal(u)}
-    chosen = choose("gconv_mix", impl, u.device, refusals, preferred(u, allow_tf32), composite=True)
+    chosen = choose("gconv_mix", impl, u.device, refusals, preferred(u, allow_tf32))
     if chosen == "reference":
         return gconv_mix_reference(u, s, mix_weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, s, mix_weight, bias)):

@@ -102,7 +102,7 @@ def _statistics_like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((channels,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _spn_fwd_fake(x, mask_projection, *args):
+def spn_fwd_fake(x, mask_projection, *args):
     upsample = args[-3]
     n, c, h, w = x.shape
     masks = mask_projection.shape[0]
@@ -110,7 +110,7 @@ def _spn_fwd_fake(x, mask_projection, *args):
     return dense_like(x, upsample), p, *(_statistics_like(x, size) for size in (c, c, masks, masks))
 
 
-def _spn_bwd_fake(grad_y, x, *args):
+def spn_bwd_fake(grad_y, x, *args):
     return dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
 
 
@@ -129,7 +129,8 @@ spn_fwd = define_op(
     f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
     "float eps, int upsample, float? negative_slope, bool allow_tf32) "
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
-    _spn_fwd_fake,
+    spn_fwd_fake,
+    native=("cpu", "cuda"),
     flops=_spn_fwd_flops,
     triton="spn",
 )
@@ -138,7 +139,8 @@ spn_bwd = define_op(
     "Tensor mask_var, float eps, int upsample, float? negative_slope, bool allow_tf32, bool training) "
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
-    _spn_bwd_fake,
+    spn_bwd_fake,
+    native=("cpu", "cuda"),
     flops=_spn_bwd_flops,
     triton="spn",
 )
@@ -294,14 +296,14 @@ def spn(
 
 # Where impl="auto" takes Triton though the CUDA kernels are built: (name of the GPU, dtype of x, channels_last,
 # upsample) for which `make gpu` has measured it to be faster (see benchmarks/results). Nothing has been measured yet.
-_TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
+TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 
 
 def preferred(x: Tensor, upsample: int) -> str:
-    if not _TRITON_IS_FASTER or x.device.type != "cuda":
+    if not TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
     kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
-    return "triton" if kind in _TRITON_IS_FASTER else "native"
+    return "triton" if kind in TRITON_IS_FASTER else "native"
 
 
 def _triton_refusal(x: Tensor, upsample: int) -> str | None:
