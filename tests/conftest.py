@@ -66,6 +66,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{device}: the test {meaning}; deselected elsewhere")
     config.addinivalue_line("markers", "emulated(runs=True): whether the test also runs the emulated CUDA kernels")
     config.addinivalue_line("markers", "gpu_memory(gigabytes): what the test needs; deselected on a smaller GPU")
+    config.addinivalue_line("markers", "products: about matrix products of cuBLAS or oneDNN; for ops that have some")
     config.addinivalue_line("markers", "beside(arguments, environment): what pytest is to run in a process of its own")
     # The yardstick is float32 itself; what TF32 changes has a test of its own.
     torch.backends.cudnn.allow_tf32 = False
@@ -86,7 +87,9 @@ def pytest_collection_modifyitems(config, items):
         impl, spec = asked.get("kernel", asked.get("impl")), asked.get("spec")
         if impl and spec and "case" in asked and not spec.takes(_named(impl), asked["case"]):
             return False
-        if impl == EMULATED and spec and not spec.cuda_kernels:
+        if impl and spec and not (spec.cuda_kernels if impl == EMULATED else spec.runs(impl, device)):
+            return False
+        if item.get_closest_marker("products") and spec and not spec.product_weight:
             return False
         if spec and not spec.float32_parameters and asked.get("parameter_dtype") != asked.get("dtype"):
             return False
@@ -207,20 +210,21 @@ def pytest_generate_tests(metafunc):
         kernels = [kernel for kernel in kernels if kernel != "triton"]
     if _runs_emulated(metafunc):
         kernels.append(EMULATED)
+    specs = getattr(metafunc.module, "SPECS", SPECS)  # a test module may bring its own
     wanted = set(metafunc.fixturenames)
     for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose for itself
         names = mark.args[0]
         wanted -= set(names.replace(" ", "").split(",") if isinstance(names, str) else names)
     if "case" in wanted:
-        cases = [(spec, case) for spec in SPECS for case in spec.cases]
+        cases = [(spec, case) for spec in specs for case in spec.cases]
         metafunc.parametrize(("spec", "case"), cases, ids=[f"{spec}-{case}" for spec, case in cases])
     elif wanted & {"variant", "options"}:
         name = "variant" if "variant" in wanted else "options"
-        chosen = [(s, of) for s in SPECS for of in (s.variants if name == "variant" else s.combinations())]
+        chosen = [(s, of) for s in specs for of in (s.variants if name == "variant" else s.combinations())]
         ids = ["-".join([str(s), *(f"{key}={value}" for key, value in of.items())]) for s, of in chosen]
         metafunc.parametrize(("spec", name), chosen, ids=ids)
     elif "spec" in wanted:
-        metafunc.parametrize("spec", SPECS, ids=str)
+        metafunc.parametrize("spec", specs, ids=str)
     if "impl" in wanted:
         metafunc.parametrize("impl", ["reference", *kernels], indirect=True)
     if "kernel" in wanted:

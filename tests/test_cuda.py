@@ -9,10 +9,7 @@ from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, check_against_eag
 pytestmark = pytest.mark.cuda
 
 
-def leaves_of(spec, tensors):
-    return {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-
-
+@pytest.mark.products
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_tf32_follows_the_flag_of_convolutions(spec, variant, kernel, layout):
     """With it, as close to float64 as plain PyTorch with it; every other test is without."""
@@ -36,7 +33,7 @@ def test_work_is_queued_on_the_current_stream(spec, variant, kernel, layout):
     tensors = spec.inputs(Case((4, 16, 12, 20), "", variant), layout=layout)
     grad_y = torch.randn_like(spec.reference(**tensors, **variant))
     expected = evaluate(spec, spec.call(kernel), tensors, variant, grad_y)
-    late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    late = {name: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for name, t in tensors.items()}
     late_grad = torch.full_like(grad_y, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -51,10 +48,10 @@ def test_work_is_queued_on_the_current_stream(spec, variant, kernel, layout):
 
 def test_no_call_waits_for_the_gpu(spec, variant, kernel):
     tensors = spec.inputs(Case((4, 16, 8, 8), "", variant))
-    leaves, buffers = leaves_of(spec, tensors), {name: tensors[name] for name in spec.buffers}
+    leaves, rest = spec.leaves(tensors), {name: tensors[name] for name in tensors if name not in spec.differentiable}
 
     def step():
-        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
+        y = spec.function(**leaves, **rest, **variant, impl=kernel)
         return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
 
     step()  # what is set up once may wait
@@ -73,10 +70,11 @@ def test_a_graph_replays_the_same_bits(spec, variant, kernel, shape, layout, dty
     first, second = (spec.inputs(Case(shape, "", variant), dtype, layout=layout, seed=seed) for seed in (0, 1))
     grad_y = torch.randn_like(spec.reference(**first, **variant))
     inputs = {name: tensor.clone() for name, tensor in first.items()}
-    leaves, buffers = leaves_of(spec, inputs), {name: inputs[name] for name in spec.buffers}
+    leaves, constants = spec.leaves(inputs), spec.constants(inputs)
+    buffers = {name: inputs[name] for name in spec.buffers}
 
     def step():
-        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
+        y = spec.function(**leaves, **buffers, **constants, **variant, impl=kernel)
         return y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_y)
 
     stream = torch.cuda.Stream()

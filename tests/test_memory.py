@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_saved_for_backward(spec, variant, kernel, dtype, parameter_dtype, layout):
     case = Case((4, 8, 16, 16), "", variant)
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    kept = saved_bytes(lambda: spec.function(**leaves, **case.options, impl=kernel), leaves.values())
+    given = spec.leaves(tensors) | spec.constants(tensors)
+    kept = saved_bytes(lambda: spec.function(**given, **case.options, impl=kernel), given.values())
     assert kept == spec.saved_bytes(case, dtype)
 
 
@@ -77,7 +77,7 @@ def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
     options = {"upsample": upsample, "activation": "relu"} if spec is SPN else {}
     saved = int(spec is SPN)  # p
     tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    leaves = spec.leaves(tensors)
     one, on_gpu = tensors[spec.first].numel() * dtype.itemsize, tensors[spec.first].is_cuda
     assert one == 32 * 2**20
     peak_bytes, small = (peak_of_gpu, 2 * 2**20) if on_gpu else (peak_of_process, 14 * 2**20)

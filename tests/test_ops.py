@@ -104,13 +104,13 @@ def test_inputs_are_not_modified(spec, impl, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_strides(spec, variant, kernel, layout):
-    """channels_last in, channels_last out; everything else, contiguous. So for the gradient of x."""
+    """channels_last in, channels_last out; everything else, contiguous. So for the gradients of activations."""
     for shape in [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1)]:
         tensors = spec.inputs(Case(shape, "strides"), layout=layout)
         x = tensors[spec.first]
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         result = evaluate(spec, spec.call(kernel), tensors, variant)
-        for tensor in (result.y, result.grads[spec.first]):
+        for tensor in (result.y, *(result.grads[name] for name in spec.activations if name in result.grads)):
             expected = LAYOUTS["channels_last" if channels_last else "contiguous"](tensor)
             assert tensor.stride() == expected.stride()
 
@@ -121,21 +121,32 @@ def test_reference_keeps_the_layout(spec, layout):
     assert layout_of(spec.reference(**tensors)) == layout_of(tensors[spec.first])
 
 
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_other_strides_are_the_same_call(spec, kernel, layout):
+def test_other_strides_are_the_same_call(spec, kernel):
     """An input of any strides is made contiguous first: the same bits as for its contiguous copy."""
-    for name in ("sliced", "padded_rows", "padded_pixels", "transposed", "expanded"):
-        tensors = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=name)
-        dense = tensors | {spec.first: tensors[spec.first].contiguous()}
+    for layout in ("sliced", "padded_rows", "padded_pixels", "transposed", "expanded"):
+        tensors = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=layout)
+        dense = tensors | {name: tensors[name].contiguous() for name in spec.activations}
         assert_same_bits(*(evaluate(spec, spec.call(kernel), t, {}) for t in (tensors, dense)))
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_the_first_activation_decides_the_layout(spec, kernel, layout):
+    """The others may have any, and only their values count."""
+    dense = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=layout)
+    expected = evaluate(spec, spec.call(kernel), dense, {})
+    for name in spec.activations[1:]:
+        for other in LAYOUTS.keys() - {"expanded"}:
+            actual = evaluate(spec, spec.call(kernel), dense | {name: LAYOUTS[other](dense[name])}, {})
+            assert_same_bits(actual, expected)
+            assert layout_of(actual.y) == layout_of(expected.y)
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_layout_of_the_incoming_gradient(spec, variant, kernel, layout):
     """Whatever its strides, only the values of the gradient count; .sum() gives one of stride 0."""
     tensors = spec.inputs(Case((2, 16, 4, 6), "strides"), layout=layout)
-    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
-    y = spec.function(**leaves, **variant, impl=kernel)
+    leaves = spec.leaves(tensors)
+    y = spec.function(**leaves, **spec.constants(tensors), **variant, impl=kernel)
 
     def grads(grad_y):
         return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
@@ -156,11 +167,12 @@ def test_layout_of_the_parameters(spec, kernel):
     def strided(tensor):
         if tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+        between = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+        return torch.stack([tensor, torch.full_like(tensor, between)], -1)[..., 0]
 
     for options in [{}, spec.inference]:
         tensors = spec.inputs(Case((2, 5, 4, 6), "strides"))
-        other = {name: tensor if name == spec.first else strided(tensor) for name, tensor in tensors.items()}
+        other = {name: t if name in spec.activations else strided(t) for name, t in tensors.items()}
         assert_same_bits(*(evaluate(spec, spec.call(kernel), t, options) for t in (tensors, other)))
 
 
@@ -177,15 +189,16 @@ def test_gradcheck(spec, options, kernel):
             break
     else:
         pytest.fail("every seed has an output next to the kink")
-    leaves = [tensors[name].requires_grad_() for name in spec.differentiable]
+    leaves, constants = spec.leaves(tensors), spec.constants(tensors)
     buffers = {name: tensors[name] for name in spec.buffers}
 
-    def function(*leaves):
+    def function(*values):
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return spec.function(*leaves, **copies, **options, impl=kernel)
+        differentiable = dict(zip(leaves, values, strict=True))
+        return spec.function(**differentiable, **copies, **constants, **options, impl=kernel)
 
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, list(leaves.values()))
+    assert torch.autograd.gradgradcheck(function, list(leaves.values()))
 
 
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
@@ -197,9 +210,9 @@ def test_double_backward_sees_the_same_gradients(spec, variant, kernel, dtype, p
 
 def check_double_backward(spec, kernel, case, dtype, parameter_dtype):
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
-    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
-    y = spec.function(**tensors, **case.options, impl=kernel)
-    grad_y = torch.randn_like(y)
+    leaves = spec.leaves(tensors)
+    y = spec.function(**(tensors | leaves), **case.options, impl=kernel)
+    grad_y = torch.randn_like(y).requires_grad_()  # on which alone the gradient of a shift may depend
     plain, differentiable = (
         torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True, create_graph=create)
         for create in (False, True)
@@ -226,7 +239,9 @@ def test_one_tensor_in_two_places(spec, impl):
     """A tensor given as two arguments receives the sum of their gradients, once."""
     tensors = spec.inputs(Case((3, 3, 4, 5), ""), torch.float64)
     pairs = combinations(reversed(spec.differentiable), 2)
-    first, second = next(pair for pair in pairs if len({tensors[name].shape for name in pair}) == 1)
+    first, second = next((pair for pair in pairs if len({tensors[name].shape for name in pair}) == 1), (None, None))
+    if first is None:
+        return  # no two arguments have the same shape
     tensors[second] = tensors[first]
     expected = evaluate(spec, spec.call("reference"), tensors, {}).grads
     shared = tensors[first].detach().requires_grad_()
@@ -239,10 +254,10 @@ def test_one_tensor_in_two_places(spec, impl):
 
 def test_no_grad_is_the_same_forward(spec, kernel):
     tensors = spec.inputs(Case((3, 5, 6, 7), ""))
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    with_grad = spec.function(**leaves, impl=kernel)
+    given = spec.leaves(tensors) | spec.constants(tensors)
+    with_grad = spec.function(**given, impl=kernel)
     with torch.no_grad():
-        without = spec.function(**leaves, impl=kernel)
+        without = spec.function(**given, impl=kernel)
     assert with_grad.requires_grad and not without.requires_grad
     assert torch.equal(with_grad, without)
 
@@ -289,6 +304,7 @@ def convolution_precision():
     torch.backends.cudnn.conv.fp32_precision = before
 
 
+@pytest.mark.products
 @pytest.mark.emulated(runs=False)
 def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_precision):
     """That of convolutions, by its older name (a change compiles again) and by its newer one."""
@@ -334,9 +350,9 @@ class Wrapped(nn.Module):
 
     def __init__(self, spec, tensors, options, impl):
         super().__init__()
-        self.function, self.options, self.names = spec.call(impl), options, spec.per_sample
+        self.function, self.options, self.names = spec.call(impl), options, spec.batched
         for name, tensor in tensors.items():
-            if name not in spec.per_sample:
+            if name not in spec.batched:
                 self.register_buffer(name, tensor)
 
     def forward(self, *samples):
@@ -352,10 +368,10 @@ def test_export(spec, variant, impl, layout):
 
     def samples(n, seed):
         tensors = spec.inputs(Case((n, 3, 4, 5), "", options), layout=layout, seed=seed)
-        return tuple(tensors[name] for name in spec.per_sample)
+        return tuple(tensors[name] for name in spec.batched)
 
     module = Wrapped(spec, spec.inputs(Case((2, 3, 4, 5), "", options)), options, impl).eval()
-    dynamic = ({0: batch},) * len(spec.per_sample)
+    dynamic = ({0: batch},) * len(spec.batched)
     exported = torch.export.export(module, samples(2, 0), dynamic_shapes=(dynamic,))
     if impl == "native":
         assert f"pixnorm.{spec.name}_fwd" in exported.graph_module.code
@@ -369,11 +385,13 @@ def test_autocast(spec, impl, dtype):
     """After a convolution that autocast runs in half precision, float32 parameters: half output, as of batch norm."""
     tensors = spec.inputs(Case((2, 4, 5, 6), ""))
     conv = nn.Conv2d(3, 4, 3, padding=1)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable[1:]}
+    leaves = spec.leaves(tensors)
+    del leaves[spec.first]
     with torch.autocast(conv.weight.device.type, dtype=dtype):
-        x = conv(torch.randn(2, 3, 5, 6))
-        assert x.dtype == dtype
-        y = spec.function(x, **leaves, impl=impl)
+        activations = {spec.first: conv(torch.randn(2, 3, 5, 6))}
+        assert activations[spec.first].dtype == dtype
+        activations |= {name: leaves[name].to(dtype) for name in spec.activations[1:] if name in leaves}
+        y = spec.function(**(leaves | spec.constants(tensors) | activations), impl=impl)
     y.float().square().mean().backward()
     assert y.dtype == dtype
     assert all(leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all() for leaf in leaves.values())
@@ -402,15 +420,16 @@ def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype, threads)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 150, 131), (3, 5, 33, 40)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(spec, kernel, shape, layout, dtype, threads):
-    """Outside the library's GEMMs. A permutation as projection makes those exact, in whatever order they sum.
+    """Outside the GEMMs of oneDNN and MKL. A permutation as their weight makes those exact, in whatever order they sum.
 
-    What stays a true sum of the library's is left out.
+    Gradients that remain true sums of such a GEMM are left out.
     """
-    skip = [f"grad of {name}" for name in spec.library_sums]
+    skip = [f"grad of {name}" for name in spec.product_gradients]
     for options in spec.variants:
         tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
-        permutation = torch.eye(shape[1], dtype=dtype).roll(1, 0)
-        tensors[spec.weight_of_product] = permutation.view_as(tensors[spec.weight_of_product])
+        if spec.product_weight:
+            permutation = torch.eye(shape[1], dtype=dtype).roll(1, 0)
+            tensors[spec.product_weight] = permutation.view_as(tensors[spec.product_weight])
         threads(1)
         one = evaluate(spec, spec.call(kernel), tensors, options)
         for number in (2, 3):

@@ -25,7 +25,7 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 
 @pytest.fixture(autouse=True)
 def nothing_fell_back(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_fallbacks", {})
+    monkeypatch.setattr(_dispatch, "fallbacks", {})
 
 
 def leaves_of(spec, case, dtype=torch.float64, **options):
@@ -187,7 +187,7 @@ def test_modules_with_dynamic_sizes(which, training):
 def func_of(spec, impl, options):
     """The op as a function of what has a gradient, and those tensors."""
     tensors = spec.inputs(Case((2, 3, 3, 4), "", options), torch.float64)
-    rest = {name: tensors[name] for name in tensors if name not in spec.differentiable and name not in spec.buffers}
+    rest = spec.constants(tensors)
     rest |= {name: tensors[name] for name in spec.buffers} if options.get("training") is False else {}
 
     def function(*leaves):
@@ -338,10 +338,10 @@ def test_gradients_have_their_parameters_strides(spec, impl):
     """After ``.to(memory_format=torch.channels_last)`` DDP and fused optimisers ask for that."""
     tensors = spec.inputs(Case((2, 4, 5, 6), ""))
     for name, tensor in tensors.items():
-        if tensor.dim() == 4 and name not in spec.per_sample:
+        if tensor.dim() == 4 and name not in spec.batched:
             tensors[name] = tensor.to(memory_format=torch.channels_last)
     leaves = {name: t.requires_grad_(name in spec.differentiable) for name, t in tensors.items()}
-    wanted = [name for name in spec.differentiable if name not in spec.per_sample]
+    wanted = [name for name in spec.differentiable if name not in spec.batched]
     y = spec.function(**leaves, impl=impl)
     for name, grad in zip(wanted, torch.autograd.grad(y.sum(), [leaves[name] for name in wanted]), strict=True):
         assert grad.stride() == leaves[name].stride() or impl == "reference", name
@@ -356,7 +356,7 @@ def test_flops_are_those_of_the_reference(spec, kernel):
             with FlopCounterMode(display=False) as counter:
                 y = spec.function(**leaves, **options, impl=impl)
             counts.append(counter.get_total_flops())
-        assert counts[0] == counts[1] > 0
+        assert counts[0] == counts[1] and (counts[0] > 0 or not spec.product_weight)
         y = spec.function(**leaves, **options, impl=kernel)
         with FlopCounterMode(display=False) as counter:
             y.sum().backward()

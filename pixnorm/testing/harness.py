@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pixnorm import backends
-from pixnorm.ops._dispatch import triton_obstacle
+from pixnorm.ops._dispatch import has_kernels, native_devices, triton_obstacle
 
 # --- how close is close
 
@@ -161,12 +161,12 @@ class Case:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a call must move, each pass over a tensor counted once; the GEMMs' share stands apart."""
+    """Bytes that a call must move, each pass over a tensor counted once; ``*_gemm`` is the share of the GEMMs."""
 
     forward: int
     backward: int
-    forward_gemm: int
-    backward_gemm: int
+    forward_gemm: int = 0
+    backward_gemm: int = 0
 
 
 class Result(NamedTuple):
@@ -183,52 +183,64 @@ class Result(NamedTuple):
         yield from self.buffers.items()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class OpSpec:
     """All that tests and benchmarks need to know of one op.
+
+    Tensors that are named nowhere below but in ``make_inputs`` are constants: they are passed on as they are, and have
+    no gradient.
 
     Attributes:
         name: the op id.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
         make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name.
-        per_sample: names of the arguments that have a batch; of the first a case gives the shape.
-        differentiable: names of the arguments that have a gradient.
-        buffers: names of the arguments that a training call updates in place.
+        differentiable: names of the arguments that have a gradient, the first activation first.
         cases: the grid, each row with its reason.
-        traffic: ``(case, dtype)`` -> the two-pass floors in bytes.
+        traffic: ``(case, dtype)`` -> the bytes that a two-pass implementation must move.
+        kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl consists of, with
+            arguments that it can be called with.
+        activations: names of the 4D arguments that share a layout and a dtype; a case gives the shape of the first.
+        per_sample: names of the other arguments with a batch dimension (rows (N, C), class labels, label maps).
+        integers: names of the arguments of an integer dtype: never cast, never differentiated.
+        buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
         takes: ``(impl, case)`` -> whether the impl can run it.
-        kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl is made of, with
-            arguments that it can be called with.
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
-        inference: the keyword arguments of a call that is not training, if that is another one.
-        library_sums: arguments whose gradients are sums of the library's products, whose order is its own.
-        weight_of_product: the argument by which those products multiply.
-        float32_parameters: whether parameters may be float32 where x is not; autocast then changes nothing inside.
-        cuda_kernels: whether there are any in CUDA C++.
+        inference: the keyword arguments of a call that is not training, where it differs from one that is.
+        product_weight: the weight that cuBLAS or oneDNN multiplies by, where the native op contains such a product.
+        product_gradients: names of the arguments whose gradients such a product sums, in an order of its own.
+        float32_parameters: whether parameters may be float32 beside activations in half precision; autocast then
+            changes nothing inside.
     """
 
     name: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     make_inputs: Callable[[Case, torch.dtype, torch.dtype, torch.Generator], dict[str, Tensor]]
-    per_sample: tuple[str, ...]
     differentiable: tuple[str, ...]
-    buffers: tuple[str, ...]
     cases: tuple[Case, ...]
     traffic: Callable[[Case, torch.dtype], Traffic]
-    saved_bytes: Callable[[Case, torch.dtype], int]
-    takes: Callable[[str, Case], bool]
     kernel_calls: Callable[[str, dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
-    options: Mapping[str, tuple]
-    variants: tuple[Mapping[str, Any], ...]
-    inference: Mapping[str, Any]
-    library_sums: tuple[str, ...]
-    weight_of_product: str
-    float32_parameters: bool
-    cuda_kernels: bool
+    activations: tuple[str, ...] = ("x",)
+    per_sample: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
+    takes: Callable[[str, Case], bool] = lambda impl, case: True
+    options: Mapping[str, tuple] = field(default_factory=dict)
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    inference: Mapping[str, Any] = field(default_factory=dict)
+    product_weight: str | None = None
+    product_gradients: tuple[str, ...] = ()
+    float32_parameters: bool = False
+
+    def __post_init__(self):
+        assert self.differentiable[0] == self.first, f"{self.name}: {self.first} must be differentiable, and come first"
+        overlap = set(self.differentiable) & {*self.integers, *self.buffers} or set(self.integers) & set(self.buffers)
+        assert not overlap, f"{self.name}: {', '.join(sorted(overlap))} cannot be both"
+        assert self.product_weight or not self.product_gradients, f"{self.name}: gradients of which product?"
 
     def __str__(self) -> str:
         return self.name
@@ -243,15 +255,34 @@ class OpSpec:
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """The tensor arguments of a case, the same ones for the same seed everywhere; the first in the given layout.
+        """The tensor arguments of a case, the same ones for the same seed everywhere; activations in the given layout.
 
         The device is the default one (``torch.set_default_device``), if no other is given.
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = self.make_inputs(case, dtype, parameter_dtype or dtype, generator)
+        wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() == (name in self.integers)]
+        assert not wrong, f"{self.name}: integers of floating point, or the reverse: {', '.join(wrong)}"
         device = torch.get_default_device() if device is None else device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {self.first: LAYOUTS[layout](tensors[self.first])}
+        return tensors | {name: LAYOUTS[layout](tensors[name]) for name in self.activations}
+
+    def leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the given tensors that have a gradient, detached, as leaves of a graph; they keep their strides."""
+        return {name: tensors[name].detach().requires_grad_() for name in self.differentiable if name in tensors}
+
+    def constants(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the given tensors that have no gradient and that no call changes: integers among them."""
+        return {name: t for name, t in tensors.items() if name not in self.differentiable and name not in self.buffers}
+
+    def runs(self, impl: str, device: str | None = None) -> bool:
+        """Whether the op has kernels, built or not, for an impl and a device type (that of the default device)."""
+        return impl == "reference" or has_kernels(self.name, impl, device or torch.get_default_device().type)
+
+    @property
+    def cuda_kernels(self) -> bool:
+        """Whether there are kernels in CUDA C++."""
+        return "cuda" in native_devices[f"{self.name}_fwd"]
 
     def combinations(self) -> list[dict[str, Any]]:
         """All of ``options``."""
@@ -274,7 +305,12 @@ class OpSpec:
     @property
     def first(self) -> str:
         """The argument whose shape a case gives."""
-        return self.per_sample[0]
+        return self.activations[0]
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """All arguments with a batch dimension; the rest are a module's parameters, buffers and constants."""
+        return self.activations + self.per_sample
 
     def call(self, impl: str) -> Callable[..., Tensor]:
         """The public function with its impl bound."""
@@ -292,10 +328,9 @@ def evaluate(
 
     The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
-    given = [name for name in spec.differentiable if name in tensors]
-    leaves = {name: tensors[name].detach().requires_grad_() for name in given}
+    leaves = spec.leaves(tensors)
     buffers = {name: tensors[name].clone() for name in spec.buffers}
-    y = function(**leaves, **buffers, **options)
+    y = function(**leaves, **buffers, **spec.constants(tensors), **options)
     if grad_y is None:
         grad_y = random(y.shape, torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, list(leaves.values()), torch.empty_like(y).copy_(grad_y))
@@ -350,8 +385,11 @@ def check_against_eager(
 
 
 def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in float64 of the (already rounded) values."""
-    return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
+    """Copies in float64 of the (already rounded) values; integers stay integers."""
+    return {
+        name: tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from pixnorm.ops.common import slope_of
 from pixnorm.ops.spn import ops_of, spn_reference
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
-_SPN_PARAMETERS = (
+_PARAMETERS = (
     "mask_projection",
     "mask_weight",
     "mask_bias",
@@ -20,10 +20,10 @@ _SPN_PARAMETERS = (
     "beta_weight",
     "beta_weight_inv",
 )
-_SPN_BUFFERS = ("running_mean", "running_var", "mask_running_mean", "mask_running_var")
+_BUFFERS = ("running_mean", "running_var", "mask_running_mean", "mask_running_var")
 
 
-def _spn_inputs(
+def _inputs(
     case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Tensor]:
     channels = case.shape[1]
@@ -49,14 +49,14 @@ def _spn_inputs(
         "mask_weight": draw((masks,), 100.0 if case.values == "saturated" else 1.0),
         "mask_bias": draw((masks,)),
     }
-    tensors |= {name: draw(taps, 0.5) for name in _SPN_PARAMETERS[3:]}
-    for name in _SPN_BUFFERS:
+    tensors |= {name: draw(taps, 0.5) for name in _PARAMETERS[3:]}
+    for name in _BUFFERS:
         buffer = draw((masks if name.startswith("mask_") else channels,))
         tensors[name] = buffer.abs() + 0.5 if name.endswith("var") else buffer
     return tensors
 
 
-def _spn_traffic(case: Case, dtype: torch.dtype) -> Traffic:
+def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
     # In passes over x; y and its gradient are upsample^2 passes each.
     tensor_pass = dtype.itemsize * torch.Size(case.shape).numel()
     large = case.options.get("upsample", 1) ** 2
@@ -70,21 +70,21 @@ def _spn_traffic(case: Case, dtype: torch.dtype) -> Traffic:
     return Traffic(*(n * tensor_pass for n in passes))
 
 
-def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
     # p at the resolution of x, and four vectors of statistics.
     statistic = 8 if dtype == torch.float64 else 4
     return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
 
 
-def _spn_takes(impl: str, case: Case) -> bool:
+def _takes(impl: str, case: Case) -> bool:
     return impl != "native" or not case.sizes
 
 
-def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
+def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     forward, backward = ops_of(impl)
     training = options.get("training", True)
-    inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
-    given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
+    inputs = (tensors["x"], *(tensors[name] for name in _PARAMETERS))
+    given = (None,) * 4 if training else tuple(tensors[name] for name in _BUFFERS)
     slope = slope_of(options.get("activation"), options.get("negative_slope", 0.2))
     settings = options.get("eps", 1e-5), options.get("upsample", 1), slope, True
     yield forward, (*inputs, *given, *settings)
@@ -92,7 +92,7 @@ def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[st
     yield backward, (torch.ones_like(y), *inputs, *saved, *settings, training)
 
 
-def _spn_cases() -> tuple[Case, ...]:
+def _cases() -> tuple[Case, ...]:
     shapes = {
         (2, 3, 5, 7): "odd everywhere: remainders on every side",
         (5, 2, 1, 1): "one-pixel planes: only the middle tap is inside (of two, the gradient would be mere rounding)",
@@ -156,20 +156,18 @@ SPN = OpSpec(
     name="spn",
     function=spn,
     reference=spn_reference,
-    make_inputs=_spn_inputs,
-    per_sample=("x",),
-    differentiable=("x", *_SPN_PARAMETERS),
-    buffers=_SPN_BUFFERS,
-    cases=_spn_cases(),
-    traffic=_spn_traffic,
-    saved_bytes=_spn_saved_bytes,
-    takes=_spn_takes,
-    kernel_calls=_spn_kernel_calls,
+    make_inputs=_inputs,
+    differentiable=("x", *_PARAMETERS),
+    buffers=_BUFFERS,
+    cases=_cases(),
+    traffic=_traffic,
+    saved_bytes=_saved_bytes,
+    takes=_takes,
+    kernel_calls=_kernel_calls,
     options={"training": (True, False), "upsample": (1, 2), "activation": (None, "leaky_relu")},
     variants=({}, {"upsample": 2, "activation": "relu"}),
     inference={"training": False},
-    library_sums=("mask_projection",),
-    weight_of_product="mask_projection",
+    product_weight="mask_projection",
+    product_gradients=("mask_projection",),
     float32_parameters=True,
-    cuda_kernels=True,
 )

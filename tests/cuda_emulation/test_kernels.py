@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate, in_double
 
 from . import emulated, set_seed
 from .build import environment
@@ -35,7 +35,7 @@ def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
 def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
     """What a GPU would round, the emulated cuBLAS does: so this sees what it was asked for."""
     tensors = spec.inputs(Case((2, 16, 8, 8), ""))
-    exact = spec.reference(**{name: tensor.double() for name, tensor in tensors.items()})
+    exact = spec.reference(**in_double(tensors))
     errors = {}
     with emulated():
         for allowed in (False, True):
