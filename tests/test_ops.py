@@ -1,4 +1,4 @@
-"""Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
+"""Every OpSpec x every check. Mathematical properties of single ops are in test_properties.py and test_<op>.py."""
 
 import importlib
 from functools import partial
@@ -21,7 +21,7 @@ from pixnorm.testing import (
     without_kink,
 )
 
-# Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
+# One test checks that the number of threads does not change the bits, so the others run with one.
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def assert_same_bits(first, second, skip=()):
 
 
 def layout_of(tensor):
-    """The strides that say something: a dimension of size 1 has none."""
+    """The strides that matter: those of dimensions larger than 1."""
     return [(dim, stride) for dim, stride in enumerate(tensor.stride()) if tensor.shape[dim] > 1]
 
 
@@ -64,15 +64,15 @@ def test_every_remainder(spec, variant, kernel, layout):
 @pytest.mark.emulated(runs=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_more_than_the_cache_holds(spec, variant, kernel, dtype):
-    """Tensors above 1 MB are worked on a few samples at a time; here four, and the one that is left."""
+    """Tensors above 1 MB are processed a few samples at a time: here four, and a remainder of one."""
     case = Case((5, 16, 60, 64), "1.2 MB in float32", variant)
     for layout in DENSE_LAYOUTS:
-        # Plain PyTorch takes seconds over this in channels_last, and only there.
+        # Plain PyTorch takes seconds for this in channels_last.
         check_against_eager(spec, kernel, case, dtype, layout=layout, eager_layouts=("contiguous",))
 
 
 def test_the_specification_is_reachable(spec, impl):
-    """The public function gives each impl all arguments: in float64 there is nothing left to tolerate."""
+    """The public function passes all arguments to each impl: in float64 the results agree closely."""
     for case in spec.cases:
         if not spec.takes(impl, case):
             continue
@@ -131,7 +131,7 @@ def test_other_strides_are_the_same_call(spec, kernel):
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_the_first_activation_decides_the_layout(spec, kernel, layout):
-    """The others may have any, and only their values count."""
+    """The others may have any layout; only their values matter."""
     dense = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=layout)
     expected = evaluate(spec, spec.call(kernel), dense, {})
     for name in spec.activations[1:]:
@@ -143,7 +143,7 @@ def test_the_first_activation_decides_the_layout(spec, kernel, layout):
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_layout_of_the_incoming_gradient(spec, variant, kernel, layout):
-    """Whatever its strides, only the values of the gradient count; .sum() gives one of stride 0."""
+    """Only the values of the gradient matter, not its strides; .sum() gives one of stride 0."""
     tensors = spec.inputs(Case((2, 16, 4, 6), "strides"), layout=layout)
     leaves = spec.leaves(tensors)
     y = spec.function(**leaves, **spec.constants(tensors), **variant, impl=kernel)
@@ -162,7 +162,7 @@ def test_layout_of_the_incoming_gradient(spec, variant, kernel, layout):
 
 
 def test_layout_of_the_parameters(spec, kernel):
-    """Weights of a model in channels_last, and slices of larger tensors, are the same weights."""
+    """Weights in channels_last, and slices of larger tensors, give the same bits."""
 
     def strided(tensor):
         if tensor.dim() == 4:
@@ -180,12 +180,12 @@ def test_layout_of_the_parameters(spec, kernel):
 
 
 def test_gradcheck(spec, options, kernel):
-    """Numerical derivatives of the kernel's forward, in float64, against its backward; and those of the gradients."""
+    """The kernel's backward against numerical derivatives of its forward, in float64; and double backward."""
     case = Case((2, 2, 3, 2), "small enough for finite differences", options)
     for seed in range(100):
         tensors = spec.inputs(case, torch.float64, layout=DENSE_LAYOUTS[seed % 2], seed=seed)
         without = spec.reference(**in_double(tensors), **without_kink(options))
-        if without.abs().min() > 1e-3:  # no ReLU within reach of a finite difference
+        if without.abs().min() > 1e-3:  # no kink within a finite difference
             break
     else:
         pytest.fail("every seed has an output next to the kink")
@@ -203,7 +203,7 @@ def test_gradcheck(spec, options, kernel):
 
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
 def test_double_backward_sees_the_same_gradients(spec, variant, kernel, dtype, parameter_dtype):
-    """Gradients that are themselves differentiated (by another code path) equal those that are not."""
+    """Gradients computed for double backward (another code path) equal the plain ones."""
     for options in [variant, variant | spec.inference] if spec.inference else [variant]:
         check_double_backward(spec, kernel, Case((3, 4, 5, 6), "", options), dtype, parameter_dtype)
 
@@ -212,7 +212,7 @@ def check_double_backward(spec, kernel, case, dtype, parameter_dtype):
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
     leaves = spec.leaves(tensors)
     y = spec.function(**(tensors | leaves), **case.options, impl=kernel)
-    grad_y = torch.randn_like(y).requires_grad_()  # on which alone the gradient of a shift may depend
+    grad_y = torch.randn_like(y).requires_grad_()  # the gradient of a shift may depend on nothing else
     plain, differentiable = (
         torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True, create_graph=create)
         for create in (False, True)
@@ -236,7 +236,7 @@ def test_any_subset_of_the_inputs_may_need_a_gradient(spec, impl):
 
 
 def test_one_tensor_in_two_places(spec, impl):
-    """A tensor given as two arguments receives the sum of their gradients, once."""
+    """A tensor passed as two arguments gets the sum of their gradients, once."""
     tensors = spec.inputs(Case((3, 3, 4, 5), ""), torch.float64)
     pairs = combinations(reversed(spec.differentiable), 2)
     first, second = next((pair for pair in pairs if len({tensors[name].shape for name in pair}) == 1), (None, None))
@@ -262,7 +262,7 @@ def test_no_grad_is_the_same_forward(spec, kernel):
     assert torch.equal(with_grad, without)
 
 
-# --- the compiler, and what wraps a call
+# --- torch.compile, export, autocast
 
 
 def kernel_arguments(spec, kernel):
@@ -270,7 +270,7 @@ def kernel_arguments(spec, kernel):
         for options in [*spec.variants, spec.inference]:
             case = Case((2, 3, 4, 5), "", options)
             yield from spec.kernel_calls(kernel, spec.inputs(case, layout=layout), options)
-    # The one dtype that differs between outputs is that of the statistics.
+    # Only the statistics have another dtype than the other outputs.
     case = Case((2, 3, 4, 5), "", spec.variants[-1])
     tensors = spec.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="sliced")
     yield from spec.kernel_calls(kernel, tensors, case.options)
@@ -278,7 +278,7 @@ def kernel_arguments(spec, kernel):
 
 
 def test_opcheck(spec, kernel):
-    """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
+    """The kernels match their schemas, and the shapes, dtypes and strides of their fakes."""
     for op, args in kernel_arguments(spec, kernel):
         torch.library.opcheck(op, args)
 
@@ -291,14 +291,14 @@ def test_compile(spec, impl, layout):
     compiled = torch.compile(spec.call(impl), fullgraph=True, backend="aot_eager", dynamic=True)
     check_compiled(spec, impl, compiled, spec.inputs(Case((2, 3, 4, 5), "", options), layout=layout), options)
     with torch.compiler.set_stance("fail_on_recompile"):
-        # Divisible by the same powers of two: by these Triton's kernels differ.
+        # Divisible by the same powers of two, on which Triton specialises its kernels.
         tensors = spec.inputs(Case((3, 3, 12, 7), "", options), layout=layout)
         check_compiled(spec, impl, compiled, tensors, options)
 
 
 @pytest.fixture
 def convolution_precision():
-    """``torch.backends.cudnn.conv``, put back afterwards."""
+    """``torch.backends.cudnn.conv``, restored afterwards."""
     before = torch.backends.cudnn.conv.fp32_precision
     yield torch.backends.cudnn.conv
     torch.backends.cudnn.conv.fp32_precision = before
@@ -307,7 +307,7 @@ def convolution_precision():
 @pytest.mark.products
 @pytest.mark.emulated(runs=False)
 def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_precision):
-    """That of convolutions, by its older name (a change compiles again) and by its newer one."""
+    """The flag of convolutions, by its older name (a change recompiles) and by its newer one."""
     torch.compiler.reset()
     tensors, allowed = spec.inputs(Case((2, 3, 4, 5), "")), []
 
@@ -330,7 +330,7 @@ def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_preci
 
 @pytest.mark.emulated(runs=False)
 def test_compile_to_machine_code(spec, kernel):
-    """What Inductor makes of the op and of the code around it, in training and in inference."""
+    """Inductor's code for the op and its surroundings, in training and in inference."""
     torch.compiler.reset()
     compiled = torch.compile(spec.call(kernel), fullgraph=True)
     for options, layout in [({}, "contiguous"), (spec.variants[-1] | spec.inference, "channels_last")]:
@@ -382,7 +382,7 @@ def test_export(spec, variant, impl, layout):
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_autocast(spec, impl, dtype):
-    """After a convolution that autocast runs in half precision, float32 parameters: half output, as of batch norm."""
+    """After a convolution under autocast, with float32 parameters: half-precision output, as for batch norm."""
     tensors = spec.inputs(Case((2, 4, 5, 6), ""))
     conv = nn.Conv2d(3, 4, 3, padding=1)
     leaves = spec.leaves(tensors)
@@ -443,7 +443,7 @@ def test_any_number_of_threads_gives_the_same_bits(spec, kernel, shape, layout, 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_empty_batch(spec, variant, impl, layout):
-    """Empty output, gradients of zero, buffers as they were."""
+    """Empty output, zero gradients, unchanged buffers."""
     for options in [variant, variant | spec.inference]:
         tensors = spec.inputs(Case((0, 3, 5, 7), "", options), layout=layout)
         result = evaluate(spec, spec.call(impl), tensors, options)
@@ -453,11 +453,11 @@ def test_empty_batch(spec, variant, impl, layout):
         assert all(torch.equal(buffer, tensors[name]) for name, buffer in result.buffers.items())
 
 
-# --- vector code for other machines
+# --- vector code for older CPUs
 
 
 def lesser_capabilities():
-    """Those below the one that this machine runs all other tests with."""
+    """The capabilities below this machine's own."""
     if "native" not in available_impls("cpu"):
         return ()
     names = ("baseline", "avx2", "avx512")
@@ -485,5 +485,5 @@ CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or 
     ],
 )
 def test_cpu_capability(capability, beside):
-    """The core checks again with the vector code that a lesser machine would run."""
+    """The core checks with the vector code of an older CPU."""
     assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]

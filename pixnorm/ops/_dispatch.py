@@ -2,7 +2,7 @@
 
 The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native``, ``triton`` and ``auto``.
 Compiled kernels register themselves with the schemas defined here when their extension is imported, so the package
-imports, traces and runs (on the reference) without any of them. Triton is imported when it is first asked for.
+imports, traces and runs (on the reference) without them. Triton is imported on first use.
 """
 
 import importlib
@@ -71,7 +71,7 @@ def define_op(
 
 
 def _register_flops() -> None:
-    """Tell the counter of PyTorch; both of what is native and of what is in Triton."""
+    """Register the formulas with PyTorch's counter, for the native and the Triton ops."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if importlib.util.find_spec("triton") is not None:
@@ -83,7 +83,7 @@ def _register_flops() -> None:
 
 
 def load_extensions() -> None:
-    """Import the compiled kernels that are there; remember why for those that are not. Triton's are not imported."""
+    """Import the compiled kernels that exist; record why for those that do not. Triton's are not imported here."""
     _find_kernels_of_a_clone()
     for device, (module, remedy) in EXTENSIONS.items():
         try:
@@ -131,7 +131,7 @@ triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> why
 
 @constant_in_graphs
 def triton_obstacle(device_type: str, index: int | None = None) -> str | None:
-    """Why Triton kernels cannot run on a device; None where they can, and then they are imported and registered."""
+    """Why Triton kernels cannot run on a device; None if they can, and then they are imported and registered."""
     if (device_type, index) not in triton_obstacles:
         triton_obstacles[device_type, index] = find_triton_obstacle(device_type, index)
     return triton_obstacles[device_type, index]
@@ -140,7 +140,7 @@ def triton_obstacle(device_type: str, index: int | None = None) -> str | None:
 def find_triton_obstacle(device_type: str, index: int | None) -> str | None:
     try:
         import triton
-    except Exception as error:  # a library that it loads may be missing, or be another one
+    except Exception as error:  # a shared library that it loads may be missing or incompatible
         return f"Triton is not there ({error}); `pip install triton`, or a PyTorch for GPUs, which brings it"
     if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST_TRITON:
         wanted = ".".join(map(str, _OLDEST_TRITON))
@@ -155,7 +155,7 @@ def find_triton_obstacle(device_type: str, index: int | None) -> str | None:
     if device_type in ("cuda", "xpu"):
         try:
             triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # it compiles a part of itself in C, when it is first used on a machine
+        except Exception as error:  # on first use on a machine it compiles a part of itself in C
             return f"Triton does not start here ({error}); it needs the GPU's driver and a C compiler"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(index)
@@ -167,7 +167,7 @@ def find_triton_obstacle(device_type: str, index: int | None) -> str | None:
 
 
 def _find_kernels_of_a_clone() -> None:
-    """In a clone that is not installed, the folder of pixnorm.triton_kernels lies beside that of pixnorm."""
+    """In a clone that is not installed, pixnorm.triton_kernels is a folder next to pixnorm."""
     name = "pixnorm.triton_kernels"
     folder = Path(__file__).parents[2] / "triton_kernels"
     if importlib.util.find_spec(name) is None and folder.is_dir():
@@ -187,9 +187,9 @@ def choose(
 ) -> str:
     """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
 
-    A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run, on
-    the CPU the native one alone. Where there is none it falls back to the reference, warns once per op and reason, and
-    tells ``backends()``.
+    A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run; on
+    the CPU only native is considered. If none can, it falls back to the reference, warns once per op and reason, and
+    ``backends()`` repeats the reason.
 
     Args:
         op: the op id.
@@ -199,7 +199,7 @@ def choose(
             can).
         preferred: ``"native"`` or ``"triton"``, where both can run.
     """
-    if impl not in IMPLS:  # (checks.py would be a circle)
+    if impl not in IMPLS:  # importing checks.py here would be circular
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "reference":
         return impl
@@ -214,7 +214,7 @@ def choose(
     for candidate in candidates:
         refusal = refusals.get(candidate)
         if watched is not None:
-            obstacle = f"{watched}, and sees into PyTorch's own operations alone; impl='reference' is made of those"
+            obstacle = f"{watched}, and supports PyTorch's own operations only; impl='reference' consists of those"
         elif candidate == "native":
             obstacle = native_obstacle(op, device, refusal)
         elif not has_kernels(op, candidate, device.type):
@@ -238,7 +238,7 @@ def _triton_version() -> str:
 
 
 def backends() -> dict[str, str]:
-    """What can run here and, for the rest, why not: ``{"reference": ..., "native (cpu)": ..., "triton": ..., ...}``.
+    """The available backends, and why the others are not: ``{"reference": ..., "native (cpu)": ..., "triton": ...}``.
 
     After ``auto`` has fallen back to the reference for an op, an entry ``"auto: <op>"`` repeats the reason.
     """

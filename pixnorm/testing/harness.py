@@ -1,4 +1,4 @@
-"""What tests and benchmarks know of each op: arguments, the shapes that matter, traffic, and how close is close.
+"""Descriptions of the ops for tests and benchmarks: arguments, shapes, traffic, and tolerances.
 
 A new op is one more :class:`OpSpec`; a new backend is one more name from :func:`available_impls`. Every check of
 ``tests/test_ops.py`` and every row of the benchmarks is made from these.
@@ -18,25 +18,25 @@ from torch import Tensor
 from pixnorm import backends
 from pixnorm.ops._dispatch import has_kernels, native_devices, triton_obstacle
 
-# --- how close is close
+# --- tolerances
 
-# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below
-# so many units in the last place of the largest value always passes: in half precision one or two roundings, in float32
-# a few. float64 is its own yardstick: what shows there is any step that was taken in float32.
+# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64. An error below
+# TOLERANCES, in ulps of the largest value, always passes: one or two roundings in half precision, a few in float32.
+# float64 is compared with itself: that detects any step computed in float32.
 FACTOR = 2.0
 TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:
-    """The error of ``actual`` as a multiple of what is allowed: 1 or less is as close as plain PyTorch.
+    """The error of ``actual`` as a multiple of the tolerance: 1 or less is as accurate as plain PyTorch.
 
-    Errors are the largest absolute ones over the tensor; NaN in ``actual`` counts as infinite.
+    Errors are maximum absolute errors; NaN in ``actual`` counts as infinite.
 
     Args:
         actual: the result under test.
-        eager: the same in plain PyTorch, from the same inputs in the same dtype, once or oftener; the worst counts.
+        eager: results of plain PyTorch, from the same inputs in the same dtype; the worst counts.
         exact: the same in float64, from the same (already rounded) inputs.
-        dtype: that of the activations, in whose units ``TOLERANCES`` is.
+        dtype: of the activations, the key of ``TOLERANCES``.
     """
     if exact.numel() == 0:
         return 0.0
@@ -51,14 +51,14 @@ def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.
 def assert_close_as_eager(
     draw: Callable[[int], Iterable[tuple[str, Tensor, Sequence[Tensor], Tensor]]], dtype: torch.dtype
 ) -> None:
-    """Assert that results are about as close to float64 as those of plain PyTorch in the same dtype.
+    """Assert that results are about as accurate as those of plain PyTorch in the same dtype.
 
-    Rounding errors of a tensor of one number, or three, differ by more than ``FACTOR`` now and then by luck. So where
-    the first draw is too far off, the median over several decides. What is wrong is wrong in all of them, and by far.
+    Rounding errors of a tensor of very few elements can differ by more than ``FACTOR`` by chance. So if the first draw
+    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far.
 
     Args:
         draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
-        dtype: that of the activations.
+        dtype: of the activations.
     """
     seen: dict[str, list[float]] = {}
     for seed in range(9):
@@ -111,7 +111,7 @@ def _misaligned_channels_last(x: Tensor) -> Tensor:
     return x.new_full((x.numel() + 1,), torch.nan)[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
 
 
-# Each gives x's values other strides (`expanded` also repeats the first sample); what lies between them is NaN.
+# Each gives x's values other strides (`expanded` also repeats the first sample); the gaps are NaN.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -123,9 +123,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "misaligned": _misaligned,
     "misaligned_channels_last": _misaligned_channels_last,
 }
-# The layouts that an op takes, and gives back, without a copy.
+# The layouts that an op accepts and returns without a copy.
 DENSE_LAYOUTS = ("contiguous", "channels_last")
-# dtype of the activations, dtype of the parameters; what is used most comes first
+# (dtype of the activations, dtype of the parameters), most used first
 DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -138,14 +138,14 @@ DTYPES = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call, and the code path that it is there for.
+    """One call, and the code path that it covers.
 
     Attributes:
         shape: that of x.
         why: the code path.
         options: keyword arguments of the op.
-        values: which kind of numbers ``make_inputs`` draws.
-        sizes: of parameters, where they are not the usual ones; not every impl may take them.
+        values: the kind of numbers that ``make_inputs`` draws.
+        sizes: of parameters, if not the usual ones; not every impl may support them.
     """
 
     shape: tuple[int, ...]
@@ -170,7 +170,7 @@ class Traffic(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one evaluation leaves: the output, the gradients by argument, the buffers after the call."""
+    """The output, the gradients by argument, and the buffers after the call."""
 
     y: Tensor
     grads: dict[str, Tensor]
@@ -185,10 +185,9 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OpSpec:
-    """All that tests and benchmarks need to know of one op.
+    """The description of one op for tests and benchmarks.
 
-    Tensors that are named nowhere below but in ``make_inputs`` are constants: they are passed on as they are, and have
-    no gradient.
+    Tensors of ``make_inputs`` that no other attribute names are constants: passed through unchanged, without gradient.
 
     Attributes:
         name: the op id.
@@ -294,10 +293,10 @@ class OpSpec:
         return tuple(pair for pair in DTYPES if self.float32_parameters or pair[0] == pair[1])
 
     def in_rotation(self, case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str) -> bool:
-        """Whether these are the dtypes and the layout that a case has where it can have only one of each.
+        """Whether a case runs with these dtypes and this layout if it runs with only one combination.
 
-        Where kernels are compiled for seconds. Neighbours (without and with upsampling, say) have the same, the next
-        pair has the next, so that each code path meets each of them.
+        For kernels that take seconds to compile. Each pair of neighbouring cases (without and with upsampling, say) has
+        the next combination, so that similar code paths see different ones.
         """
         choices = list(product(self.dtypes, DENSE_LAYOUTS))
         return choices[self.cases.index(case) // 2 % len(choices)] == ((dtype, parameter_dtype), layout)
@@ -324,7 +323,7 @@ def evaluate(
     options: Mapping[str, Any],
     grad_y: Tensor | None = None,
 ) -> Result:
-    """Run a function forward and backward on copies of the buffers; the other tensors keep their strides.
+    """Run a function forward and backward, with copies of the buffers; the other tensors keep their strides.
 
     The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
@@ -338,7 +337,7 @@ def evaluate(
 
 
 def without_kink(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what makes the output's derivative jump."""
+    """The options without an activation, whose derivative jumps."""
     return {key: value for key, value in options.items() if key != "activation"}
 
 
@@ -353,7 +352,7 @@ def _yardsticks(
     y = spec.reference(**in_double(eager_inputs[0]), **without_kink(case.options))
     grad_y = random(y.shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
     if case.options.get("activation") and y.numel():
-        # No gradient so near the kink that rounding decides whether there is one.
+        # Zero near the kink, where rounding would decide the derivative.
         grad_y[y.abs() <= 0.1 * y.std()] = 0
     eager = [evaluate(spec, spec.reference, tensors, case.options, grad_y) for tensors in eager_inputs]
     exact = evaluate(spec, spec.reference, in_double(eager_inputs[0]), case.options, grad_y)
@@ -369,8 +368,8 @@ def check_against_eager(
     layout: str = "contiguous",
     eager_layouts: tuple[str, ...] = DENSE_LAYOUTS,
 ) -> None:
-    """Assert that output, gradients and buffers are as close to float64 as those of plain PyTorch, in these layouts."""
-    if layout == "expanded":  # of all layouts the one with other values
+    """Assert that output, gradients and buffers are as accurate as those of plain PyTorch, in these layouts."""
+    if layout == "expanded":  # the only layout with other values
         eager_layouts = ("expanded",)
 
     def draw(seed: int) -> Iterator[tuple[str, Tensor, list[Tensor], Tensor]]:
@@ -393,13 +392,13 @@ def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers in float64 on the default device; drawn on the CPU, so that they are the same ones everywhere."""
+    """Normal float64 numbers on the default device, drawn on the CPU so that they are the same everywhere."""
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(torch.get_default_device())
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """What autograd keeps alive for the backward of a function, beyond its inputs."""
+    """Bytes that autograd saves for the backward of a function, beyond its inputs."""
     own = {t.untyped_storage().data_ptr() for t in inputs}
     kept: dict[int, int] = {}
 
@@ -415,7 +414,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
 
 
 def available_impls(device: str | None = None) -> list[str]:
-    """The impls that can run here on a device (the default one), the reference first."""
+    """The impls that can run here on a device (default: the default device), the reference first."""
     device = device or torch.get_default_device().type
     native = backends().get(f"native ({device})", "").startswith("available")
     return ["reference", *(["native"] if native else []), *([] if triton_obstacle(device) else ["triton"])]
