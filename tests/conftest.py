@@ -87,7 +87,8 @@ def pytest_collection_modifyitems(config, items):
         impl, spec = asked.get("kernel", asked.get("impl")), asked.get("spec")
         if impl and spec and "case" in asked and not spec.takes(_named(impl), asked["case"]):
             return False
-        if impl and spec and not (spec.cuda_kernels if impl == EMULATED else spec.runs(impl, device)):
+        tested = [spec] if spec else getattr(item.module, "SPECS", ())
+        if impl and tested and not any(s.cuda_kernels if impl == EMULATED else s.runs(impl, device) for s in tested):
             return False
         if item.get_closest_marker("products") and spec and not spec.product_weight:
             return False
