@@ -55,7 +55,7 @@ def check_device(name: str, tensor: Tensor, x: Tensor, what: str = "x") -> None:
 
 
 def check_parameter_dtype(dtype: torch.dtype, x: Tensor) -> None:
-    """Parameters have x's dtype, or float32 beside input in half precision."""
+    """Parameters have x's dtype, or float32 with input in half precision."""
     if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {dtype}")
 
@@ -65,7 +65,7 @@ def check_running_statistics(
 ) -> None:
     """Each mean comes with its variance, both are given in inference, and shape, device and dtype fit.
 
-    They have one dtype: the parameters', or float32 beside parameters in half precision (FSDP, Apex O2).
+    They have one dtype: the parameters', or float32 with parameters in half precision (FSDP, Apex O2).
 
     Args:
         buffers: (name, buffer or None, shape), means and variances alternating.
@@ -80,7 +80,7 @@ def check_running_statistics(
         check_device(name, buffer, x)
         if buffer.dtype != parameter_dtype and not (buffer.dtype == torch.float32 and parameter_dtype in HALF):
             raise TypeError(
-                "expected running statistics of the parameters' dtype, or float32 beside parameters in half precision, "
+                "expected running statistics of the parameters' dtype, or float32 with parameters in half precision, "
                 f"got {parameter_dtype} and, for {name}, {buffer.dtype}"
             )
     for (mean, of_mean, _), (var, of_var, _) in zip(buffers[::2], buffers[1::2], strict=True):

@@ -74,7 +74,7 @@ def spn_reference(
     channels, k = gamma_weight.shape[0], gamma_weight.shape[-1]
 
     p = F.conv2d(x, mask_projection.to(x.dtype))
-    if mask_running_mean is not None:  # which may be float32 beside half precision
+    if mask_running_mean is not None:  # may be float32 beside half-precision parameters
         mask_weight, mask_bias = (t.to(mask_running_mean.dtype) for t in (mask_weight, mask_bias))
     q = F.batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
     m = torch.sigmoid(q)
@@ -243,7 +243,7 @@ def spn(
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
 
     Parameters have x's dtype, or float32 where x is float16 or bfloat16; running statistics that of the parameters, or
-    float32 beside parameters in half precision. The statistics of a batch are float32 for those (float64 for float64).
+    float32 with parameters in half precision. The statistics of a batch are float32 for those (float64 for float64).
     As with batch norm, autocast has no effect: x's dtype decides. Double backward works in eager mode (through the
     reference); ``torch.compile`` cannot differentiate twice.
 

@@ -210,7 +210,7 @@ class OpSpec:
         inference: the keyword arguments of a call that is not training, where it differs from one that is.
         product_weight: the weight that cuBLAS or oneDNN multiplies by, where the native op contains such a product.
         product_gradients: names of the arguments whose gradients such a product sums, in an order of its own.
-        float32_parameters: whether parameters may be float32 beside activations in half precision; autocast then
+        float32_parameters: whether parameters may be float32 with activations in half precision; autocast then
             changes nothing inside.
     """
 
