@@ -1,8 +1,8 @@
 """Builds the compiled kernels; the metadata is in pyproject.toml.
 
-Without a compiler, or without torch in the build environment, pixnorm installs all the same and runs on its reference.
-PIXNORM_BUILD=1 makes that an error; PIXNORM_BUILD=0 does not try to build. The CUDA kernels are built where nvcc and a
-CUDA build of torch are, for all GPUs from Ampere on, or for those that TORCH_CUDA_ARCH_LIST names.
+Without a compiler, or without torch in the build environment, pixnorm still installs, and runs on its reference.
+PIXNORM_BUILD=1 makes that an error; PIXNORM_BUILD=0 skips the build. The CUDA kernels need nvcc and a CUDA build of
+torch, and are built for all GPUs from Ampere on, or for those in TORCH_CUDA_ARCH_LIST.
 """
 
 import os
@@ -28,7 +28,7 @@ def go_without(reason: str) -> None:
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing if it is not there or fails."""
+    """The output of a command; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -37,9 +37,9 @@ def output(*command: str) -> str:
 
 
 def find_cuda_toolkit() -> tuple[str | None, list[str]]:
-    """The folder of a CUDA toolkit, and all that were tried. What the environment names is not doubted.
+    """The folder of a CUDA toolkit (None if there is none), and all that were tried. CUDA_HOME is the only one if set.
 
-    An nvcc on the path may be a script or a link outside the toolkit, so it is asked where it is.
+    An nvcc on the path may be a script or a link outside the toolkit, so nvcc itself is asked for its folder.
     """
     folders = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")]
     if not folders[0]:
@@ -58,7 +58,7 @@ def find_cuda_toolkit() -> tuple[str | None, list[str]]:
 
 
 def cuda_extensions(toolkit: str | None, tried: list[str]) -> list:
-    """The extension of the CUDA kernels, or none, and a line that says why."""
+    """The extension of the CUDA kernels; or none, with the reason on stderr."""
     import torch
     from torch.utils.cpp_extension import CUDAExtension
 
@@ -66,7 +66,7 @@ def cuda_extensions(toolkit: str | None, tried: list[str]) -> list:
     version = re.search(r"release (\d+)\.", output(nvcc, "--version"))
     obstacle = None
     if torch.version.cuda is None:
-        obstacle = "this torch has no CUDA"
+        obstacle = "this torch is built without CUDA"
     elif toolkit is None:
         obstacle = (
             "no CUDA toolkit, a folder with include/cuda_runtime_api.h and libcudart.so, was found in "
@@ -75,7 +75,7 @@ def cuda_extensions(toolkit: str | None, tried: list[str]) -> list:
     elif version is None:
         obstacle = f"there is no nvcc in {toolkit}"
     elif version[1] != torch.version.cuda.partition(".")[0]:
-        obstacle = f"the toolkit in {toolkit} is of CUDA {version[1]}, torch of CUDA {torch.version.cuda}"
+        obstacle = f"the toolkit in {toolkit} is CUDA {version[1]}, torch is built for CUDA {torch.version.cuda}"
     if obstacle:
         print(f"pixnorm: no CUDA kernels: {obstacle}", file=sys.stderr)
         return []
@@ -118,10 +118,10 @@ def extensions() -> dict:
             inplace = self.inplace
             try:
                 super().run()
-            except Exception as error:  # of what is looked at before, such as whether nvcc takes this compiler
+            except Exception as error:  # of the checks before compiling, such as whether nvcc supports the compiler
                 *self.extensions, failed = self.extensions
                 go_without(f"compiling {failed.name} failed ({error})")
-                self.inplace = inplace  # setuptools has changed it on the way
+                self.inplace = inplace  # changed by setuptools during the run
                 self.run()
 
         def build_extension(self, extension) -> None:
@@ -129,7 +129,7 @@ def extensions() -> dict:
                 super().build_extension(extension)
             except Exception as error:
                 go_without(f"compiling {extension.name} failed ({error})")
-                # Else setuptools looks for the file that was not made.
+                # Otherwise setuptools looks for the missing file.
                 self.extensions = [other for other in self.extensions if other is not extension]
 
     kernels = CppExtension(

@@ -1,7 +1,7 @@
-"""The versions of Python, PyTorch and Triton that pixnorm claims to work with, from end to end.
+"""The oldest and the newest supported versions of Python, PyTorch and Triton.
 
-``python -m compat`` (`make compat`) tries both ends and leaves ``compat/result.json``; `make test` warns where that is
-of other sources than these. Other tools build on a stack, as the GPU's bundle does on the oldest one.
+``python -m compat`` (`make compat`) tests both and writes ``compat/result.json``; `make test` warns if that is from
+other sources. Other tools build on a stack: the GPU bundle uses the oldest.
 """
 
 from compat.stacks import OLDEST, RESULT, STACKS, Stack, fingerprint, staleness

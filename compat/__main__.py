@@ -1,6 +1,6 @@
-"""``python -m compat``: install, build and test at both ends of what pixnorm claims to work with.
+"""``python -m compat``: install, build and test with the oldest and the newest supported versions.
 
-Each stack has a folder in build/compat. It takes two or three GB of downloads and the time of two runs of the tests.
+Each stack has a folder in build/compat. This downloads two or three GB, and runs the tests twice.
 """
 
 import argparse
@@ -37,7 +37,7 @@ assert not torch.version.cuda or pixnorm.backends()["native (cuda)"].startswith(
 
 
 def test(stack: Stack, arguments: list[str]) -> dict:
-    """What the tests say: versions, counts, the names of those that failed, the reasons of those skipped."""
+    """Run the tests: versions, counts, names of failures, reasons of skips."""
     report, started = FOLDER / stack.name / "tests.xml", monotonic()
     report.unlink(missing_ok=True)
     stack.run("-m", "pytest", "tests", "-q", "--tb=short", f"--junit-xml={report}", *arguments, check=False)
@@ -55,7 +55,7 @@ def test(stack: Stack, arguments: list[str]) -> dict:
 
 
 def exchange(builder: Stack, user: Stack) -> str:
-    """Whether what one stack has built runs on the other: ``"works"``, or ``"fails"``."""
+    """Whether the build of one stack runs on the other: ``"works"``, or ``"fails"``."""
     folder = FOLDER / "exchanged"
     shutil.rmtree(folder, ignore_errors=True)
     for package in ("pixnorm", "triton_kernels"):
@@ -66,13 +66,13 @@ def exchange(builder: Stack, user: Stack) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to look at first")
-    parser.add_argument("--only", choices=[stack.name for stack in STACKS], help="one stack, and no result is written")
-    parser.add_argument("pytest", nargs="*", help="what pytest is given; with it no result is written")
+    parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to try first")
+    parser.add_argument("--only", choices=[stack.name for stack in STACKS], help="test one stack, write no result")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest; with any, write no result")
     arguments = parser.parse_args()
 
     stacks = [stack for stack in STACKS if arguments.only in (None, stack.name)]
-    for stack in stacks:  # first, and together: work on the sources may go on
+    for stack in stacks:  # first, so that the sources may change afterwards
         stack.copy_sources()
     for stack in stacks:
         print(f"=== {stack.name}: Python {stack.python}, {', '.join(stack.packages)}", flush=True)
@@ -103,7 +103,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written: {RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT}")
     if failed:
-        sys.exit(f"make compat: not everything went well: {', '.join(failed)}")
+        sys.exit(f"make compat: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

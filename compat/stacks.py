@@ -1,4 +1,4 @@
-"""What a stack is made of, and how one comes to be: a virtual environment, a copy of the sources, a build."""
+"""A stack of versions: a virtual environment, a copy of the sources, a build."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "compat"
 RESULT = Path(__file__).with_name("result.json")
 
-# What a version of PyTorch, Python or Triton may disagree with.
+# The sources that may not work with a version of PyTorch, Python or Triton.
 SOURCES = ("setup.py", "csrc/**/*", "pixnorm/**/*.py", "triton_kernels/*.py")
 
 
@@ -24,8 +24,8 @@ class Stack:
 
     Attributes:
         name: of its folder.
-        python: the version, to the minor one.
-        packages: what differs from requirements.txt.
+        python: major and minor version.
+        packages: requirements that replace those of requirements.txt.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Stack:
         return FOLDER / self.name / "sources"
 
     def requirements(self) -> list[str]:
-        """Those of requirements.txt, but for what this stack has its own version of."""
+        """Those of requirements.txt, with this stack's own versions."""
         own = {_project(line) for line in self.packages}
         lines = (ROOT / "requirements.txt").read_text().splitlines()
         return [line for line in lines if line and line[0] != "#" and _project(line) not in own] + [*self.packages]
 
     def install(self, pythons: Iterable[str] = ()) -> None:
-        """Make the virtual environment, if it is not there as it should be. pip's cache keeps what stacks share."""
+        """Make the virtual environment, unless it is up to date. pip's cache holds what stacks share."""
         wanted, stamp = "\n".join(self.requirements()) + "\n", self.venv / "requirements.txt"
         if stamp.exists() and stamp.read_text() == wanted:
             return
@@ -63,7 +63,7 @@ class Stack:
         listed.rename(stamp)
 
     def copy_sources(self) -> None:
-        """What git tracks or would track, as it is here; files that have not changed keep their times."""
+        """Copy the files that git tracks or would track; unchanged files keep their times."""
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         names = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
@@ -77,7 +77,7 @@ class Stack:
         kept.write_text("\n".join(sorted(names)))
 
     def build(self) -> None:
-        """The extensions, in the copy of the sources; in CUDA for one architecture, which is enough to see it link."""
+        """Build the extensions in the copy of the sources; CUDA for one architecture, enough to see it link."""
         self.run("setup.py", "build_ext", "--inplace", PIXNORM_BUILD="1")
 
     def environment(self, **variables: str) -> dict[str, str]:
@@ -87,19 +87,19 @@ class Stack:
         return found | variables
 
     def run(self, *arguments: str | Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-        """Python of this stack in the copy of the sources, with environment variables of ours only as given."""
+        """Run this stack's Python in the copy of the sources; of PIXNORM_* variables, only those given are set."""
         self.sources.mkdir(parents=True, exist_ok=True)
         command = [str(self.interpreter), *map(str, arguments)]
         return subprocess.run(command, cwd=self.sources, env=self.environment(**variables), check=check)
 
     def ask(self, code: str) -> str:
-        """What a piece of Python prints there."""
+        """The output of Python code there."""
         command = [str(self.interpreter), "-c", code]
         options = {"cwd": self.sources, "env": self.environment(), "text": True, "check": True}
         return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
 
 
-# The stack of the GPU machines; with the oldest torch that pixnorm is for (`dependencies` in pyproject.toml).
+# The versions of the GPU machines, with the oldest supported torch (`dependencies` in pyproject.toml).
 OLDEST = Stack("oldest", "3.12", ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.2", "setuptools==81.0.0"))
 STACKS = (OLDEST, Stack("newest", "3.13", ("torch==2.14.1", "triton==3.8.0")))
 
@@ -109,7 +109,7 @@ def _project(requirement: str) -> str:
 
 
 def find_python(version: str, pythons: Iterable[str] = ()) -> str:
-    """An interpreter of that version: one of those given, one on the path, or one of pyenv's."""
+    """An interpreter of that version: one of those given, on the path, or from pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [*pythons, f"python{version}", "python3", *sorted(pyenv.glob(f"versions/{version}*/bin/python"))]
     code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -121,11 +121,11 @@ def find_python(version: str, pythons: Iterable[str] = ()) -> str:
         if asked.returncode == 0 and asked.stdout.strip() == version:
             return str(candidate)
     tried = ", ".join(map(str, candidates))
-    raise SystemExit(f"Python {version} with venv is not among {tried}: name it, make compat PYTHONS=...")
+    raise SystemExit(f"no Python {version} with venv among {tried}: make compat PYTHONS=... names one")
 
 
 def fingerprint(root: Path = ROOT, patterns: Iterable[str] = SOURCES) -> str:
-    """The same one for the same sources."""
+    """A hash of the sources."""
     found = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in root.glob(pattern) if path.is_file()):
         if path.suffix not in (".so", ".pyc"):
@@ -135,11 +135,11 @@ def fingerprint(root: Path = ROOT, patterns: Iterable[str] = SOURCES) -> str:
 
 
 def staleness() -> str | None:
-    """Why the last `make compat` says nothing of these sources; None if it does, and everything passed."""
+    """Why the last `make compat` does not vouch for these sources; None if it ran on them and everything passed."""
     if not RESULT.exists():
         return "make compat has never run"
     result = json.loads(RESULT.read_text())
     if result["fingerprint"] != fingerprint():
         return f"make compat last ran at {result['commit']}, and setup.py, csrc, pixnorm or triton_kernels have changed"
     failed = [f"{name} ({of['failed']})" for name, of in result["stacks"].items() if of["failed"]]
-    return f"the last make compat had tests that failed: {', '.join(failed)}" if failed else None
+    return f"the last make compat had failures: {', '.join(failed)}" if failed else None

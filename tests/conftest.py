@@ -1,17 +1,17 @@
-"""The device, seeds, memory that is never accidentally right, and the parameters that tests ask for by name.
+"""The device, seeds, NaN-filled allocations, and the parameters that tests request by name.
 
-``--device cuda`` runs the tests on CUDA tensors: that is then the default device of PyTorch. Nothing may be skipped
-there. ``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for what concerns one device alone.
+``--device cuda`` runs the tests on CUDA tensors, by making cuda PyTorch's default device. There a skip is a failure.
+``@pytest.mark.cpu`` and ``@pytest.mark.cuda`` are for tests that concern one device only.
 
-``spec``, ``case``     every op of pixnorm.testing, with each row of its grid
+``spec``, ``case``     every op of pixnorm.testing (or of SPECS in the test's module), with each of its cases
 ``spec``, ``variant``  with each of its variants; ``spec``, ``options``, with each combination of its options
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
 
-``@pytest.mark.beside(arguments, environment=function)`` has pytest run with these, in a process of its own, one after
-the other while this one goes on; the fixture ``beside`` is the outcome. Such tests come last.
+``@pytest.mark.beside(arguments, environment=function)`` runs pytest with these in a second process, one after the other
+in parallel with this one; the fixture ``beside`` is the outcome. Such tests come last.
 
-With ``@pytest.mark.emulated`` those include the CUDA kernels, on CPU tensors (see cuda_emulation); as impl "native".
-Triton's are among them on a GPU; on the CPU they have tests of their own, in interpreted/.
+With ``@pytest.mark.emulated`` kernels include those in CUDA C++, on CPU tensors (see cuda_emulation), as impl "native".
+Those in Triton are included on a GPU; on the CPU they have their own tests, in interpreted/.
 """
 
 import os
@@ -32,8 +32,8 @@ try:
 except ImportError:
     pass  # test_properties.py fails for it, and everything else runs
 else:
-    # The same examples on every run; no deadline, as the first call of anything is slow; and examples are small as they
-    # are drawn, while a search for smaller ones takes minutes.
+    # The same examples on every run; no deadline, as first calls are slow; no shrinking, which takes minutes, as the
+    # examples are small already.
     settings.register_profile(
         "pixnorm",
         derandomize=True,
@@ -45,15 +45,15 @@ else:
     settings.load_profile("pixnorm")
 
 DEVICES = {
-    "cpu": "is about the CPU: its threads, its memory, its vector code",
-    "cuda": "is about GPUs: their streams, their memory, their graphs",
+    "cpu": "concerns the CPU: its threads, memory, vector code",
+    "cuda": "concerns GPUs: their streams, memory, graphs",
 }
 
 EMULATED = "native-cuda-emulated"
 BESIDE = pytest.StashKey["Beside"]()
 IN_A_PROCESS_BESIDE = "PIXNORM_TESTS_BESIDE"
 
-# Triton decides when it is imported whether its kernels are interpreted: test_triton.py starts a Python for these.
+# Triton decides on import whether kernels are interpreted: test_triton.py starts a process for these.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -65,20 +65,21 @@ def pytest_configure(config):
     for device, meaning in DEVICES.items():
         config.addinivalue_line("markers", f"{device}: the test {meaning}; deselected elsewhere")
     config.addinivalue_line("markers", "emulated(runs=True): whether the test also runs the emulated CUDA kernels")
-    config.addinivalue_line("markers", "gpu_memory(gigabytes): what the test needs; deselected on a smaller GPU")
-    config.addinivalue_line("markers", "beside(arguments, environment): what pytest is to run in a process of its own")
-    # The yardstick is float32 itself; what TF32 changes has a test of its own.
+    config.addinivalue_line("markers", "gpu_memory(gigabytes): needed by the test; deselected on a smaller GPU")
+    config.addinivalue_line("markers", "products: about matrix products of cuBLAS or oneDNN; for ops that have some")
+    config.addinivalue_line("markers", "beside(arguments, environment): for a run of pytest in a second process")
+    # Float32 is compared with true float32; TF32 has its own test.
     torch.backends.cudnn.allow_tf32 = False
     if config.getoption("--device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: PyTorch sees no GPU here")
-        # Before cuBLAS starts: without it, deterministic algorithms are not to be had.
+        # Before cuBLAS starts: required for deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is about another device, needs a larger one, or is no case for the impl."""
+    """Deselect tests for another or a larger device, and cases that the impl does not support."""
     device = config.getoption("--device")
 
     def fits(item):
@@ -86,12 +87,15 @@ def pytest_collection_modifyitems(config, items):
         impl, spec = asked.get("kernel", asked.get("impl")), asked.get("spec")
         if impl and spec and "case" in asked and not spec.takes(_named(impl), asked["case"]):
             return False
-        if impl == EMULATED and spec and not spec.cuda_kernels:
+        tested = [spec] if spec else getattr(item.module, "SPECS", ())
+        if impl and tested and not any(s.cuda_kernels if impl == EMULATED else s.runs(impl, device) for s in tested):
+            return False
+        if item.get_closest_marker("products") and spec and not spec.product_weight:
             return False
         if spec and not spec.float32_parameters and asked.get("parameter_dtype") != asked.get("dtype"):
             return False
         if device == "cuda" and impl == "triton" and {"case", "dtype", "parameter_dtype", "layout"} <= asked.keys():
-            # Each kernel takes seconds to compile, and there are hundreds of them.
+            # Each kernel takes seconds to compile, and there are hundreds.
             return spec.in_rotation(*(asked[name] for name in ("case", "dtype", "parameter_dtype", "layout")))
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
@@ -102,7 +106,7 @@ def pytest_collection_modifyitems(config, items):
         elsewhere |= item.get_closest_marker("beside") is not None and IN_A_PROCESS_BESIDE in os.environ
         (left_out if elsewhere or not fits(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    first = ("test_ops.py", "test_cuda.py") if device == "cuda" else ()  # a GPU may be lent for minutes
+    first = ("test_ops.py", "test_cuda.py") if device == "cuda" else ()  # a GPU may be available for minutes only
 
     def place(item):
         return item.get_closest_marker("beside") is not None, item.path.name not in first
@@ -111,7 +115,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Beside:
-    """Runs of pytest, one after the other, beside the tests of this process."""
+    """Runs of pytest, one after the other, in parallel with the tests of this process."""
 
     def __init__(self):
         self.executor = ThreadPoolExecutor(1)
@@ -143,12 +147,12 @@ class Beside:
 
 @pytest.fixture
 def beside(request):
-    """The outcome of the run that the mark asks for."""
+    """The outcome of the run that the mark describes."""
     return request.config.stash[BESIDE].outcomes[request.node.nodeid].result(timeout=1800)
 
 
 def pytest_collection_finish(session):
-    """The longest first: they take minutes, but not of this process."""
+    """Start the longest first: they take minutes, in parallel with this process."""
     run = [item for item in session.items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
     marks = {item.nodeid: item.get_closest_marker("beside") for item in run}
     wanted = {test: mark for test, mark in marks.items() if mark}
@@ -165,7 +169,7 @@ def pytest_unconfigure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid):
-    """A process that has lost the GPU fails in all that follows; pytest-xdist puts a new one in its place."""
+    """After a CUDA error every later test of a process fails, so end it; pytest-xdist starts a new one."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -176,7 +180,7 @@ def pytest_runtest_logfinish(nodeid):
 
 @pytest.fixture(autouse=True)
 def room_on_the_gpu(request):
-    """What a test needs nearly all of has no place beside what others have left."""
+    """Free cached memory before and after tests that need nearly all of the GPU."""
     large = request.node.get_closest_marker("gpu_memory")
     if large:
         torch.cuda.empty_cache()
@@ -186,14 +190,14 @@ def room_on_the_gpu(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Other versions of PyTorch break in ways that do not show here."""
+    """Say if `make compat` is due: other versions of PyTorch break in ways that do not show here."""
     if reason := staleness():
         terminalreporter.write_line(f"compatibility: {reason}", yellow=True)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """On a GPU a skip is an error: that run is there to try everything."""
+    """On a GPU a skip is a failure: that run must cover everything."""
     report = yield
     if item.config.getoption("--device") == "cuda" and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped, on a GPU: {report.longrepr}"
@@ -201,26 +205,27 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_generate_tests(metafunc):
-    # With no kernel built, the tests ask for the native one all the same: they fail, and say how to get it.
+    # Without a built kernel the tests still request the native one: they fail, and say how to get it.
     kernels = available_impls()[1:] or ["native"]
     if metafunc.config.getoption("--device") == "cpu":
         kernels = [kernel for kernel in kernels if kernel != "triton"]
     if _runs_emulated(metafunc):
         kernels.append(EMULATED)
+    specs = getattr(metafunc.module, "SPECS", SPECS)  # a test module may bring its own
     wanted = set(metafunc.fixturenames)
-    for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose for itself
+    for mark in metafunc.definition.iter_markers("parametrize"):  # explicit parameters take precedence
         names = mark.args[0]
         wanted -= set(names.replace(" ", "").split(",") if isinstance(names, str) else names)
     if "case" in wanted:
-        cases = [(spec, case) for spec in SPECS for case in spec.cases]
+        cases = [(spec, case) for spec in specs for case in spec.cases]
         metafunc.parametrize(("spec", "case"), cases, ids=[f"{spec}-{case}" for spec, case in cases])
     elif wanted & {"variant", "options"}:
         name = "variant" if "variant" in wanted else "options"
-        chosen = [(s, of) for s in SPECS for of in (s.variants if name == "variant" else s.combinations())]
+        chosen = [(s, of) for s in specs for of in (s.variants if name == "variant" else s.combinations())]
         ids = ["-".join([str(s), *(f"{key}={value}" for key, value in of.items())]) for s, of in chosen]
         metafunc.parametrize(("spec", name), chosen, ids=ids)
     elif "spec" in wanted:
-        metafunc.parametrize("spec", SPECS, ids=str)
+        metafunc.parametrize("spec", specs, ids=str)
     if "impl" in wanted:
         metafunc.parametrize("impl", ["reference", *kernels], indirect=True)
     if "kernel" in wanted:
@@ -264,7 +269,7 @@ def seed():
 
 @pytest.fixture(autouse=True, scope="session")
 def uninitialised_memory_is_nan():
-    """Fill whatever torch.empty returns, in C++ too, with NaN: an output that no kernel wrote does not pass."""
+    """Fill the result of torch.empty, in C++ too, with NaN: an output that no kernel wrote does not pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -273,7 +278,7 @@ def uninitialised_memory_is_nan():
 
 @pytest.fixture
 def threads():
-    """``torch.set_num_threads``, put back afterwards."""
+    """``torch.set_num_threads``, restored afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -281,5 +286,5 @@ def threads():
 
 @pytest.fixture
 def one_thread(threads):
-    """Thousands of tiny calls gain nothing from threads, and on a busy machine spend their time waiting for them."""
+    """Thousands of tiny calls gain nothing from threads, and on a busy machine wait for them."""
     threads(1)

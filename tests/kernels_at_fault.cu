@@ -1,4 +1,4 @@
-// Kernels in the names of SPN's, each with what a gate is there for; the last is without fault.
+// Kernels with the names of SPN's, each with a fault that a check must find; the last has none.
 
 template <class T, int V, bool kChannelsLast>
 __global__ void __launch_bounds__(256) spn_statistics_kernel(const float* x, float* sum, int count) {
@@ -11,14 +11,14 @@ __global__ void __launch_bounds__(256) spn_statistics_kernel(const float* x, flo
         const float4 four = reinterpret_cast<const float4*>(x)[i + u * 256];
         mine += four.x * four.y + four.z * four.w;
       } else {
-        mine += x[i + u * 256];  // one at once
+        mine += x[i + u * 256];  // one load in flight
       }
     }
   }
   sum[threadIdx.x] = mine;
 }
 
-// What a thread stores under an index that it reads from memory is local memory.
+// An array indexed by a value read from memory is in local memory.
 template <class T, int V, int U, bool kChannelsLast>
 __global__ void __launch_bounds__(128) spn_fwd_modulate_kernel(const int* index, float* y, int count) {
   float values[64];
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(128) spn_fwd_modulate_kernel(const int* index,
   for (int i = 0; i < 64; ++i) y[i * count] = values[i];
 }
 
-// More numbers at once than the registers of 1024 threads hold.
+// More live values than the registers of 1024 threads hold.
 template <class T, int V, int U, bool kChannelsLast, bool kRelu>
 __global__ void __launch_bounds__(1024) spn_bwd_reduce_kernel(const float* x, float* y, int count) {
   float values[96];

@@ -1,4 +1,4 @@
-"""The compiled extension: what it reports, what it links to, how it is built, and life without it."""
+"""The compiled extension: its report, its symbols, its build, and running without it."""
 
 import glob
 import os
@@ -21,7 +21,7 @@ CAPABILITIES = ["baseline", "avx2", "avx512"]  # from least to most
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
-    """Run Python code in a process of its own, in the root folder, with our variables only as given."""
+    """Run Python code in a new process, in the root folder; of PIXNORM_* variables only those given are set."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PIXNORM_")}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited | env, capture_output=True, text=True)
 
@@ -97,7 +97,7 @@ def test_build_can_be_made_mandatory(tmp_path, prelude, env):
 
 
 def test_all_modules_are_installed(tmp_path):
-    """Those in Triton too, and by their own name: at the top another distribution has it."""
+    """Those in Triton too, as pixnorm.triton_kernels: another distribution owns the top-level name."""
     out = tmp_path / "lib"
     code = f"""
 import runpy, sys
@@ -117,7 +117,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def test_a_source_distribution_has_every_source(tmp_path):
-    """Also where torch has no CUDA: what is made of it elsewhere may have one."""
+    """CUDA sources too, even if torch has no CUDA here: it may have where the distribution is built."""
     code = f"""
 import runpy, sys
 sys.argv = ["setup.py", "-q", "egg_info", "-e", {str(tmp_path)!r}, "sdist", "-d", {str(tmp_path)!r}]
@@ -135,7 +135,7 @@ runpy.run_path("setup.py", run_name="__main__")
     ).stdout.split()
     assert set(tracked) <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
-    # And a wheel made of it has all of the package.
+    # A wheel built from it has the whole package.
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
     subprocess.run(command, cwd=unpacked, env=os.environ | {"PIXNORM_BUILD": "0"}, capture_output=True, check=True)
@@ -188,7 +188,7 @@ else:
 
 @pytest.fixture
 def setup_py(monkeypatch):
-    """The functions of setup.py, where no toolkit is in its usual place."""
+    """The functions of setup.py, with no toolkit in the usual places."""
     functions = runpy.run_path(str(ROOT / "setup.py"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
@@ -220,7 +220,7 @@ def executable(path, text="exit 1"):
 
 
 def test_the_cuda_toolkit_behind_a_script(setup_py, monkeypatch, tmp_path):
-    """A script in the place of nvcc says where the true one is; its own folder has neither header nor library."""
+    """nvcc is a script that calls the real one; its own folder has neither header nor library."""
     real = toolkit(tmp_path / "cuda")
     executable(real / "bin" / "nvcc", f"echo '#$ _HERE_={real}/bin' >&2")
     executable(tmp_path / "wrapped" / "bin" / "nvcc", f'exec {real}/bin/nvcc "$@"')
@@ -239,7 +239,7 @@ def test_the_cuda_toolkit_behind_a_link(setup_py, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("lacking", ["include/cuda_runtime_api.h", "lib64/libcudart.so"])
 def test_a_folder_that_lacks_something_is_no_toolkit(setup_py, monkeypatch, tmp_path, lacking):
-    """What was tried is told."""
+    """The folders that were tried are reported."""
     (toolkit(tmp_path / "half") / lacking).unlink()
     executable(tmp_path / "half" / "bin" / "nvcc")
     monkeypatch.setenv("PATH", f"{tmp_path}/half/bin")
@@ -248,7 +248,7 @@ def test_a_folder_that_lacks_something_is_no_toolkit(setup_py, monkeypatch, tmp_
 
 
 def test_cuda_home_is_not_doubted(setup_py, monkeypatch, tmp_path):
-    """It may be another one than that on the path; if it is none, no other takes its place unseen."""
+    """It takes precedence over the path, and if it is no toolkit there is no fallback."""
     executable(toolkit(tmp_path / "on_path") / "bin" / "nvcc")
     monkeypatch.setenv("PATH", f"{tmp_path}/on_path/bin")
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "named")))

@@ -1,4 +1,4 @@
-"""The record of the last run with other versions, and what those stacks are made of."""
+"""The record of the last `make compat`, and the stacks."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_a_run_of_these_sources_says_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, reason", [({"fingerprint": "0"}, "last ran at abc"), ({"failed": 3}, "tests that failed: oldest (3)")]
+    "changes, reason", [({"fingerprint": "0"}, "last ran at abc"), ({"failed": 3}, "had failures: oldest (3)")]
 )
 def test_another_one_is_told_of(tmp_path, monkeypatch, changes, reason):
     result(tmp_path, monkeypatch, **changes)

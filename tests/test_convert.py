@@ -1,4 +1,4 @@
-"""convert_batchnorm: the same function afterwards, a mask that can learn, and an account of what stayed."""
+"""convert_batchnorm: the same function afterwards, a mask that can learn, and a report of the skipped layers."""
 
 import copy
 
@@ -20,7 +20,7 @@ KERNELS = ["gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv"]
 
 
 def randomise(model):
-    """Give every batch norm an affine and running statistics away from their initial values."""
+    """Give every batch norm scale, shift and running statistics that differ from their initial values."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -97,7 +97,7 @@ def test_noise_is_relative_to_the_scale_and_independent():
     kernels = torch.stack([getattr(spn, name).detach()[:, 0] for name in KERNELS])
     kernels[:2, :, 1, 1] -= bn.weight.detach()
     kernels[2:, :, 1, 1] -= bn.bias.detach()
-    assert (kernels[:, :100] == 0).all()  # a channel that is switched off stays off
+    assert (kernels[:, :100] == 0).all()  # a channel of scale 0 stays at 0
     # 900 draws each: the estimates are good to 3 %; allow five times that.
     for channels, expected in ((slice(100, 200), 0.1), (slice(200, 300), 0.3)):
         deviation = kernels[:, channels].flatten(1).std(dim=1)
@@ -200,7 +200,7 @@ def test_second_conversion_finds_nothing():
 
 
 class OtherDefault(nn.BatchNorm2d):
-    """Another default, the same function."""
+    """Another default init, the same function."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-3)

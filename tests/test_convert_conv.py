@@ -161,6 +161,6 @@ def test_report_says_how_to_pass_on_the_latent_vectors():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv1d(3, 4, 1))
     assert repr(convert_conv(model, 7)) == (
         "Conversion of Sequential: 1 replaced by GConv2d\n  0\n1 not replaced\n  1: Conv1d is not nn.Conv2d\n"
-        "They need latent vectors z, of shape (N, 7). Where the code can be changed, call them as "
-        "`layer(x, z)`; where\nnot, call the model inside `with pixnorm.nn.latent(z):`."
+        "They need latent vectors z, of shape (N, 7): call them as `layer(x, z)` or, without changing the code, "
+        "call\nthe model inside `with pixnorm.nn.latent(z):`."
     )

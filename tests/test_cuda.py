@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, synchronisation, TF32, and tensors of more than 2^31 elements."""
+"""Tests that need a GPU: streams, graphs, synchronisation, TF32, and tensors of more than 2^31 elements."""
 
 import pytest
 import torch
@@ -9,13 +9,10 @@ from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, check_against_eag
 pytestmark = pytest.mark.cuda
 
 
-def leaves_of(spec, tensors):
-    return {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-
-
+@pytest.mark.products
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_tf32_follows_the_flag_of_convolutions(spec, variant, kernel, layout):
-    """With it, as close to float64 as plain PyTorch with it; every other test is without."""
+    """With TF32, as accurate as plain PyTorch with TF32; every other test is without."""
     shape = 4, 64, 16, 16
     tensors = spec.inputs(Case(shape, ""), layout=layout)
     strict = spec.function(**tensors, **variant, impl=kernel)
@@ -32,11 +29,11 @@ def test_tf32_follows_the_flag_of_convolutions(spec, variant, kernel, layout):
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_work_is_queued_on_the_current_stream(spec, variant, kernel, layout):
-    """On a stream that is late the inputs are NaN until its turn comes; the default stream would read that."""
+    """A delayed stream overwrites NaN inputs; work on the default stream would read the NaN."""
     tensors = spec.inputs(Case((4, 16, 12, 20), "", variant), layout=layout)
     grad_y = torch.randn_like(spec.reference(**tensors, **variant))
     expected = evaluate(spec, spec.call(kernel), tensors, variant, grad_y)
-    late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    late = {name: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for name, t in tensors.items()}
     late_grad = torch.full_like(grad_y, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -51,13 +48,13 @@ def test_work_is_queued_on_the_current_stream(spec, variant, kernel, layout):
 
 def test_no_call_waits_for_the_gpu(spec, variant, kernel):
     tensors = spec.inputs(Case((4, 16, 8, 8), "", variant))
-    leaves, buffers = leaves_of(spec, tensors), {name: tensors[name] for name in spec.buffers}
+    leaves, rest = spec.leaves(tensors), {name: tensors[name] for name in tensors if name not in spec.differentiable}
 
     def step():
-        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
+        y = spec.function(**leaves, **rest, **variant, impl=kernel)
         return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
 
-    step()  # what is set up once may wait
+    step()  # one-time set-up may synchronise
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -69,14 +66,15 @@ def test_no_call_waits_for_the_gpu(spec, variant, kernel):
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 16, 4, 4), (4, 64, 32, 32)], ids=str)
 def test_a_graph_replays_the_same_bits(spec, variant, kernel, shape, layout, dtype):
-    """Forward, backward and running statistics, captured once and replayed on other numbers."""
+    """Forward, backward and running statistics, captured once and replayed on other inputs."""
     first, second = (spec.inputs(Case(shape, "", variant), dtype, layout=layout, seed=seed) for seed in (0, 1))
     grad_y = torch.randn_like(spec.reference(**first, **variant))
     inputs = {name: tensor.clone() for name, tensor in first.items()}
-    leaves, buffers = leaves_of(spec, inputs), {name: inputs[name] for name in spec.buffers}
+    leaves, constants = spec.leaves(inputs), spec.constants(inputs)
+    buffers = {name: inputs[name] for name in spec.buffers}
 
     def step():
-        y = spec.function(**leaves, **buffers, **variant, impl=kernel)
+        y = spec.function(**leaves, **buffers, **constants, **variant, impl=kernel)
         return y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_y)
 
     stream = torch.cuda.Stream()
@@ -100,7 +98,7 @@ def test_a_graph_replays_the_same_bits(spec, variant, kernel, shape, layout, dty
 
 
 def assert_about_equal(actual, expected):
-    """A wrong offset makes a difference as large as the numbers; other GEMMs, and rounding, make a small one."""
+    """Wrong offsets cause differences as large as the values; other GEMMs, and rounding, small ones."""
     assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
@@ -117,7 +115,7 @@ def test_more_elements_than_32_bits_count(spec, kernel, layout, upsample):
         LAYOUTS[layout](torch.randn(n, 8, size, size, dtype=torch.float16)) for size in (side // upsample, side)
     )
     tensors["x"] = x
-    grad_y *= 0.01  # sums of so many products leave float16
+    grad_y *= 0.01  # sums of so many products overflow float16
 
     y = spec.function(**tensors, **options, momentum=1.0, impl=kernel)
     means = torch.stack([sample.float().mean((1, 2)) for sample in x]).mean(0)
@@ -125,7 +123,7 @@ def test_more_elements_than_32_bits_count(spec, kernel, layout, upsample):
     torch.testing.assert_close(tensors["running_mean"], means, rtol=0, atol=1e-4)
     torch.testing.assert_close(tensors["running_var"], squares - means.square(), rtol=0, atol=1e-3)
 
-    # With these statistics given, samples do not see each other, and the gradients of parameters add up.
+    # With given statistics samples are independent, and the gradients of parameters add up.
     options["training"] = False
     whole = evaluate(spec, spec.call(kernel), tensors, options, grad_y)
     assert_about_equal(y[-1], whole.y[-1])

@@ -1,5 +1,6 @@
-"""Which backend runs: the names, the report, the fallback and its warning, and life without compiled kernels."""
+"""The choice of the backend: names, report, fallback and its warning, and running without compiled kernels."""
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from pixnorm.testing import SPECS, SPN, Case, available_impls
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.get_default_device().type
-MODULE, REMEDY = _dispatch._EXTENSIONS[DEVICE]
+MODULE, REMEDY = _dispatch.EXTENSIONS[DEVICE]
 
 
 def arguments(spec=SPN):
@@ -34,11 +35,11 @@ def with_one_mask():
 
 @pytest.fixture
 def nothing_fell_back(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_fallbacks", type(_dispatch._fallbacks)())
+    monkeypatch.setattr(_dispatch, "fallbacks", type(_dispatch.fallbacks)())
 
 
 class OpsCalled(TorchDispatchMode):
-    """The names of our ops that ran."""
+    """Records the names of pixnorm's ops that ran."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +55,7 @@ class OpsCalled(TorchDispatchMode):
 
 
 def test_the_native_kernels_are_built():
-    """Every other test of a kernel would be worth nothing without it, so their absence is a failure, not a skip."""
+    """Without them no other test covers a kernel, so their absence is a failure, not a skip."""
     report = pixnorm.backends()[f"native ({DEVICE})"]
     assert report.startswith("available"), report
     assert available_impls()[:2] == ["reference", "native"]
@@ -82,18 +83,22 @@ def test_a_missing_backend_comes_with_its_remedy():
 @pytest.mark.parametrize("impl, native", [("auto", True), ("native", True), ("reference", False)])
 def test_the_impl_that_was_named_runs(spec, impl, native):
     tensors = arguments(spec)
-    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
+    leaves = spec.leaves(tensors)
     with OpsCalled() as called:
-        spec.function(**tensors, impl=impl).sum().backward()
+        spec.function(**(tensors | leaves), impl=impl).sum().backward()
     expected = {f"{spec.name}_fwd", f"{spec.name}_bwd"} | ({"update_running"} if spec.buffers else set())
     assert called.names == (expected if native else set())
     assert all(leaf.grad is not None for leaf in leaves.values())
 
 
-def test_auto_is_the_default(spec):
-    with OpsCalled() as called:
+def test_auto_is_the_default(spec, nothing_fell_back):
+    """An op without kernels for this device runs on the reference, with a warning."""
+    native = spec.runs("native", DEVICE)
+    warned = contextlib.nullcontext() if native else pytest.warns(UserWarning, match="there are no native kernels")
+    with OpsCalled() as called, warned:
         spec.function(**arguments(spec))
-    assert called.names == {f"{spec.name}_fwd"} | ({"update_running"} if spec.buffers else set())
+    expected = {f"{spec.name}_fwd"} | ({"update_running"} if spec.buffers else set())
+    assert called.names == (expected if native else set())
 
 
 FALLBACKS = {
@@ -119,7 +124,7 @@ def test_auto_falls_back_with_a_reason(nothing_fell_back, which):
 
 @pytest.mark.cpu
 def test_auto_warns_once_per_reason(nothing_fell_back):
-    """However often, and in whatever order, the reasons come by: a generator may have layers of several kinds."""
+    """In any order and however often: a generator may have layers of several kinds."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -144,7 +149,7 @@ def test_a_named_impl_never_falls_back(which):
 
 @pytest.mark.cpu
 def test_a_fallback_compiles(nothing_fell_back):
-    """Neither a graph break nor a warning from inside the compiler."""
+    """No graph break, and no warning from inside the compiler."""
     torch.compiler.reset()
     tensors = with_kernel_size(5)
     expected = spn(**{name: t.clone() for name, t in tensors.items()}, impl="reference")
@@ -176,16 +181,16 @@ def test_meta_tensors_are_refused_like_real_ones(which):
 
 @pytest.mark.parametrize("capability, refused", [((7, 5), True), ((8, 0), False), ((12, 0), False)])
 def test_gpus_before_ampere_are_refused(monkeypatch, capability, refused):
-    """Asked of a pretended GPU; one that is refused has the reason told, also inside the compiler."""
+    """On a simulated GPU; the refusal has a reason, also inside the compiler."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(_dispatch, "_gpu_obstacles", {})
-    monkeypatch.setattr(_dispatch, "_missing", {})
-    obstacle = _dispatch._native_obstacle(torch.device("cuda", 0), None)
+    monkeypatch.setattr(_dispatch, "gpu_obstacles", {})
+    monkeypatch.setattr(_dispatch, "missing", {})
+    obstacle = _dispatch.native_obstacle("spn", torch.device("cuda", 0), None)
     assert (obstacle is not None and "8.0 and newer, this is 7.5" in obstacle) if refused else obstacle is None
-    assert _dispatch._native_obstacle(torch.device("cuda", 0), "another reason") == "another reason"
+    assert _dispatch.native_obstacle("spn", torch.device("cuda", 0), "another reason") == "another reason"
 
     def fallen_back(x):
-        return x + bool(_dispatch._native_obstacle(torch.device("cuda", 1), None))
+        return x + bool(_dispatch.native_obstacle("spn", torch.device("cuda", 1), None))
 
     torch.compiler.reset()
     assert torch.compile(fallen_back, fullgraph=True, backend="eager")(torch.zeros(())) == refused
@@ -195,7 +200,7 @@ def test_gpus_before_ampere_are_refused(monkeypatch, capability, refused):
 
 
 def run_without_kernels(code):
-    """Run code in a Python where importing the kernels of this device fails, as it does where they were not built."""
+    """Run code in a process where importing the kernels of this device fails, as if they were not built."""
     prelude = f"import sys; sys.modules[{MODULE!r}] = None\nimport torch, pixnorm\nfrom pixnorm.testing import *\n"
     prelude += f"torch.set_default_device({DEVICE!r})\n"
     prelude += "from pixnorm.testing import SPN\nt = SPN.inputs(Case((2, 3, 4, 5), ''))\n"
@@ -227,7 +232,7 @@ def test_without_kernels_native_says_how_to_get_it():
 
 
 def test_without_kernels_the_op_can_be_traced():
-    """Schema and fake live in Python: a graph with the op can be made where it cannot run."""
+    """Schema and fake are in Python: the op can be traced where it cannot run."""
     result = run_without_kernels(
         "from torch._subclasses import FakeTensorMode\n"
         "with FakeTensorMode(allow_non_fake_inputs=True) as mode:\n"
@@ -249,17 +254,20 @@ def test_every_spec_has_its_ops():
 
 @pytest.mark.cpu
 def test_an_op_has_its_files(spec):
-    """One stem in every folder: that of the file that defines it."""
+    """The stem of the file that defines it, in each folder that it claims; and no kernel file that it does not."""
     stem = spec.reference.__module__.rpartition(".")[2]
-    files = [f"pixnorm/ops/{stem}.py", f"pixnorm/testing/{stem}.py", f"csrc/cpu/{stem}.cpp", f"tests/test_{stem}.py"]
-    files += [f"triton_kernels/{stem}.py"] * (stem in _dispatch._triton_modules)
-    files += [f"csrc/cuda/{stem}.cu"] * spec.cuda_kernels
-    assert [file for file in files if not (ROOT / file).exists()] == []
-    assert stem in _dispatch._triton_modules
+    claimed = {f"pixnorm/ops/{stem}.py": True, f"pixnorm/testing/{stem}.py": True, f"tests/test_{stem}.py": True}
+    for suffix in ("fwd", "bwd"):
+        op = f"{spec.name}_{suffix}"
+        claimed[f"csrc/cpu/{stem}.cpp"] = "cpu" in _dispatch.native_devices[op]
+        claimed[f"csrc/cuda/{stem}.cu"] = "cuda" in _dispatch.native_devices[op]
+        claimed[f"triton_kernels/{stem}.py"] = _dispatch.triton_modules.get(op) == stem
+        assert claimed == {file: (ROOT / file).exists() for file in claimed}
 
 
 @pytest.mark.cpu
 def test_every_op_with_a_backward_has_a_spec():
-    """What defines a forward and a backward op is tested as all ops are."""
-    defined = {name.removesuffix("_bwd") for name in _dispatch._flops if name.endswith("_bwd")}
+    """A forward and a backward op are always tested like all others."""
+    ours = [name for name, fake in _dispatch.fakes.items() if fake.__module__.startswith("pixnorm.")]
+    defined = {name.removesuffix("_bwd") for name in ours if name.endswith("_bwd")}
     assert defined == {spec.name for spec in SPECS}

@@ -69,7 +69,7 @@ def test_two_forwards_before_one_backward(backend, folder):
     replicas = [copy.deepcopy(alone) for _ in range(WORLD)]
     for rank, replica in enumerate(replicas):
         loss(replica, rank).backward()
-    # The same sums in float64, by another number of threads.
+    # The same sums in float64, with another number of threads.
     close = {"rtol": 1e-10, "atol": 1e-12}
     for name, grad in grads.items():
         assert torch.equal(grad, grads_1[name]), name
@@ -100,7 +100,7 @@ def train_sharded(rank, folder):
             policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32)
             for block in (model.block1, model.block2, model.block3):
                 fully_shard(block, mesh=mesh, mp_policy=policy)
-            fully_shard(model, mesh=mesh)  # its batch norm, PyTorch's, takes no half parameters beside float32 buffers
+            fully_shard(model, mesh=mesh)  # its nn.BatchNorm2d does not accept half parameters with float32 buffers
             z = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
             y = model(z)
             y.float().sin().mean().backward()
@@ -123,7 +123,7 @@ def sharded(tmp_path_factory):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_fully_sharded(precision, sharded):
-    """Buffers stay in float32, whatever the parameters are computed in; gradients are means over ranks."""
+    """Buffers stay float32, whatever the compute dtype of the parameters; gradients are means over ranks."""
     found = [torch.load(sharded / f"{precision}{rank}.pt") for rank in range(WORLD)]
     expected = []
     for rank in range(WORLD):

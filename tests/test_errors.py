@@ -1,4 +1,4 @@
-"""Bad input: an error before any work, for every impl in the same words, those of nn.BatchNorm2d where it has some."""
+"""Bad input: an error before any work, with the same message for every impl, that of nn.BatchNorm2d if it has one."""
 
 import re
 
@@ -36,13 +36,13 @@ def words(*parts):
 
 
 def wrong_shape(name, shape, *expected):
-    """The message names the tensor, then tells the shape or shapes that it may have, then its own."""
+    """The message has the tensor's name, then the allowed shape or shapes, then its own."""
     return with_shape(name, shape), ValueError, words(name, *expected, shape)
 
 
 TAPS = (3, 1, 3, 3)
 
-# Each: what is wrong; the error; what its message must say.
+# What is wrong: the change, the error, its message.
 BAD_INPUT = {
     "three dimensions": (with_shape("x", (2, 3, 4)), ValueError, words("expected 4D input (got 3D input)")),
     "five dimensions": (with_shape("x", (2, 3, 4, 5, 1)), ValueError, words("expected 4D input (got 5D input)")),
@@ -135,7 +135,7 @@ def test_spn_refuses(impl, which, training):
 
 
 def test_eps_of_zero(impl):
-    """As F.batch_norm of torch 2.12 and newer: not in training, where a variance may be 0."""
+    """As in F.batch_norm of torch 2.12 and newer: not in training, where a variance may be 0."""
     arguments = spn_arguments()
     with pytest.raises(ValueError, match="eps must be positive in training, got 0"):
         spn(**arguments, eps=0, impl=impl)
@@ -157,7 +157,7 @@ def test_spn_wants_running_statistics_in_inference(impl, name, value):
 
 @pytest.mark.parametrize("absent", SPN.buffers)
 def test_spn_wants_both_running_statistics_of_a_tensor_or_none(impl, absent):
-    """As F.batch_norm does, and in its words."""
+    """As in F.batch_norm, with its message."""
     arguments = spn_arguments()
     before = {name: arguments[name].clone() for name in SPN.buffers}
     with pytest.raises(
@@ -185,7 +185,7 @@ def message_of(function, *args):
 
 
 def test_spn_speaks_like_batch_norm(impl):
-    """Where nn.BatchNorm2d has words for it, code that catches those keeps working."""
+    """The messages are those of nn.BatchNorm2d, for code that matches them."""
     norm, arguments = nn.BatchNorm2d(3), spn_arguments()
     del arguments["x"]
 
@@ -204,7 +204,7 @@ def test_spn_wants_two_values_per_channel_in_training(impl, dtype):
     with pytest.raises(ValueError, match=words("more than 1 value per channel when training, got input size")):
         spn(**arguments, impl=impl)
     assert all(torch.equal(arguments[name], value) for name, value in before.items())
-    # There is nothing to estimate in inference; and there are four values after upsampling.
+    # Inference estimates nothing; and after upsampling there are four values.
     assert spn(**arguments, training=False, impl=impl).isfinite().all()
     assert spn(**arguments, upsample=2, impl=impl).isfinite().all()
 
@@ -215,23 +215,23 @@ def test_spn_refuses_an_unknown_impl():
 
 
 def test_an_error_names_the_caller_s_mistake_before_the_backend_s(impl):
-    """What no backend can take is reported as such, also where the named backend could not run either."""
+    """Input that no backend accepts is reported as such, even if the named backend could not run either."""
     arguments = spn_arguments() | {name: torch.ones(3, 1, 7, 7) for name in SPN.differentiable[-4:]}
     with pytest.raises(ValueError, match="1, 3 or 5"):
         spn(**arguments, impl=impl)
 
 
-# --- the ops themselves: they can be called without the checks above
+# --- the ops themselves, which can be called without the checks above
 
 
 @pytest.mark.parametrize("which", range(2))
 def test_kernels_refuse_wrong_shapes(kernel, which):
-    """Not with the public function's words, but before they touch memory that is not theirs."""
+    """With other messages than the public function, but before any access out of bounds."""
     op, arguments = list(SPN.kernel_calls("native", spn_arguments(), {"training": False}))[which]
     op(*arguments)
     accepted = []
     for position, (argument, schema) in enumerate(zip(arguments, op._schema.arguments, strict=True)):
-        # The sizes of x rule; those of all other tensors follow.
+        # The sizes of all other tensors follow from x.
         if isinstance(argument, torch.Tensor) and schema.name != "x":
             for spoilt in (argument[..., :-1], argument[:-1], argument.unsqueeze(0)):
                 try:

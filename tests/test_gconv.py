@@ -29,7 +29,7 @@ PARAMETERS = ("x", "z", "weight", "scale_weight", "mix_weight", "bias")
 
 
 def layer(shape=(2, 3, 5, 6), n=4, k=3, dz=2, bias=True, dtype=torch.float64, layout="contiguous", seed=0):
-    """Arguments of gconv2d; of glinear, if the shape has no pixels."""
+    """Arguments of gconv2d; of glinear if the shape has no pixels."""
     generator = torch.Generator().manual_seed(seed)
     m = shape[1]
     taps = (k, k) if len(shape) == 4 else ()
@@ -47,7 +47,7 @@ def layer(shape=(2, 3, 5, 6), n=4, k=3, dz=2, bias=True, dtype=torch.float64, la
 
 
 def layers(**fixed):
-    """Arguments of gconv2d and its options, of many sizes."""
+    """Arguments and options of gconv2d, of many sizes."""
     sizes = st.integers(1, 6)
 
     @st.composite
@@ -165,7 +165,7 @@ def test_linear_is_convolution_of_one_pixel(impl, samples, m, n, bias, seed):
     "mixing, expected", [([[1, 0], [0, 1]], [6, 9]), ([[0, 1], [0, 0]], [4, 8]), ([[0, 0], [0, 0]], [4, 6])], ids=str
 )
 def test_numbers_by_hand(impl, mixing, expected):
-    """x = [1, 1], K = [[1, 2], [3, 4]] and W_L in the paper's way: x K, so the layers have their transposes."""
+    """x = [1, 1], K = [[1, 2], [3, 4]] and W_L in the paper's convention, x K: the layers hold the transposes."""
     x, z = torch.ones(1, 2), torch.ones(1, 1)
     weights = [torch.tensor(w, dtype=torch.float32).T for w in ([[1, 2], [3, 4]], [[0, 0]] * 3, mixing)]
     assert glinear(x, z, *weights, impl=impl).tolist() == [expected]
@@ -206,7 +206,7 @@ def test_without_mixing_the_scales_have_no_gradient(impl):
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 2), (3, 5, 2, 1), (2, 2, 3, 2)], ids=str)
 def test_gradcheck_of_both_forms(kernel, shape):
-    """With fewer pixels than channels, and with more: two ways of computing the same."""
+    """With fewer pixels than channels, and with more: the two forms."""
     tensors = GCONV_MIX.inputs(Case(shape, ""), torch.float64, layout=DENSE_LAYOUTS[shape[0] % 2])
     leaves = [tensors[name].requires_grad_() for name in GCONV_MIX.differentiable]
     assert torch.autograd.gradcheck(lambda *t: gconv_mix(*t, impl=kernel), leaves)
@@ -217,7 +217,7 @@ def test_gradcheck_of_both_forms(kernel, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 6, 5, 4), (3, 24, 3, 4), (0, 3, 2, 2)], ids=str)
 def test_products_of_the_library(shape, layout, dtype):
-    """What runs as "native" on devices that have no kernels of ours: as close as plain PyTorch, and laid out as it."""
+    """The "native" of devices without a kernel: as accurate as plain PyTorch, and with its strides."""
 
     def draw(seed):
         tensors = GCONV_MIX.inputs(Case(shape, ""), dtype, layout=layout, seed=seed)
@@ -225,7 +225,7 @@ def test_products_of_the_library(shape, layout, dtype):
         grad_y = random(shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
         eager, exact = (evaluate(GCONV_MIX, GCONV_MIX.reference, t, {}, grad_y) for t in (tensors, exact))
         u, s, w, b = tensors.values()
-        y, grads = gconv._library_fwd(u, s, w, b, True), gconv._library_bwd(grad_y, u, s, w, True, True)
+        y, grads = gconv.products_fwd(u, s, w, b, True), gconv.products_bwd(grad_y, u, s, w, True, True)
         assert y.stride() == grads[0].stride() == gconv.dense_like(u).stride()
         for (name, a), (_, e), actual in zip(eager.named(), exact.named(), (y, *grads), strict=True):
             yield name, actual, [a], e
@@ -236,11 +236,11 @@ def test_products_of_the_library(shape, layout, dtype):
 
 
 def test_products_of_the_library_do_not_overflow():
-    """Sums over pixels may be larger than float16 holds, before they are scaled."""
+    """Sums over pixels may overflow float16 before they are scaled."""
     generator = torch.Generator().manual_seed(0)
     u, noise, w = (random(shape, generator) for shape in ((2, 16, 64, 64), (2, 16, 64, 64), (16, 16)))
     u, dy, s, w = (t.half() for t in (8 * u, 8 * noise + 8 * u, torch.full((2, 16), 0.02), 0.005 * w))
-    _, grad_s, grad_w, _ = gconv._library_bwd(dy, u, s, w, False, True)
+    _, grad_s, grad_w, _ = gconv.products_bwd(dy, u, s, w, False, True)
     sums = torch.einsum("bjhw,bihw->bji", dy.double(), u.double())
     assert sums.abs().max() > 65504
     torch.testing.assert_close(grad_w.double(), (sums * s.double()[:, None]).sum(0), rtol=0.01, atol=100)
@@ -249,7 +249,7 @@ def test_products_of_the_library_do_not_overflow():
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_sums_over_many_pixels(kernel, layout):
-    """65536 of them in float32, of a mean that is not 0: as close as plain PyTorch, which adds them up in pairs."""
+    """65536 of them in float32, of non-zero mean: as accurate as plain PyTorch, which sums pairwise."""
 
     def draw(seed):
         tensors = GCONV_MIX.inputs(Case((2, 8, 256, 256), "", sizes={"bias": 0}), layout=layout, seed=seed)
@@ -265,7 +265,7 @@ def test_sums_over_many_pixels(kernel, layout):
 
 
 def test_the_table_of_what_is_faster():
-    """On a GPU: the fused kernel where samples have few pixels, or bytes are the bound; else the library."""
+    """On a GPU: the fused kernel for few pixels per sample, or if memory-bound; else PyTorch's product."""
 
     def chosen(shape, dtype=torch.float32, allow_tf32=True, device="cuda"):
         u = types.SimpleNamespace(device=torch.device(device), shape=torch.Size(shape), dtype=dtype)
@@ -342,7 +342,7 @@ def test_layer_compiles(impl, which):
 @both
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_layer_under_autocast(impl, which, dtype):
-    """As F.conv2d: computes and returns half precision, whatever the arguments are; gradients keep their dtype."""
+    """As in F.conv2d: computes and returns half precision, whatever the arguments; gradients keep their dtype."""
     function, make, options = LAYERS[which]
     for of_x in (torch.float32, dtype):
         tensors = make(dtype=torch.float32)
@@ -376,7 +376,7 @@ def test_layout_is_that_of_the_convolution(impl, layout):
 
 @both
 def test_only_the_input_and_the_convolution_are_saved(kernel, which):
-    """U, and what is as small as a sample's channels; the reference also keeps S · U."""
+    """U, and tensors of size (N, n) or (n, n); the reference also saves S · U."""
     function, make, options = LAYERS[which]
     leaves = leaves_of(make())
     kept = saved_bytes(lambda: function(**leaves, **options, impl=kernel), leaves.values())

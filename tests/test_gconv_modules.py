@@ -1,4 +1,4 @@
-"""GConv2d, GLinear and LatentBatchNorm2d; the latent vectors of layers that are given none."""
+"""GConv2d, GLinear and LatentBatchNorm2d; latent vectors from the context."""
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +77,7 @@ def test_an_error_inside_does_not_leave_the_latent_vectors():
 
 
 def test_latent_vectors_and_checkpoints():
-    """Backward runs the layer again, on a GPU in a thread of its own."""
+    """Backward runs the layer again, on a GPU in another thread."""
     layer, x, z = pixnorm.GConv2d(3, 4, 3, 5), torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5)
     layer(x, z).sin().sum().backward()
     expected, x.grad = x.grad, None
@@ -136,7 +136,7 @@ def test_repr():
 
 
 def test_spectral_norm(impl):
-    """Weights are read anew in each forward."""
+    """Weights are read again in each forward."""
     conv = pixnorm.GConv2d(3, 4, 3, 2, impl=impl)
     for name in ("weight", "scale_weight", "mix_weight"):
         torch.nn.utils.parametrizations.spectral_norm(conv, name)
@@ -168,7 +168,7 @@ def test_latent_batchnorm_by_its_definition(training):
 
 
 def test_a_class_is_a_row_of_a_table():
-    """Of [z, onehot]: the same as a table of scales, one row a class, and a linear map of z."""
+    """With [z, onehot]: the same as a table of scales, one row per class, plus a linear map of z."""
     torch.manual_seed(0)
     norm = pixnorm.nn.LatentBatchNorm2d(4, 3 + 2)
     x, z, y = torch.randn(5, 4, 3, 2), torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])

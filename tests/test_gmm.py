@@ -1,4 +1,4 @@
-"""The toy of the GConv paper: its data, networks, losses and metrics, and that the program runs."""
+"""The toy example of the GConv paper: data, networks, losses, metrics, and a run of the program."""
 
 import json
 import math

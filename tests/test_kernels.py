@@ -1,4 +1,4 @@
-"""What the machine code of the CUDA kernels shows, without a GPU: see benchmarks.kernels."""
+"""Checks of the CUDA kernels' machine code, without a GPU: see benchmarks.kernels."""
 
 from itertools import product
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_predictions_follow_from_bytes_and_instructions(found):
 
 
 def test_each_gate_can_fail():
-    """A loop that is not the one of the design fails too, so most of these kernels have more than one fault."""
+    """The wrong main loop is a fault too, so most of these kernels have more than one."""
     for gpu in GPUS.values():
         at_fault = kernels([Path(__file__).with_name("kernels_at_fault.cu")])
         faults = {(k.name, k.channels_last): " ".join(k.violations()) for k in at_fault if k.gpu == gpu}

@@ -1,4 +1,4 @@
-"""What a call keeps for backward, and the most that it holds at once."""
+"""Memory that a call saves for backward, and its peak."""
 
 import ctypes
 import platform
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_saved_for_backward(spec, variant, kernel, dtype, parameter_dtype, layout):
     case = Case((4, 8, 16, 16), "", variant)
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    kept = saved_bytes(lambda: spec.function(**leaves, **case.options, impl=kernel), leaves.values())
+    given = spec.leaves(tensors) | spec.constants(tensors)
+    kept = saved_bytes(lambda: spec.function(**given, **case.options, impl=kernel), given.values())
     assert kept == spec.saved_bytes(case, dtype)
 
 
@@ -31,9 +31,9 @@ def resident_bytes(which):
 
 
 def peak_of_process(function):
-    """The most memory that a call held at once, PyTorch's or not, beyond what the process held before."""
-    ctypes.CDLL(None).malloc_trim(0)  # no free memory that could be used without being seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    """Peak memory of a call, PyTorch's or not, beyond that of the process before."""
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that is reused would not be counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
     result = function()
     peak = resident_bytes("VmHWM") - before
@@ -42,7 +42,7 @@ def peak_of_process(function):
 
 
 def peak_of_gpu(function):
-    """The most memory of PyTorch's allocator that a call held at once, beyond what was held before."""
+    """Peak memory of PyTorch's allocator during a call, beyond that before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -53,8 +53,8 @@ def peak_of_gpu(function):
     return peak
 
 
-@pytest.mark.parametrize("kernel", ["native"], indirect=True)  # the convolutions of the others have workspaces
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory as Linux with glibc tells it")
+@pytest.mark.parametrize("kernel", ["native"], indirect=True)  # the convolutions of other impls have workspaces
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads peak memory from /proc, with glibc")
 @pytest.mark.parametrize(
     "spec, layout, upsample, dtype, copies",
     [
@@ -69,15 +69,15 @@ def peak_of_gpu(function):
     ids=name_of,
 )
 def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
-    """Forward holds y and what is saved, backward a gradient; beside them only what does not grow with the batch.
+    """Forward allocates y and the saved tensors, backward a gradient; the rest does not grow with the batch.
 
-    On a GPU backward also holds the gradient of p, and in NCHW a transposed x for a GEMM. The copy of an input with
-    other strides is the one exception, and shows that a copy would be seen.
+    On a GPU backward also allocates the gradient of p, and in NCHW a transposed x for a GEMM. The copy of an input with
+    other strides is the only exception, and shows that the test detects copies.
     """
     options = {"upsample": upsample, "activation": "relu"} if spec is SPN else {}
     saved = int(spec is SPN)  # p
     tensors = spec.inputs(Case((512 // dtype.itemsize, 64, 32, 32), "", options), dtype, layout=layout)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
+    leaves = spec.leaves(tensors)
     one, on_gpu = tensors[spec.first].numel() * dtype.itemsize, tensors[spec.first].is_cuda
     assert one == 32 * 2**20
     peak_bytes, small = (peak_of_gpu, 2 * 2**20) if on_gpu else (peak_of_process, 14 * 2**20)
@@ -92,7 +92,7 @@ def test_no_hidden_copy(spec, kernel, layout, upsample, dtype, copies):
     def backward():
         return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
 
-    backward()  # what the library allocates once and for all
+    backward()  # one-time allocations of oneDNN or cuBLAS
     peak = peak_bytes(forward)
     assert abs(peak - (upsample**2 + saved + copies) * one) <= small
     assert peak_bytes(backward) <= (held + copies) * one + small

@@ -1,4 +1,4 @@
-"""SPN2d as a module: state, modes, initialisation, and life with the rest of PyTorch."""
+"""SPN2d as a module: state, modes, initialisation, and use with the rest of PyTorch."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ import pixnorm
 from pixnorm.nn.spn import start_as_batchnorm_
 from pixnorm.testing import random
 
-# Kernel sizes and masks that only the reference computes.
+# Kernel sizes and masks that only the reference supports.
 pytestmark = pytest.mark.filterwarnings("ignore:pixnorm.spn runs on the reference. the native kernel")
 backends = pytest.mark.parametrize("backend", ["reference", "auto"])
 
@@ -35,7 +35,7 @@ BUFFERS = ["running_mean", "running_var", "mask_running_mean", "mask_running_var
 
 
 def make(channels=6, **options):
-    """A layer in float64 with nothing at its initial value, so that no mix-up of two tensors goes unseen."""
+    """A layer in float64 with no tensor at its initial value, so that swapped tensors are detected."""
     torch.manual_seed(0)
     layer = pixnorm.SPN2d(channels, **{"dtype": torch.float64, **options})
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_keras_init():
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("mask_channels", [None, 1])
 def test_without_noise_is_batch_norm(backend, k, mask_channels):
-    """Everywhere, borders too, whatever the mask: in training, in the running statistics, and in eval."""
+    """Including borders, for any mask: in training, in the running statistics, and in eval."""
     layer = make(kernel_size=k, mask_channels=mask_channels, impl=backend)
     layer.reset_running_stats()
     bn = nn.BatchNorm2d(6, dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_refused_input_leaves_no_trace(backend, momentum, x, error, message):
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
 
 
-# -- life with the rest of PyTorch -------------------------------------------------------------------------------------
+# -- use with the rest of PyTorch --------------------------------------------------------------------------------------
 
 
 @backends
@@ -404,7 +404,7 @@ def test_half_types(backend, dtype, whole, training):
     x = batch(dtype=dtype)
     y, expected = half(x), layer(x.float())
     assert y.dtype == dtype and expected.abs().max() < 64
-    # Some twenty roundings of numbers of the size of the result, or of the sums that it is made of.
+    # About twenty roundings of values as large as the result, or as the sums in it.
     atol = 20 * torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=atol)
     y.float().square().sum().backward()
@@ -422,7 +422,7 @@ def test_autocast(backend):
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = model(batch(dtype=torch.float32))
         assert y.dtype == torch.bfloat16
-        # As in batch norm, the input decides: float32 stays float32, and is computed in it.
+        # As in batch norm, the input decides: float32 stays float32.
         x = batch(dtype=torch.float32)
         inside = model[1].eval()(x)
     assert torch.equal(inside, model[1](x))
@@ -433,12 +433,12 @@ def test_autocast(backend):
 @backends
 @pytest.mark.parametrize("options", [{}, {"upsample": 2}, {"kernel_size": 5}, {"mask_channels": 1}])
 def test_channels_last_model(backend, options):
-    """The 4-D parameters change their strides with the model."""
+    """The 4D parameters take the model's memory format."""
     plain = make(impl=backend, **options)
     layer = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     x = batch().to(memory_format=torch.channels_last)
     y, expected = layer(x), plain(batch())
-    # On a GPU the depthwise convolutions of float64, of which the reference is made, are NCHW alone.
+    # On a GPU the float64 depthwise convolutions of the reference are NCHW only.
     if y.device.type == "cpu" or (backend == "auto" and layer.kernel_size == 3 and layer.mask_channels == 6):
         assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected, **CLOSE)
@@ -458,7 +458,7 @@ def test_sync_batchnorm_conversion_leaves_it_alone():
 
 @backends
 def test_two_forwards_with_buffers_rewritten_in_between(backend):
-    """What DistributedDataParallel does before a discriminator's second batch; with gloo autograd does not notice."""
+    """As DistributedDataParallel does before a discriminator's second batch; with gloo autograd does not detect it."""
     layer, plain = make(impl=backend), make(impl=backend)
     first = layer(batch(seed=1))
     with torch.no_grad():

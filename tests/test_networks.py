@@ -1,4 +1,4 @@
-"""The paper's generator: its size, its function, and that its three forms are one."""
+"""The papers' generator: its size, its function, and the equality of its three forms."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def latents(n=4, dim=16):
 def test_parameter_count_of_the_paper(norm, count):
     c, z = 256, 128
     fc, conv, last = z * 16 * c + 16 * c, 9 * c * c + c, 9 * c * 3 + 3
-    affine = 2 * c  # of a batch norm, or of the one in the mask's branch
+    affine = 2 * c  # of a batch norm, or of that of the mask
     spn = c * c + 4 * 9 * c if norm == "spn" else 0
     assert fc + 3 * 2 * (conv + affine + spn) + affine + last == count
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def test_images(norm):
     images = generator(latents())
     assert images.shape == (4, 3, 32, 32) and images.abs().max() < 1 and images.std() > 0.1
     generator.eval()
-    # In eval one image does not see another.
+    # In eval images are independent.
     torch.testing.assert_close(generator(latents())[:1], generator(latents()[:1]), **CLOSE)
     assert generator(latents(0)).shape == (0, 3, 32, 32)
 
@@ -97,7 +97,7 @@ def test_argument_errors(options, message):
 @backends
 @pytest.mark.parametrize("training", [True, False])
 def test_spn_block_by_its_definition(backend, training):
-    """Upsampling comes before the first norm, in the definition from separate layers."""
+    """Upsampling comes before the first norm in the definition with separate layers."""
     torch.manual_seed(0)
     block = UpBlock(8, 8, "spn", backend).double().train(training)
     norm1, norm2 = (SPN2d(8, impl="reference", dtype=torch.float64).train(training) for _ in range(2))
@@ -112,7 +112,7 @@ def test_spn_block_by_its_definition(backend, training):
 
 
 def test_bn_block_by_its_definition():
-    """For batch norm the place of the upsampling makes no difference."""
+    """For batch norm the position of the upsampling makes no difference."""
     torch.manual_seed(0)
     block = UpBlock(8, 8, "bn").double()
     x = latents(4, 8 * 16).view(4, 8, 4, 4)
@@ -183,7 +183,7 @@ def test_gradients_reach_every_parameter(norm):
     for name, parameter in generator.named_parameters():
         largest = parameter.grad.abs().max()
         if name.startswith("block") and name.endswith("bias") and ".conv" in name:
-            assert largest < 1e-9, name  # every path ends in a norm, which takes a constant away
+            assert largest < 1e-9, name  # every path ends in a norm, which removes a constant
         else:
             assert largest > 1e-6, name
 
@@ -191,7 +191,7 @@ def test_gradients_reach_every_parameter(norm):
 @norms
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last(norm, training):
-    # On a GPU the convolutions of float64 are NCHW alone.
+    # On a GPU float64 convolutions are NCHW only.
     on_cpu = torch.get_default_device().type == "cpu"
     dtype, close = (torch.float64, CLOSE) if on_cpu else (torch.float32, {"rtol": 0, "atol": 0.01})
     plain, z = make(norm).to(dtype).train(training), latents().to(dtype)
@@ -285,7 +285,7 @@ def test_gradients_reach_every_parameter_of_the_generative_form():
 
 
 def test_converted_generator_starts_as_the_same():
-    """Its blocks' convolutions become generative, and the rest is kept."""
+    """The convolutions of its blocks become generative, the others are kept."""
     generator = make("bn")
     converted = copy.deepcopy(generator)
     result = convert_conv(converted, 16, keep=["conv"])

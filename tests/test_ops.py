@@ -1,4 +1,4 @@
-"""Every OpSpec x every check. What the mathematics promises of a single op is in test_properties.py."""
+"""Every OpSpec x every check. Mathematical properties of single ops are in test_properties.py and test_<op>.py."""
 
 import importlib
 from functools import partial
@@ -21,7 +21,7 @@ from pixnorm.testing import (
     without_kink,
 )
 
-# Every number of threads gives the same bits; those of a test that says so. So one will do for the rest.
+# One test checks that the number of threads does not change the bits, so the others run with one.
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def assert_same_bits(first, second, skip=()):
 
 
 def layout_of(tensor):
-    """The strides that say something: a dimension of size 1 has none."""
+    """The strides that matter: those of dimensions larger than 1."""
     return [(dim, stride) for dim, stride in enumerate(tensor.stride()) if tensor.shape[dim] > 1]
 
 
@@ -64,15 +64,15 @@ def test_every_remainder(spec, variant, kernel, layout):
 @pytest.mark.emulated(runs=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_more_than_the_cache_holds(spec, variant, kernel, dtype):
-    """Tensors above 1 MB are worked on a few samples at a time; here four, and the one that is left."""
+    """Tensors above 1 MB are processed a few samples at a time: here four, and a remainder of one."""
     case = Case((5, 16, 60, 64), "1.2 MB in float32", variant)
     for layout in DENSE_LAYOUTS:
-        # Plain PyTorch takes seconds over this in channels_last, and only there.
+        # Plain PyTorch takes seconds for this in channels_last.
         check_against_eager(spec, kernel, case, dtype, layout=layout, eager_layouts=("contiguous",))
 
 
 def test_the_specification_is_reachable(spec, impl):
-    """The public function gives each impl all arguments: in float64 there is nothing left to tolerate."""
+    """The public function passes all arguments to each impl: in float64 the results agree closely."""
     for case in spec.cases:
         if not spec.takes(impl, case):
             continue
@@ -104,13 +104,13 @@ def test_inputs_are_not_modified(spec, impl, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_strides(spec, variant, kernel, layout):
-    """channels_last in, channels_last out; everything else, contiguous. So for the gradient of x."""
+    """channels_last in, channels_last out; everything else, contiguous. So for the gradients of activations."""
     for shape in [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1)]:
         tensors = spec.inputs(Case(shape, "strides"), layout=layout)
         x = tensors[spec.first]
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         result = evaluate(spec, spec.call(kernel), tensors, variant)
-        for tensor in (result.y, result.grads[spec.first]):
+        for tensor in (result.y, *(result.grads[name] for name in spec.activations if name in result.grads)):
             expected = LAYOUTS["channels_last" if channels_last else "contiguous"](tensor)
             assert tensor.stride() == expected.stride()
 
@@ -121,21 +121,32 @@ def test_reference_keeps_the_layout(spec, layout):
     assert layout_of(spec.reference(**tensors)) == layout_of(tensors[spec.first])
 
 
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_other_strides_are_the_same_call(spec, kernel, layout):
+def test_other_strides_are_the_same_call(spec, kernel):
     """An input of any strides is made contiguous first: the same bits as for its contiguous copy."""
-    for name in ("sliced", "padded_rows", "padded_pixels", "transposed", "expanded"):
-        tensors = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=name)
-        dense = tensors | {spec.first: tensors[spec.first].contiguous()}
+    for layout in ("sliced", "padded_rows", "padded_pixels", "transposed", "expanded"):
+        tensors = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=layout)
+        dense = tensors | {name: tensors[name].contiguous() for name in spec.activations}
         assert_same_bits(*(evaluate(spec, spec.call(kernel), t, {}) for t in (tensors, dense)))
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_the_first_activation_decides_the_layout(spec, kernel, layout):
+    """The others may have any layout; only their values matter."""
+    dense = spec.inputs(Case((2, 8, 6, 9), "strides"), layout=layout)
+    expected = evaluate(spec, spec.call(kernel), dense, {})
+    for name in spec.activations[1:]:
+        for other in LAYOUTS.keys() - {"expanded"}:
+            actual = evaluate(spec, spec.call(kernel), dense | {name: LAYOUTS[other](dense[name])}, {})
+            assert_same_bits(actual, expected)
+            assert layout_of(actual.y) == layout_of(expected.y)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_layout_of_the_incoming_gradient(spec, variant, kernel, layout):
-    """Whatever its strides, only the values of the gradient count; .sum() gives one of stride 0."""
+    """Only the values of the gradient matter, not its strides; .sum() gives one of stride 0."""
     tensors = spec.inputs(Case((2, 16, 4, 6), "strides"), layout=layout)
-    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
-    y = spec.function(**leaves, **variant, impl=kernel)
+    leaves = spec.leaves(tensors)
+    y = spec.function(**leaves, **spec.constants(tensors), **variant, impl=kernel)
 
     def grads(grad_y):
         return torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True)
@@ -151,16 +162,17 @@ def test_layout_of_the_incoming_gradient(spec, variant, kernel, layout):
 
 
 def test_layout_of_the_parameters(spec, kernel):
-    """Weights of a model in channels_last, and slices of larger tensors, are the same weights."""
+    """Weights in channels_last, and slices of larger tensors, give the same bits."""
 
     def strided(tensor):
         if tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+        between = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+        return torch.stack([tensor, torch.full_like(tensor, between)], -1)[..., 0]
 
     for options in [{}, spec.inference]:
         tensors = spec.inputs(Case((2, 5, 4, 6), "strides"))
-        other = {name: tensor if name == spec.first else strided(tensor) for name, tensor in tensors.items()}
+        other = {name: t if name in spec.activations else strided(t) for name, t in tensors.items()}
         assert_same_bits(*(evaluate(spec, spec.call(kernel), t, options) for t in (tensors, other)))
 
 
@@ -168,38 +180,39 @@ def test_layout_of_the_parameters(spec, kernel):
 
 
 def test_gradcheck(spec, options, kernel):
-    """Numerical derivatives of the kernel's forward, in float64, against its backward; and those of the gradients."""
+    """The kernel's backward against numerical derivatives of its forward, in float64; and double backward."""
     case = Case((2, 2, 3, 2), "small enough for finite differences", options)
     for seed in range(100):
         tensors = spec.inputs(case, torch.float64, layout=DENSE_LAYOUTS[seed % 2], seed=seed)
         without = spec.reference(**in_double(tensors), **without_kink(options))
-        if without.abs().min() > 1e-3:  # no ReLU within reach of a finite difference
+        if without.abs().min() > 1e-3:  # no kink within a finite difference
             break
     else:
         pytest.fail("every seed has an output next to the kink")
-    leaves = [tensors[name].requires_grad_() for name in spec.differentiable]
+    leaves, constants = spec.leaves(tensors), spec.constants(tensors)
     buffers = {name: tensors[name] for name in spec.buffers}
 
-    def function(*leaves):
+    def function(*values):
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return spec.function(*leaves, **copies, **options, impl=kernel)
+        differentiable = dict(zip(leaves, values, strict=True))
+        return spec.function(**differentiable, **copies, **constants, **options, impl=kernel)
 
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, list(leaves.values()))
+    assert torch.autograd.gradgradcheck(function, list(leaves.values()))
 
 
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
 def test_double_backward_sees_the_same_gradients(spec, variant, kernel, dtype, parameter_dtype):
-    """Gradients that are themselves differentiated (by another code path) equal those that are not."""
+    """Gradients computed for double backward (another code path) equal the plain ones."""
     for options in [variant, variant | spec.inference] if spec.inference else [variant]:
         check_double_backward(spec, kernel, Case((3, 4, 5, 6), "", options), dtype, parameter_dtype)
 
 
 def check_double_backward(spec, kernel, case, dtype, parameter_dtype):
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
-    leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable}
-    y = spec.function(**tensors, **case.options, impl=kernel)
-    grad_y = torch.randn_like(y)
+    leaves = spec.leaves(tensors)
+    y = spec.function(**(tensors | leaves), **case.options, impl=kernel)
+    grad_y = torch.randn_like(y).requires_grad_()  # the gradient of a shift may depend on nothing else
     plain, differentiable = (
         torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True, create_graph=create)
         for create in (False, True)
@@ -223,10 +236,12 @@ def test_any_subset_of_the_inputs_may_need_a_gradient(spec, impl):
 
 
 def test_one_tensor_in_two_places(spec, impl):
-    """A tensor given as two arguments receives the sum of their gradients, once."""
+    """A tensor passed as two arguments gets the sum of their gradients, once."""
     tensors = spec.inputs(Case((3, 3, 4, 5), ""), torch.float64)
     pairs = combinations(reversed(spec.differentiable), 2)
-    first, second = next(pair for pair in pairs if len({tensors[name].shape for name in pair}) == 1)
+    first, second = next((pair for pair in pairs if len({tensors[name].shape for name in pair}) == 1), (None, None))
+    if first is None:
+        return  # no two arguments have the same shape
     tensors[second] = tensors[first]
     expected = evaluate(spec, spec.call("reference"), tensors, {}).grads
     shared = tensors[first].detach().requires_grad_()
@@ -239,15 +254,15 @@ def test_one_tensor_in_two_places(spec, impl):
 
 def test_no_grad_is_the_same_forward(spec, kernel):
     tensors = spec.inputs(Case((3, 5, 6, 7), ""))
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable}
-    with_grad = spec.function(**leaves, impl=kernel)
+    given = spec.leaves(tensors) | spec.constants(tensors)
+    with_grad = spec.function(**given, impl=kernel)
     with torch.no_grad():
-        without = spec.function(**leaves, impl=kernel)
+        without = spec.function(**given, impl=kernel)
     assert with_grad.requires_grad and not without.requires_grad
     assert torch.equal(with_grad, without)
 
 
-# --- the compiler, and what wraps a call
+# --- torch.compile, export, autocast
 
 
 def kernel_arguments(spec, kernel):
@@ -255,7 +270,7 @@ def kernel_arguments(spec, kernel):
         for options in [*spec.variants, spec.inference]:
             case = Case((2, 3, 4, 5), "", options)
             yield from spec.kernel_calls(kernel, spec.inputs(case, layout=layout), options)
-    # The one dtype that differs between outputs is that of the statistics.
+    # Only the statistics have another dtype than the other outputs.
     case = Case((2, 3, 4, 5), "", spec.variants[-1])
     tensors = spec.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="sliced")
     yield from spec.kernel_calls(kernel, tensors, case.options)
@@ -263,7 +278,7 @@ def kernel_arguments(spec, kernel):
 
 
 def test_opcheck(spec, kernel):
-    """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
+    """The kernels match their schemas, and the shapes, dtypes and strides of their fakes."""
     for op, args in kernel_arguments(spec, kernel):
         torch.library.opcheck(op, args)
 
@@ -276,22 +291,23 @@ def test_compile(spec, impl, layout):
     compiled = torch.compile(spec.call(impl), fullgraph=True, backend="aot_eager", dynamic=True)
     check_compiled(spec, impl, compiled, spec.inputs(Case((2, 3, 4, 5), "", options), layout=layout), options)
     with torch.compiler.set_stance("fail_on_recompile"):
-        # Divisible by the same powers of two: by these Triton's kernels differ.
+        # Divisible by the same powers of two, on which Triton specialises its kernels.
         tensors = spec.inputs(Case((3, 3, 12, 7), "", options), layout=layout)
         check_compiled(spec, impl, compiled, tensors, options)
 
 
 @pytest.fixture
 def convolution_precision():
-    """``torch.backends.cudnn.conv``, put back afterwards."""
+    """``torch.backends.cudnn.conv``, restored afterwards."""
     before = torch.backends.cudnn.conv.fp32_precision
     yield torch.backends.cudnn.conv
     torch.backends.cudnn.conv.fp32_precision = before
 
 
+@pytest.mark.products
 @pytest.mark.emulated(runs=False)
 def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_precision):
-    """That of convolutions, by its older name (a change compiles again) and by its newer one."""
+    """The flag of convolutions, by its older name (a change recompiles) and by its newer one."""
     torch.compiler.reset()
     tensors, allowed = spec.inputs(Case((2, 3, 4, 5), "")), []
 
@@ -314,7 +330,7 @@ def test_compile_sees_the_tf32_flag(spec, kernel, monkeypatch, convolution_preci
 
 @pytest.mark.emulated(runs=False)
 def test_compile_to_machine_code(spec, kernel):
-    """What Inductor makes of the op and of the code around it, in training and in inference."""
+    """Inductor's code for the op and its surroundings, in training and in inference."""
     torch.compiler.reset()
     compiled = torch.compile(spec.call(kernel), fullgraph=True)
     for options, layout in [({}, "contiguous"), (spec.variants[-1] | spec.inference, "channels_last")]:
@@ -334,9 +350,9 @@ class Wrapped(nn.Module):
 
     def __init__(self, spec, tensors, options, impl):
         super().__init__()
-        self.function, self.options, self.names = spec.call(impl), options, spec.per_sample
+        self.function, self.options, self.names = spec.call(impl), options, spec.batched
         for name, tensor in tensors.items():
-            if name not in spec.per_sample:
+            if name not in spec.batched:
                 self.register_buffer(name, tensor)
 
     def forward(self, *samples):
@@ -352,10 +368,10 @@ def test_export(spec, variant, impl, layout):
 
     def samples(n, seed):
         tensors = spec.inputs(Case((n, 3, 4, 5), "", options), layout=layout, seed=seed)
-        return tuple(tensors[name] for name in spec.per_sample)
+        return tuple(tensors[name] for name in spec.batched)
 
     module = Wrapped(spec, spec.inputs(Case((2, 3, 4, 5), "", options)), options, impl).eval()
-    dynamic = ({0: batch},) * len(spec.per_sample)
+    dynamic = ({0: batch},) * len(spec.batched)
     exported = torch.export.export(module, samples(2, 0), dynamic_shapes=(dynamic,))
     if impl == "native":
         assert f"pixnorm.{spec.name}_fwd" in exported.graph_module.code
@@ -366,14 +382,16 @@ def test_export(spec, variant, impl, layout):
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_autocast(spec, impl, dtype):
-    """After a convolution that autocast runs in half precision, float32 parameters: half output, as of batch norm."""
+    """After a convolution under autocast, with float32 parameters: half-precision output, as for batch norm."""
     tensors = spec.inputs(Case((2, 4, 5, 6), ""))
     conv = nn.Conv2d(3, 4, 3, padding=1)
-    leaves = {name: tensors[name].detach().requires_grad_() for name in spec.differentiable[1:]}
+    leaves = spec.leaves(tensors)
+    del leaves[spec.first]
     with torch.autocast(conv.weight.device.type, dtype=dtype):
-        x = conv(torch.randn(2, 3, 5, 6))
-        assert x.dtype == dtype
-        y = spec.function(x, **leaves, impl=impl)
+        activations = {spec.first: conv(torch.randn(2, 3, 5, 6))}
+        assert activations[spec.first].dtype == dtype
+        activations |= {name: leaves[name].to(dtype) for name in spec.activations[1:] if name in leaves}
+        y = spec.function(**(leaves | spec.constants(tensors) | activations), impl=impl)
     y.float().square().mean().backward()
     assert y.dtype == dtype
     assert all(leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all() for leaf in leaves.values())
@@ -402,15 +420,16 @@ def test_two_runs_are_bit_identical(spec, kernel, shape, layout, dtype, threads)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 150, 131), (3, 5, 33, 40)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(spec, kernel, shape, layout, dtype, threads):
-    """Outside the library's GEMMs. A permutation as projection makes those exact, in whatever order they sum.
+    """Outside the GEMMs of oneDNN and MKL. A permutation as their weight makes those exact, in whatever order they sum.
 
-    What stays a true sum of the library's is left out.
+    Gradients that remain true sums of such a GEMM are left out.
     """
-    skip = [f"grad of {name}" for name in spec.library_sums]
+    skip = [f"grad of {name}" for name in spec.product_gradients]
     for options in spec.variants:
         tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
-        permutation = torch.eye(shape[1], dtype=dtype).roll(1, 0)
-        tensors[spec.weight_of_product] = permutation.view_as(tensors[spec.weight_of_product])
+        if spec.product_weight:
+            permutation = torch.eye(shape[1], dtype=dtype).roll(1, 0)
+            tensors[spec.product_weight] = permutation.view_as(tensors[spec.product_weight])
         threads(1)
         one = evaluate(spec, spec.call(kernel), tensors, options)
         for number in (2, 3):
@@ -424,7 +443,7 @@ def test_any_number_of_threads_gives_the_same_bits(spec, kernel, shape, layout, 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_empty_batch(spec, variant, impl, layout):
-    """Empty output, gradients of zero, buffers as they were."""
+    """Empty output, zero gradients, unchanged buffers."""
     for options in [variant, variant | spec.inference]:
         tensors = spec.inputs(Case((0, 3, 5, 7), "", options), layout=layout)
         result = evaluate(spec, spec.call(impl), tensors, options)
@@ -434,11 +453,11 @@ def test_empty_batch(spec, variant, impl, layout):
         assert all(torch.equal(buffer, tensors[name]) for name, buffer in result.buffers.items())
 
 
-# --- vector code for other machines
+# --- vector code for older CPUs
 
 
 def lesser_capabilities():
-    """Those below the one that this machine runs all other tests with."""
+    """The capabilities below this machine's own."""
     if "native" not in available_impls("cpu"):
         return ()
     names = ("baseline", "avx2", "avx512")
@@ -466,5 +485,5 @@ CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or 
     ],
 )
 def test_cpu_capability(capability, beside):
-    """The core checks again with the vector code that a lesser machine would run."""
+    """The core checks with the vector code of an older CPU."""
     assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]

@@ -15,7 +15,7 @@ from pixnorm.testing import LAYOUTS, SPN, Case, evaluate, random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NO_EPS = 1e-30  # lost beside any variance; PyTorch's batch norm takes no zero
+NO_EPS = 1e-30  # negligible next to any variance; PyTorch's batch norm rejects 0
 TAPS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")
 
 
@@ -39,7 +39,7 @@ def spn_inputs(draw, layouts=tuple(LAYOUTS), upsample=(1, 2), activation=(None,)
 
 
 def forward(impl, tensors, options):
-    """The output; buffers are copied, and given only where they are used."""
+    """The output; buffers are copied, and passed only if used."""
     given_buffers = {} if options.get("training", True) else {name: tensors[name].clone() for name in SPN.buffers}
     inputs = {name: tensors[name] for name in SPN.differentiable}
     return spn(**inputs, **given_buffers, **options, impl=impl)
@@ -67,11 +67,11 @@ def interior(tensor):
 
 
 def centre_only(tensors):
-    """Kernels that are zero but for the middle tap: those of k = 1, for impls that want k = 3."""
+    """Kernels that are zero except for the middle tap: k = 1 for impls that need k = 3."""
     return tensors | {name: F.pad(tensors[name][..., 1:2, 1:2], (1, 1, 1, 1)) for name in TAPS}
 
 
-# --- SYSTEMS.md's equations by other means
+# --- the equations by other means
 
 
 @given(spn_inputs(activation=(None, "relu"), training=(True, False)))
@@ -134,7 +134,7 @@ def test_spn_variants_are_their_equation(k, mask_channels):
 
 @given(spn_inputs())
 def test_constant_mask_is_batch_norm_inside(impl, drawn):
-    """mask_weight = 0: batch norm with the sums of the kernels, one pixel away from the border; not on the border."""
+    """mask_weight = 0: batch norm with the sums of the kernels, except on the border."""
     tensors, options = drawn
     tensors["mask_weight"] = torch.zeros_like(tensors["mask_weight"])
     m = torch.sigmoid(tensors["mask_bias"])
@@ -146,7 +146,7 @@ def test_constant_mask_is_batch_norm_inside(impl, drawn):
     if interior(expected).numel():
         assert_equal(interior(actual), interior(expected))
     assert (actual - expected).abs().max() > 1e-6
-    # With the middle tap alone there is no border.
+    # With only the middle tap there is no border.
     tensors = centre_only(tensors)
     sums = [tensors[name].sum((1, 2, 3)) for name in TAPS]
     gamma, beta = m * sums[0] + (1 - m) * sums[1], m * sums[2] + (1 - m) * sums[3]
@@ -185,7 +185,7 @@ def test_the_inverted_mask_is_a_constant_less_the_mask(impl, drawn):
     assert_equal(forward(impl, tensors, options), forward(impl, first, options) + forward(impl, one, options))
 
 
-# --- identity 4: the mask and its inverse change places
+# --- identity 4: swap the mask and its inverse
 
 
 @given(spn_inputs(training=(True, False), activation=(None, "relu")))
@@ -219,7 +219,7 @@ def test_without_eps_a_common_scale_changes_nothing(impl, drawn, scale):
 
 
 def test_a_scale_of_each_channel_changes_the_output(impl):
-    """The projection sees x itself, not its normalisation: otherwise this would be an invariance too."""
+    """The projection acts on x, not on x normalised: otherwise this would be an invariance too."""
     tensors = SPN.inputs(Case((2, 4, 5, 6), ""), torch.float64)
     scale = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     scaled = tensors | {"x": tensors["x"] * scale[:, None, None]}
@@ -322,7 +322,7 @@ def test_without_eps_the_gradient_of_x_is_orthogonal_to_x(impl, drawn):
 
 @given(spn_inputs())
 def test_middle_taps_have_the_gradients_of_batch_norm(impl, drawn):
-    """m + m* = 1 at the pixel itself: the two middle taps together are batch norm's scale and shift."""
+    """m + m* = 1 at the pixel itself: the two middle taps add up to batch norm's scale and shift."""
     tensors, options = drawn
     grad_y = torch.randn(upsampled(tensors["x"], options["upsample"]).shape, dtype=torch.float64)
     grads = gradients(impl, tensors, options, grad_y)
@@ -388,7 +388,7 @@ def test_running_statistics_follow_those_of_batch_norm(impl, drawn, momentum):
 
 @pytest.mark.emulated
 @given(
-    # Around the borders of a thread's columns, a warp's, a block's, and of the windows that wide rows are cut into.
+    # Around the borders of a thread's, warp's and block's columns, and of the windows of wide rows.
     shape=st.tuples(
         st.integers(1, 3),
         st.sampled_from([2, 3, 8, 31, 33, 40]),
@@ -422,7 +422,7 @@ def test_inference_treats_samples_alone(impl, drawn):
 
 @given(spn_inputs(activation=(None, "relu"), training=(True, False)), st.sampled_from([(2,), (3,), (2, 3)]))
 def test_flipping_the_image_and_the_kernels_flips_the_output(impl, drawn, axes):
-    """No corner, edge or phase of the upsampling is treated unlike its mirror image."""
+    """Every corner, edge and phase of the upsampling is treated like its mirror image."""
     tensors, options = drawn
     flipped = {name: t.flip(axes) if name in ("x", *TAPS) else t for name, t in tensors.items()}
     assert_equal(forward(impl, flipped, options), forward(impl, tensors, options).flip(axes))
@@ -438,7 +438,7 @@ def test_permuting_channels_permutes_the_output(impl, drawn):
 
 
 def test_two_values_per_channel_are_the_least(impl):
-    """Two values are ±1 whatever they are; one, upsampled to four, is 0. Its gradient is rounding, and finite."""
+    """Two values normalise to ±1; one, upsampled to four, to 0. Its gradient is rounding, and finite."""
     for shape, upsample in [((2, 3, 1, 1), 1), ((1, 3, 1, 2), 1), ((1, 3, 1, 1), 2)]:
         tensors = SPN.inputs(Case(shape, ""), torch.float64)
         result = evaluate(SPN, SPN.call(impl), tensors, {"upsample": upsample})

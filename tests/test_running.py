@@ -1,4 +1,4 @@
-"""Running statistics, moved in place: every device against the specification."""
+"""The in-place update of running statistics: every device against the specification."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is true of SPN and not of every op: the dtype of x decides, and where a number that is none spreads."""
+"""Properties of SPN and not of every op: the dtype of x decides; the spread of NaN."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.emulated]
 def test_autocast_changes_nothing_inside(impl, dtype, parameter_dtype):
     """The dtype of x decides, as for batch norm: not even the GEMMs inside follow autocast.
 
-    Nor do they in a backward under autocast; plain PyTorch asks its users not to do that, with the reference too.
+    Nor in a backward under autocast, which PyTorch advises against; so the reference is checked in forward only.
     """
     case = Case((2, 4, 5, 6), "")
     tensors = SPN.inputs(case, dtype, parameter_dtype=parameter_dtype)
@@ -45,7 +45,7 @@ def test_autocast_changes_nothing_in_double_backward(kernel):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=name_of)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_not_a_number_in_not_a_number_out(impl, value, dtype, layout):
-    """One bad pixel spoils its channel in training (and, through the mask, all others), and nothing crashes."""
+    """In training one NaN or infinite pixel makes its channel NaN (and, through the mask, all others)."""
     for options in [{}, {"upsample": 2, "activation": "relu"}]:
         tensors = SPN.inputs(Case((2, 17, 5, 9), "", options), dtype, layout=layout)
         tensors["x"][1, 2, 3, 4] = value
@@ -55,10 +55,10 @@ def test_not_a_number_in_not_a_number_out(impl, value, dtype, layout):
 
 
 def test_not_a_number_stays_where_it_is_in_inference(impl):
-    """With given statistics only the pixels in reach of the bad one are spoilt; ReLU does not hide it."""
+    """With given statistics only pixels within the stencil of the NaN become NaN; ReLU does not hide it."""
     tensors = SPN.inputs(Case((2, 3, 7, 20), ""))
     tensors["x"][1, 1, 3, 9] = torch.nan
     y = SPN.function(**tensors, training=False, activation="relu", impl=impl)
     spoilt = torch.zeros_like(y, dtype=torch.bool)
-    spoilt[1, :, 2:5, 8:11] = True  # the mask, hence the 3x3 stencil, of every channel sees it
+    spoilt[1, :, 2:5, 8:11] = True  # it reaches the mask, hence the 3x3 stencil, of every channel
     assert torch.equal(y.isnan(), spoilt)

@@ -61,8 +61,8 @@ class PretendedGPU:
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """CPU tensors are taken for those of a GPU; kernels can be compiled, and cannot run."""
-    assert _dispatch._find_triton_obstacle("meta", None) is None
-    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cpu", None): None})
+    assert _dispatch.find_triton_obstacle("meta", None) is None
+    monkeypatch.setattr(_dispatch, "triton_obstacles", {("cpu", None): None})
     monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
 
 
@@ -166,7 +166,7 @@ def name_of_kernel(node):
 @pytest.mark.cpu
 def test_pytorch_finds_the_kernels_of_the_ops():
     """By their text it knows, after an upgrade, that a compiled graph in its cache is out of date."""
-    assert _dispatch._find_triton_obstacle("meta", None) is None
+    assert _dispatch.find_triton_obstacle("meta", None) is None
     from torch._library.triton import get_triton_kernels_for_op
 
     for op, names in {
@@ -181,7 +181,7 @@ def test_pytorch_finds_the_kernels_of_the_ops():
 
 @pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)
 def test_the_ops_have_the_schemas_of_the_native_ones(module):
-    assert _dispatch._find_triton_obstacle("meta", None) is None
+    assert _dispatch.find_triton_obstacle("meta", None) is None
     for native, ours in zip(module.ops_of("native"), module.ops_of("triton"), strict=True):
         for of in ("arguments", "returns"):
             types_of = [[str(value.type) for value in getattr(op._schema, of)] for op in (native, ours)]
@@ -215,8 +215,8 @@ def test_without_triton_pixnorm_runs():
 
 @pytest.fixture
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_triton_obstacles", {})
-    monkeypatch.setattr(_dispatch, "_fallbacks", {})
+    monkeypatch.setattr(_dispatch, "triton_obstacles", {})
+    monkeypatch.setattr(_dispatch, "fallbacks", {})
 
 
 def with_triton(monkeypatch, version):
@@ -259,17 +259,17 @@ def test_a_named_impl_says_what_is_missing_and_auto_goes_on(monkeypatch, nothing
 @pytest.mark.parametrize("version, enough", [("3.5.1", False), ("3.6.0", True), ("3.7.1+git1", True), ("4.0", True)])
 def test_versions(monkeypatch, version, enough):
     monkeypatch.setattr(triton, "__version__", version)
-    assert (_dispatch._find_triton_obstacle("meta", None) is None) == enough
+    assert (_dispatch.find_triton_obstacle("meta", None) is None) == enough
 
 
 def test_gpus_that_triton_does_not_reach(monkeypatch):
-    assert "device type 'mps'" in _dispatch._find_triton_obstacle("mps", None)
-    assert "does not start" in _dispatch._find_triton_obstacle("cuda", 0) or torch.cuda.is_available()
+    assert "device type 'mps'" in _dispatch.find_triton_obstacle("mps", None)
+    assert "does not start" in _dispatch.find_triton_obstacle("cuda", 0) or torch.cuda.is_available()
     monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, reached in [((7, 5), False), ((8, 0), True)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
-        assert (_dispatch._find_triton_obstacle("cuda", 0) is None) == reached
+        assert (_dispatch.find_triton_obstacle("cuda", 0) is None) == reached
 
 
 @pytest.mark.parametrize(
@@ -285,9 +285,9 @@ def test_gpus_that_triton_does_not_reach(monkeypatch):
 )
 def test_auto_on_a_gpu(monkeypatch, nothing_known, native, refusal, on_triton, preferred, chosen):
     """The faster one of those that can run: not a word about the other one; the reference only where neither can."""
-    monkeypatch.setattr(_dispatch, "_missing", {"cuda": native} if native else {})
-    monkeypatch.setattr(_dispatch, "_gpu_obstacles", {0: None})
-    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cuda", 0): on_triton})
+    monkeypatch.setattr(_dispatch, "missing", {"cuda": native} if native else {})
+    monkeypatch.setattr(_dispatch, "gpu_obstacles", {0: None})
+    monkeypatch.setattr(_dispatch, "triton_obstacles", {("cuda", 0): on_triton})
     arguments = "spn", "auto", torch.device("cuda", 0), {"native": refusal, "triton": None}, preferred
     if chosen == "reference":
         with pytest.warns(UserWarning, match="runs on the reference: not built; not installed"):
@@ -303,7 +303,7 @@ def test_the_table_of_what_is_faster(monkeypatch):
         device=torch.device("cuda"), dtype=torch.bfloat16, is_contiguous=lambda **options: bool(options)
     )
     assert spn_module.preferred(x, 2) == "native"
-    monkeypatch.setattr(spn_module, "_TRITON_IS_FASTER", {("a GPU", torch.bfloat16, True, 2)})
+    monkeypatch.setattr(spn_module, "TRITON_IS_FASTER", {("a GPU", torch.bfloat16, True, 2)})
     assert spn_module.preferred(x, 2) == "triton"
     assert spn_module.preferred(x, 1) == "native"
     assert spn_module.preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
@@ -327,14 +327,14 @@ def test_what_32_bits_cannot_count_is_refused(shape, upsample):
 @pytest.mark.parametrize("on_triton", [None, "too old"])
 def test_a_composite_op_needs_no_extension_on_a_gpu(monkeypatch, nothing_known, native, on_triton):
     """What runs there are products of the library."""
-    monkeypatch.setattr(_dispatch, "_missing", {"cuda": native, "cpu": native} if native else {})
-    monkeypatch.setattr(_dispatch, "_triton_obstacles", {("cuda", 0): on_triton})
+    monkeypatch.setattr(_dispatch, "missing", {"cuda": native, "cpu": native} if native else {})
+    monkeypatch.setattr(_dispatch, "triton_obstacles", {("cuda", 0): on_triton})
     for preferred in ("native", "triton"):
-        arguments = "gconv_mix", "auto", torch.device("cuda", 0), {"native": None, "triton": None}, preferred, True
+        arguments = "gconv_mix", "auto", torch.device("cuda", 0), {"native": None, "triton": None}, preferred
         assert _dispatch.choose(*arguments) == ("native" if on_triton else preferred)
     if native:
         with pytest.raises(RuntimeError, match="impl='native' cannot run here: not built"):
-            _dispatch.choose("gconv_mix", "native", torch.device("cpu"), {"native": None}, composite=True)
+            _dispatch.choose("gconv_mix", "native", torch.device("cpu"), {"native": None})
 
 
 def test_meta_tensors_have_the_shape_of_the_result():

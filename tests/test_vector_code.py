@@ -1,4 +1,4 @@
-"""The vector code of the CPU kernels, apart from the instruction sets that this machine has."""
+"""The vector code of the CPU kernels, for widths that this machine does not have."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 // Runs SPN's vector code with vectors of 16 and of 64 bytes on the same inputs: the arithmetic is the same lane by
-// lane, so the results must be the same bits. This is how the width of AVX-512 is tested on machines without it.
+// lane, so the results must be bitwise equal. This tests the width of AVX-512 on machines without it.
 
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -87,7 +87,7 @@ bool same_bits(bool channels_last, int64_t c, int64_t h, int64_t w) {
       reduce(s, params, tile, block, scratch.data(), x.data(), p.data(), dy.data(), to);
       apply(s, params, tile, block, scratch.data(), x.data(), p.data(), dy.data(), dx[i].data(), dp[i].data(), 0);
     }
-    for (int64_t absent = c; absent < s.blocks() * kBlock; ++absent) {  // may hold anything
+    for (int64_t absent = c; absent < s.blocks() * kBlock; ++absent) {  // undefined
       for (int k = 0; k < spn::kSums; ++k) sums[i][(absent / kBlock * spn::kSums + k) * kBlock + absent % kBlock] = 0;
     }
   }

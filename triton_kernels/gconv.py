@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixnorm.ops.common import dense, dense_like, is_channels_last
-from pixnorm.ops.gconv import _gconv_mix_bwd_fake, _gconv_mix_fwd_fake
+from pixnorm.ops.gconv import gconv_mix_bwd_fake, gconv_mix_fwd_fake
 from pixnorm.triton_kernels.common import (
     INTERPRETED,
     accumulator,
@@ -327,5 +327,5 @@ def gconv_mix_bwd(
 gconv_mix_fwd_triton = op_of_kernels("pixnorm::gconv_mix_fwd_triton", mutates_args=())(gconv_mix_fwd)
 gconv_mix_bwd_triton = op_of_kernels("pixnorm::gconv_mix_bwd_triton", mutates_args=())(gconv_mix_bwd)
 # Shapes, dtypes and strides are those of the native ops.
-gconv_mix_fwd_triton.register_fake(_gconv_mix_fwd_fake)
-gconv_mix_bwd_triton.register_fake(_gconv_mix_bwd_fake)
+gconv_mix_fwd_triton.register_fake(gconv_mix_fwd_fake)
+gconv_mix_bwd_triton.register_fake(gconv_mix_bwd_fake)

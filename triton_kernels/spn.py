@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixnorm.ops.common import dense, dense_like, is_channels_last
-from pixnorm.ops.spn import _spn_bwd_fake, _spn_fwd_fake
+from pixnorm.ops.spn import spn_bwd_fake, spn_fwd_fake
 from pixnorm.triton_kernels.common import (
     SIZES,
     Walk,
@@ -289,5 +289,5 @@ def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):
 spn_fwd_triton = op_of_kernels("pixnorm::spn_fwd_triton", mutates_args=())(spn_fwd)
 spn_bwd_triton = op_of_kernels("pixnorm::spn_bwd_triton", mutates_args=())(spn_bwd)
 # Shapes, dtypes and strides are those of the native ops.
-spn_fwd_triton.register_fake(_spn_fwd_fake)
-spn_bwd_triton.register_fake(_spn_bwd_fake)
+spn_fwd_triton.register_fake(spn_fwd_fake)
+spn_bwd_triton.register_fake(spn_bwd_fake)

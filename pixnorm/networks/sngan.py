@@ -1,5 +1,5 @@
 """The SNGAN generator of the SPN paper (arXiv 2201.10725, Tables 2 and 6) and of the GConv paper (arXiv 2111.15171,
-Tables 1 and 2): with batch norm, SPN, or a batch norm that the latent vector modulates; with plain or generative
+Tables 1 and 2): with batch norm, SPN, or batch norm modulated by the latent vector; with plain or generative
 convolutions."""
 
 import torch
@@ -16,15 +16,15 @@ CONVS = ("conv", "gconv")
 class UpBlock(nn.Module):
     """Residual block that doubles the resolution: upsample, norm, ReLU, conv, norm, ReLU, conv, plus the shortcut.
 
-    With SPN, upsampling, norm and ReLU are one layer. Batch norm and ReLU commute with nearest upsampling, so there
-    they come first, at a quarter of the cost; SPN does not commute (its kernels see different neighbours), and must
-    follow it. The shortcut is an upsampling, after a 1x1 convolution only where the number of channels changes; that
-    one is never generative.
+    With SPN, upsampling, norm and ReLU are one layer. Batch norm and ReLU commute with nearest upsampling, so they come
+    before it, at a quarter of the cost; SPN does not commute (its kernels see different neighbours) and comes after it.
+    The shortcut is an upsampling, after a 1x1 convolution if the number of channels changes; that one is never
+    generative.
 
     Args:
         in_channels, out_channels: of the block.
         norm, conv, impl, bias: as in :class:`Generator`.
-        latent_dim: of the vectors that modulate ``"bigbn"`` and ``"gconv"``.
+        latent_dim: length of the vectors that modulate ``"bigbn"`` and ``"gconv"``.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class UpBlock(nn.Module):
         self.up = nn.Upsample(scale_factor=2)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Features of twice the resolution; z for the layers that take one."""
-        # Also layers that something is wrapped around, and those of a converted model.
+        """Features of twice the resolution; z goes to the layers that take it."""
+        # Not by isinstance: layers may be wrapped or converted.
         of_norm, of_conv = ((z,) if takes else () for takes in (self.latent_norm, self.latent_conv))
         h = self.conv1(self.act1(self.norm1(x, *of_norm)), *of_conv)
         h = self.conv2(self.act2(self.norm2(h, *of_norm)), *of_conv)
@@ -80,7 +80,7 @@ class UpBlock(nn.Module):
 class Generator(nn.Module):
     """The generator for 32x32 images: a fully connected layer to 4x4, three :class:`UpBlock`, norm, ReLU, conv, tanh.
 
-    The last norm is a batch norm, and the last convolution a plain one, in all forms. Weights start Glorot uniform,
+    The last norm is always a batch norm, and the last convolution a plain one. Weights start Glorot uniform,
     with gain √2 for the 3x3 convolutions of the blocks; biases start at 0.
 
     The SPN paper's is ``norm="bn"`` (4 079 363 parameters) or ``"spn"`` (4 527 875). The GConv paper's is
@@ -92,17 +92,17 @@ class Generator(nn.Module):
         norm: in the blocks: ``"bn"``, ``"spn"``, or ``"bigbn"``, :class:`pixnorm.nn.LatentBatchNorm2d`.
         latent_dim: length of a latent vector.
         channels: width of every block.
-        impl: of the SPN and GConv layers, see :class:`pixnorm.SPN2d`. Of no effect on parameters and state-dict keys.
+        impl: of the SPN and GConv layers, see :class:`pixnorm.SPN2d`. Does not affect parameters or state-dict keys.
         conv: in the blocks: ``"conv"``, or ``"gconv"``, :class:`pixnorm.GConv2d`.
-        num_classes: of a conditional generator, 0 for none. Its ``"bigbn"`` and ``"gconv"`` layers see the one-hot
-            vector of the class behind the latent vector; the fully connected layer does not.
+        num_classes: of a conditional generator, else 0. Its ``"bigbn"`` and ``"gconv"`` layers get the latent vector
+            followed by the one-hot vector of the class; the fully connected layer does not.
         bias: of the fully connected layer and of all convolutions.
 
     Shape:
         z (N, latent_dim) and, with classes, y (N) of int64 to (N, 3, resolution, resolution), in (-1, 1).
 
     Raises:
-        ValueError: an unknown ``resolution``, ``norm`` or ``conv``, or classes for layers that know none.
+        ValueError: an unknown ``resolution``, ``norm`` or ``conv``, or classes without a layer that uses them.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Generator(nn.Module):
         self.tanh = nn.Tanh()
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images from latent vectors, and from classes where the generator has some."""
+        """Images from latent vectors and, in a conditional generator, classes."""
         h = self.fc(z).unflatten(1, (-1, 4, 4))
         if (y is None) == bool(self.num_classes):
             raise ValueError(f"a generator of {self.num_classes} classes got {'no ' if y is None else ''}classes")

@@ -1,4 +1,4 @@
-"""The layers as modules, and what turns a model's layers into them."""
+"""The layers as modules, and functions that convert a model's layers into them."""
 
 from pixnorm.nn.batchnorm import LatentBatchNorm2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv

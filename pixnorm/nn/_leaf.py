@@ -1,16 +1,16 @@
-"""Layers that ``torch.fx`` leaves whole, as it does PyTorch's own: what they do depends on their mode."""
+"""Makes layers leaves of ``torch.fx``, as PyTorch's own are: their computation depends on the training mode."""
 
 import torch
 from torch import Tensor, nn
 
 
 def traced(module: nn.Module, *arguments: Tensor | None) -> "torch.fx.Proxy | None":
-    """The call of a layer as one node of a graph; None where no graph is recorded, or the layer is all of it."""
+    """The call of a layer as one graph node; None if no graph is being recorded or the layer is the traced root."""
     tracer = next((value.tracer for value in arguments if isinstance(value, torch.fx.Proxy)), None)
     if tracer is None:
         return None
     try:
         path = tracer.path_of_module(module)
-    except NameError:  # it is no part of the model that is traced
+    except NameError:  # not part of the traced model
         return None
     return tracer.create_proxy("call_module", path, arguments, {}) if path else None

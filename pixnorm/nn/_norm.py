@@ -1,4 +1,4 @@
-"""What normalising layers have in common: running statistics, kept as ``nn.BatchNorm2d`` keeps them."""
+"""The common part of normalisation layers: running statistics, as in ``nn.BatchNorm2d``."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from pixnorm.ops.running import count_batch
 class Norm2d(nn.Module):
     """A layer that normalises by the statistics of the batch, and in eval mode by running ones.
 
-    No subclass of PyTorch's batch norms: ``convert_sync_batchnorm`` would put those in its place.
+    Not a subclass of PyTorch's batch norms, as ``convert_sync_batchnorm`` would replace it.
 
     Args:
         num_features: C, the channels of the input.
         eps, momentum, track_running_stats: as in ``nn.BatchNorm2d``.
     """
 
-    _version = 2  # as of PyTorch's: in 1 there was no count of batches
-    _KINDS = ("",)  # prefixes of the statistics that a layer has
+    _version = 2  # as in PyTorch: version 1 had no num_batches_tracked
+    _KINDS = ("",)  # prefixes of the layer's statistics
     num_batches_tracked: Tensor | None
 
     def __init__(self, num_features: int, eps: float, momentum: float | None, track_running_stats: bool):
@@ -32,7 +32,7 @@ class Norm2d(nn.Module):
         self.track_running_stats = track_running_stats
 
     def _register_statistics(self, sizes: dict[str, int], device: Any, dtype: torch.dtype | None) -> None:
-        """Buffers for each kind of statistics, by its prefix: as many means and variances as it has channels."""
+        """Register mean and variance buffers; ``sizes`` maps each prefix in ``_KINDS`` to its number of channels."""
         track = self.track_running_stats
         for prefix, size in sizes.items():
             for name in ("running_mean", "running_var"):
@@ -58,14 +58,11 @@ class Norm2d(nn.Module):
 
     @property
     def _updates(self) -> bool:
-        """Whether a call moves the running statistics."""
+        """Whether a call updates the running statistics."""
         return self.training and self.track_running_stats and self.running_mean is not None
 
     def _statistics(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-        """The buffers that a call is given, or None in their place; and its options.
-
-        To be followed by ``_counted``.
-        """
+        """The buffers to pass to the op (or None each), and its options. Follow with ``_counted``."""
         given = self._updates or not self.training
         buffers = tuple(
             getattr(self, f"{prefix}{name}") if given else None
@@ -82,5 +79,5 @@ class Norm2d(nn.Module):
         }
 
     def _counted(self, y: Tensor) -> Tensor:
-        """y, after the batch has been counted: input that the call refuses leaves no trace."""
+        """y, after counting the batch; not called if the op raises, so rejected input leaves no trace."""
         return count_batch(y, self.num_batches_tracked) if self._updates else y

@@ -15,8 +15,8 @@ class LatentBatchNorm2d(Norm2d):
 
     ``y = (1 + z Wg) · x̂ + z Wb``, without biases, where x̂ is x normalised as by ``nn.BatchNorm2d``.
 
-    For classes too, z is the latent vector followed by the one-hot vector of the class: the rows of the weights that
-    belong to it are then the tables of a conditional batch norm.
+    For conditional models, z is the latent vector followed by the one-hot vector of the class; the corresponding rows
+    of the weights are then the tables of a conditional batch norm.
 
     Args:
         num_features: C, the channels of the input.
@@ -27,8 +27,8 @@ class LatentBatchNorm2d(Norm2d):
     Shape:
         x (N, C, H, W) and z (N, dz) to (N, C, H, W).
 
-    Parameters ``gamma.weight`` and ``beta.weight`` (C, dz), Glorot uniform; buffers as in ``nn.BatchNorm2d``. (In older
-    checkpoints the buffers have the prefix ``norm.``; they load.)
+    Parameters ``gamma.weight`` and ``beta.weight`` (C, dz), Glorot uniform; buffers as in ``nn.BatchNorm2d``.
+    (Older checkpoints, with the buffer prefix ``norm.``, load.)
 
     Raises:
         ValueError: ``num_features`` or ``latent_dim`` is not positive.
@@ -61,7 +61,7 @@ class LatentBatchNorm2d(Norm2d):
         nn.init.xavier_uniform_(self.beta.weight)
 
     def forward(self, input: Tensor, z: Tensor) -> Tensor:
-        """Normalise the input, then scale and shift each sample's channels as z says."""
+        """Normalise the input, then scale and shift each sample's channels by functions of z."""
         if (node := traced(self, input, z)) is not None:
             return node
         buffers, options = self._statistics()

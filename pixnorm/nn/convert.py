@@ -1,4 +1,4 @@
-"""Turns the layers of a model into ours: batch norms into SPN, convolutions into generative ones."""
+"""Converts the layers of a model: batch norms to SPN, convolutions to generative ones."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -16,14 +16,14 @@ from pixnorm.ops.common import FLOAT
 
 
 class Conversion(NamedTuple):
-    """What :func:`convert_batchnorm` or :func:`convert_conv` did.
+    """The result of :func:`convert_batchnorm` or :func:`convert_conv`.
 
     Attributes:
-        model: the model that was given, or its replacement where it was itself such a layer.
-        replaced: names of the layers that are ours now, as in ``model.named_modules()``.
-        skipped: name and reason for each layer (of any such kind) that stayed.
-        layer: what the replaced ones are now: ``"SPN2d"`` or ``"GConv2d"``.
-        usage: what has to change where the model is called.
+        model: the given model, or its replacement if it was itself such a layer.
+        replaced: names of the replaced layers, as in ``model.named_modules()``.
+        skipped: name and reason for each layer (of any such kind) that was not replaced.
+        layer: the class of the new layers: ``"SPN2d"`` or ``"GConv2d"``.
+        usage: how calls of the model have to change.
     """
 
     model: nn.Module
@@ -44,16 +44,15 @@ def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
     """Replace, in place, every ``nn.BatchNorm2d`` of a model by an :class:`SPN2d` that starts as the same function.
 
     Scale and shift, running statistics, eps, momentum, dtype, device, training mode and ``requires_grad`` carry over (a
-    layer whose scale and shift are both frozen is frozen altogether). The parameters are new: convert before building
+    layer whose scale and shift are both frozen is frozen as a whole). The parameters are new: convert before building
     the optimiser and before ``DistributedDataParallel``. In eval mode the mask starts from its initial running
-    statistics, and settles as training goes on.
+    statistics, which training then updates.
 
-    What computes something else, or might, stays: other kinds of batch norm, subclasses that define methods, layers
-    with hooks or parametrizations, layers that share parameters or buffers with others, lazy layers before their first
-    batch. One layer that is used in several places stays one layer.
+    Layers that compute something else, or might, are kept: other kinds of batch norm, subclasses that define methods,
+    layers with hooks or parametrizations, layers that share parameters or buffers with others, lazy layers before their
+    first batch. One layer used in several places stays one layer.
 
-    A checkpoint of the model as it was loads into the converted one: its batch norms become what this function makes of
-    them, drawn anew.
+    A checkpoint of the original model loads into the converted one: its batch norms are converted, with new noise.
 
     Args:
         model: any module, also a batch norm.
@@ -61,7 +60,7 @@ def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
             model computes the same as before, but the masks get no gradient in the first step.
 
     Returns:
-        The model, with the names of what was replaced and of what was not, and why.
+        The model, the names of the replaced layers, and the others with reasons.
 
     Raises:
         ValueError: ``noise`` is negative. The model is untouched, as after any other error.
@@ -74,39 +73,39 @@ def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
 
 
 _USAGE = """\
-They need latent vectors z, of shape (N, {latent_dim}). Where the code can be changed, call them as `layer(x, z)`; where
-not, call the model inside `with pixnorm.nn.latent(z):`."""
+They need latent vectors z, of shape (N, {latent_dim}): call them as `layer(x, z)` or, without changing the code, call
+the model inside `with pixnorm.nn.latent(z):`."""
 
 
 def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = ()) -> Conversion:
     """Replace, in place, every ``nn.Conv2d`` of a model by a :class:`GConv2d` that starts as the same function.
 
     Weight, bias, dtype, device, training mode and ``requires_grad`` carry over. ``mix_weight`` starts at 0, so the
-    model computes what it did; after the first step it no longer does. The parameters are new: convert before building
+    model computes the same as before until the first step. The parameters are new: convert before building
     the optimiser and before ``DistributedDataParallel``.
 
     The layers need latent vectors: call them as ``layer(x, z)``, or leave the model's code as it is and call the model
     inside ``with pixnorm.nn.latent(z):``.
 
-    What computes something else, or might, stays: other kinds of convolution, groups,
-    subclasses that define methods, layers with hooks or parametrizations, layers that share parameters with others,
-    lazy layers before their first batch. One layer that is used in several places stays one layer.
+    Layers that compute something else, or might, are kept: other kinds of convolution, groups, subclasses that define
+    methods, layers with hooks or parametrizations, layers that share parameters with others, lazy layers before their
+    first batch. One layer used in several places stays one layer.
 
-    A checkpoint of the model as it was loads into the converted one, with ``mix_weight`` 0. Spectral norm cannot divide
-    such a weight by its norm: put it on ``weight`` and ``scale_weight`` alone, or convert first and train a little.
+    A checkpoint of the original model loads into the converted one, with ``mix_weight`` 0. Spectral norm would divide
+    that weight by its norm, 0: apply it to ``weight`` and ``scale_weight`` only, or after some training.
 
     Args:
         model: any module, also a convolution.
         latent_dim: length of a latent vector.
-        keep: names of layers that stay, as in ``model.named_modules()``, or of modules whose layers do. In the paper
-            the last convolution of a generator and those of shortcuts stay.
+        keep: names of layers to keep, as in ``model.named_modules()``, or of modules whose layers to keep. The paper
+            keeps the last convolution of a generator and those of shortcuts.
 
     Returns:
-        The model, with the names of what was replaced and of what was not, and why.
+        The model, the names of the replaced layers, and the others with reasons.
 
     Raises:
-        ValueError: ``latent_dim`` is not positive, or ``keep`` names what is not there.
-        TypeError: ``keep`` is one name. The model is untouched, as after any other error.
+        ValueError: ``latent_dim`` is not positive, or ``keep`` names a module that does not exist.
+        TypeError: ``keep`` is a string. The model is untouched, as after any other error.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 3))
@@ -135,7 +134,7 @@ def _replace(
     obstacle: Callable[[nn.Module, Counter], str | None],
     convert: Callable[[nn.Module], nn.Module],
 ) -> tuple[nn.Module, list[str], dict[str, str]]:
-    """Replace the layers of a kind that have no obstacle: the model, what was replaced, and why the rest was not."""
+    """Replace the layers of a kind that have no obstacle; return the model, the replaced, and reasons for the rest."""
     owners = Counter(_storage(tensor) for module in model.modules() for tensor in _tensors(module))
     converted: dict[nn.Module, nn.Module] = {}
     replaced: dict[str, nn.Module] = {}
@@ -151,7 +150,7 @@ def _replace(
             converted[module] = convert(module)
         replaced[name] = converted[module]
 
-    # Only now, when nothing can fail any more, is the model touched.
+    # The model is changed only here, after everything that can fail.
     for name, layer in replaced.items():
         parent, _, key = name.rpartition(".")
         if key:
@@ -165,10 +164,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> object:
-    """The same for tensors that share memory: of two parameters over one storage both are that one's."""
+    """A key that is equal for tensors that share memory."""
     try:
         storage = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a subclass that has none
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a subclass without storage
         storage = id(tensor)
     return storage
 
@@ -195,7 +194,7 @@ def _obstacle_of_conv(module: _ConvNd, owners: Counter) -> str | None:
 
 
 def _difference(module: nn.Module, base: type[nn.Module], buffers: set[str], owners: Counter) -> str | None:
-    """In what a layer is, or has, something else than its base class; None if in nothing."""
+    """How a layer differs from its base class; None if it does not."""
     if not isinstance(module, base):
         return f"{type(module).__name__} is not nn.{base.__name__}"
     if is_parametrized(module):
@@ -270,7 +269,7 @@ def _convert_conv(conv: nn.Conv2d, latent_dim: int) -> GConv2d:
         init="zero",
         padding_mode=conv.padding_mode,
     )
-    gconv.weight = nn.Parameter(conv.weight.detach().clone())  # also its memory format
+    gconv.weight = nn.Parameter(conv.weight.detach().clone())  # a clone keeps the memory format
     if conv.bias is not None:
         gconv.bias = nn.Parameter(conv.bias.detach().clone())
     for name, parameter in gconv.named_parameters():

@@ -1,4 +1,4 @@
-"""The modules of generative convolution, and how they come by the latent vectors."""
+"""The modules of generative convolution, and ``latent``, which supplies their latent vectors."""
 
 import contextlib
 import threading
@@ -17,7 +17,7 @@ from pixnorm.ops.gconv import PADDING_MODES
 
 
 class _Current(threading.local):
-    def __init__(self):  # in each thread; the compiler of torch 2.11 would prefer an attribute of the class
+    def __init__(self):  # runs in each thread
         self.z: Tensor | None = None
 
 
@@ -26,12 +26,12 @@ _current = _Current()
 
 @contextlib.contextmanager
 def latent(z: Tensor) -> Iterator[None]:
-    """Give z to all generative layers that are called without one, while it lasts and in this thread.
+    """Supply z to all generative layers that are called without one, inside the context and in this thread.
 
-    For models whose ``forward`` passes on features alone, such as ``nn.Sequential`` and what ``convert_conv`` returns.
-    Activation checkpoints run their part of the model again in backward, perhaps in another thread: give them
+    For models whose ``forward`` passes only features, such as ``nn.Sequential`` and the result of ``convert_conv``.
+    Activation checkpoints run their part of the model again in backward, perhaps in another thread: pass them
     ``use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), pixnorm.nn.latent(z))``. ``torch.export`` would
-    make z a constant: layers that it traces must be called with one.
+    make z a constant: pass z explicitly to layers that it traces.
 
     Args:
         z: (N, latent_dim).
@@ -50,9 +50,9 @@ def latent(z: Tensor) -> Iterator[None]:
 
 
 class _Generative(nn.Module):
-    """The parameters that both layers have."""
+    """The parameters of both layers."""
 
-    _may_divide_by_zero = False  # whether spectral norm of mix_weight would
+    _may_divide_by_zero = False  # whether spectral norm of mix_weight might
 
     def __init__(self, kernels: tuple[int, ...], latent_dim: int, bias: bool, impl: str, init: str, device, dtype):
         super().__init__()
@@ -92,20 +92,20 @@ class _Generative(nn.Module):
     def _mix_weight(self) -> Tensor:
         weight = self.mix_weight
         looks = not (torch.compiler.is_compiling() or exporting() or weight.is_meta)
-        if self._may_divide_by_zero and looks and "mix_weight" not in self._parameters:  # but what is made of another
+        if self._may_divide_by_zero and looks and "mix_weight" not in self._parameters:  # but computed
             if weight.isnan().any():
                 raise RuntimeError(
-                    "mix_weight is not a number: it starts at 0, and spectral norm divides by its norm; use "
-                    "init='glorot', or put spectral norm on the other weights alone"
+                    "mix_weight is NaN: it starts at 0, and spectral norm divides by its norm; use "
+                    "init='glorot', or apply spectral norm to the other weights only"
                 )
             self._may_divide_by_zero = False
         return weight
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
-        """A checkpoint of the plain layer is that of one that mixes nothing."""
+        """A checkpoint of the plain layer loads with a mix_weight of 0."""
         if prefix + "weight" in state_dict and not {prefix + "scale_weight", prefix + "mix_weight"} & state_dict.keys():
             own = {"scale_weight": self.scale_weight.detach(), "mix_weight": torch.zeros_like(self.mix_weight)}
-            # Of a layer that was made on the meta device there are none: they count as missing.
+            # A layer on the meta device has no values: they count as missing.
             own = {prefix + name: value for name, value in own.items() if not value.is_meta}
             state_dict = state_dict | own
         super()._load_from_state_dict(state_dict, prefix, *others)
@@ -116,7 +116,7 @@ class _Generative(nn.Module):
                 f"torch.export would make the latent vectors of {type(self).__name__} a constant: pass z"
             )
         if z is None and _current.z is not None:
-            z = _current.z.to(x.dtype)  # what casts the input of a model (FSDP) does not see this one
+            z = _current.z.to(x.dtype)  # FSDP casts the inputs of a model, but not this one
         if z is None:
             raise RuntimeError(
                 f"{type(self).__name__} needs latent vectors: call it with (x, z), or the model inside "
@@ -128,32 +128,32 @@ class _Generative(nn.Module):
 class GConv2d(_Generative):
     r"""Generative convolution ("Generative Convolution Layer for Image Generation", arXiv 2111.15171, eq. 5-8).
 
-    Takes the place of :class:`torch.nn.Conv2d` in a generator: its kernels are scaled by what the latent vector and the
-    mean of the input say, mixed, and added to what they were, so that each sample is convolved with kernels of its own.
-    The equation stands in :func:`pixnorm.functional.gconv2d`, which does all the arithmetic.
+    Replaces :class:`torch.nn.Conv2d` in a generator: its kernels are scaled by a function of the latent vector and of
+    the mean of the input, mixed, and added to the original kernels, so that each sample is convolved with its own. The
+    equation is in :func:`pixnorm.functional.gconv2d`, which does all the arithmetic.
 
     Args:
         in_channels: m, of the input.
         out_channels: n, of the output.
         kernel_size, stride, padding, dilation: as in ``nn.Conv2d``.
         latent_dim: dz, the length of a latent vector.
-        bias: added at the end; off, as a normalisation follows in the paper.
+        bias: added at the end; off by default, as in the paper a normalisation follows.
         impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.gconv2d`.
         device, dtype: of the parameters.
-        groups: 1; mixing adds up kernels, so all of them must see all channels.
+        groups: must be 1: mixing adds kernels, so all of them must see all channels.
         padding_mode: as in ``nn.Conv2d``.
-        init: ``"glorot"`` draws all weights Glorot uniform; ``"zero"`` does so but for ``mix_weight``, which is 0: the
-            layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step. Spectral
-            norm cannot divide such a weight by its norm.
+        init: ``"glorot"`` draws all weights Glorot uniform; ``"zero"`` does so except for ``mix_weight``, which is 0:
+            the layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step. Such a
+            ``mix_weight`` cannot have spectral norm, which divides by its norm.
 
     Shape:
-        x (N, m, H, W) and z (N, dz) to (N, n, H', W') as ``nn.Conv2d``, in x's dtype and memory format; also one
-        sample, x (m, H, W) and z (dz) or (1, dz) to (n, H', W'). z may be left out inside :func:`pixnorm.nn.latent`.
+        x (N, m, H, W) and z (N, dz) to (N, n, H', W') as ``nn.Conv2d``, in x's dtype and memory format; without
+        batch, x (m, H, W) and z (dz) or (1, dz) to (n, H', W'). z may be omitted inside :func:`pixnorm.nn.latent`.
 
     Parameters ``weight`` (n, m, kh, kw), ``scale_weight`` (n, m + dz), ``mix_weight`` (n, n), ``bias`` (n) or None.
 
     Raises:
-        ValueError: an argument is outside what is listed above.
+        ValueError: an argument has a value that is not listed above.
 
     Example:
         >>> y = pixnorm.GConv2d(64, 64, 3, latent_dim=32, padding=1)(torch.randn(8, 64, 16, 16), torch.randn(8, 32))
@@ -202,7 +202,7 @@ class GConv2d(_Generative):
         self.padding_mode = padding_mode
 
     def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
-        """Convolve each sample of the input with the kernels that it and its latent vector choose."""
+        """Convolve each sample of the input with its own kernels."""
         if (node := traced(self, input, z)) is not None:
             return node
         return F.gconv2d(
@@ -230,7 +230,7 @@ class GConv2d(_Generative):
 
 
 class GLinear(_Generative):
-    r"""The generative form of :class:`torch.nn.Linear`: :class:`GConv2d` of a single pixel (arXiv 2111.15171, eq. 5-8).
+    r"""The generative form of :class:`torch.nn.Linear`: :class:`GConv2d` on a single pixel (arXiv 2111.15171, eq. 5-8).
 
     Args:
         in_features: m, of the input.
@@ -239,13 +239,13 @@ class GLinear(_Generative):
         bias, impl, device, dtype, init: as in :class:`GConv2d`.
 
     Shape:
-        x (N, m) and z (N, dz) to (N, n). In the first layer of a generator, both are the latent vectors. z may be left
-        out inside :func:`pixnorm.nn.latent`.
+        x (N, m) and z (N, dz) to (N, n). In the first layer of a generator, both are the latent vectors. z may be
+        omitted inside :func:`pixnorm.nn.latent`.
 
     Parameters ``weight`` (n, m), ``scale_weight`` (n, m + dz), ``mix_weight`` (n, n), ``bias`` (n) or None.
 
     Raises:
-        ValueError: an argument is outside what is listed above.
+        ValueError: an argument has a value that is not listed above.
 
     Example:
         >>> z = torch.randn(8, 32)
@@ -271,7 +271,7 @@ class GLinear(_Generative):
         self.out_features = out_features
 
     def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
-        """Map each sample of the input by the weights that it and its latent vector choose."""
+        """Multiply each sample of the input by its own weights."""
         if (node := traced(self, input, z)) is not None:
             return node
         weights = self.weight, self.scale_weight, self._mix_weight(), self.bias

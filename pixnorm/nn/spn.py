@@ -10,37 +10,36 @@ from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_eps, check_option
 from pixnorm.ops.common import ACTIVATIONS
 
-NOISE = 0.02  # standard deviation, relative to each channel's scale: without it masks get no gradient in the first step
+NOISE = 0.02  # standard deviation, relative to each channel's scale; without it masks get no gradient in the first step
 
 
 class SPN2d(Norm2d):
     r"""Self pixel-wise normalisation ("Image Generation with Self Pixel-wise Normalization", arXiv 2201.10725).
 
-    Batch norm whose scale and shift differ from pixel to pixel: depthwise convolutions make them from a mask, and the
-    mask comes from the input itself. Takes the place of :class:`torch.nn.BatchNorm2d` and keeps its arguments, its
-    running statistics and its behaviour in training and eval. The equation stands in
-    :func:`pixnorm.functional.spn`, which does all the arithmetic.
+    Batch norm whose scale and shift differ from pixel to pixel: depthwise convolutions compute them from a mask of the
+    input itself. Replaces :class:`torch.nn.BatchNorm2d` and keeps its arguments, its running statistics and its
+    behaviour in training and eval. The equation is in :func:`pixnorm.functional.spn`, which does all the arithmetic.
 
-    It is no subclass of PyTorch's batch norms, so what looks for those (``torch.optim.swa_utils.update_bn``, freezing
-    by ``isinstance``) passes it by: use ``pixnorm.update_statistics`` and ``isinstance(module, pixnorm.NORMS)``. A
-    checkpoint of the batch norm in whose place it stands loads: the kernels start as ``convert_batchnorm`` makes them.
+    It is no subclass of PyTorch's batch norms, so code that looks for those (``torch.optim.swa_utils.update_bn``,
+    freezing by ``isinstance``) does not find it: use ``pixnorm.update_statistics`` and ``isinstance(module,
+    pixnorm.NORMS)``. A checkpoint of the replaced batch norm loads: the kernels start as after ``convert_batchnorm``.
 
     Args:
         num_features: C, the channels of the input.
         kernel_size: of the depthwise kernels: 1, 3 or 5.
-        mask_channels: C (also if None), or 1 for one mask shared by all channels.
+        mask_channels: C (the default), or 1 for one mask shared by all channels.
         eps: added to the variances of the input and of the projected input.
         momentum: weight of the new batch in the running statistics; None averages over all batches.
-        track_running_stats: if False there are no running statistics, and eval mode uses those of the batch too.
-        upsample: 2 normalises ``interpolate(x, scale_factor=2, mode="nearest")``, at the cost of low resolution.
+        track_running_stats: if False there are no running statistics, and eval mode also uses those of the batch.
+        upsample: 2 normalises ``interpolate(x, scale_factor=2, mode="nearest")``, at the cost of the low resolution.
         activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
         impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``, as in :func:`pixnorm.functional.spn`.
         device: of parameters and buffers.
         dtype: of parameters and buffers; float32 also serves float16 and bfloat16 inputs.
         init: ``"bn"`` starts as plain batch norm with scale 1 and shift 0: each depthwise kernel is that times a delta,
             plus noise N(0, 0.02²), without which the mask would get no gradient in the first step. ``"keras"`` draws
-            the depthwise kernels Glorot uniform in the way of Keras, with limit √(6 / (k² (C + 1))). The projection is
-            Glorot uniform in both.
+            the depthwise kernels Glorot uniform as Keras does, with limit √(6 / (k² (C + 1))). The projection is Glorot
+            uniform in both.
         negative_slope: of ``"leaky_relu"``.
 
     Shape:
@@ -52,7 +51,7 @@ class SPN2d(Norm2d):
     ``num_batches_tracked``.
 
     Raises:
-        ValueError: an argument is outside what is listed above.
+        ValueError: an argument has a value that is not listed above.
 
     Example:
         >>> y = pixnorm.SPN2d(64)(torch.randn(8, 64, 16, 16))
@@ -109,7 +108,7 @@ class SPN2d(Norm2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, as ``init`` says, and reset the running statistics."""
+        """Draw the parameters as ``init`` says, and reset the running statistics."""
         self.reset_running_stats()
         nn.init.xavier_uniform_(self.mask_projection)
         nn.init.ones_(self.mask_weight)
@@ -146,13 +145,13 @@ class SPN2d(Norm2d):
         return self._counted(y)
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
-        """A checkpoint of batch norm becomes what ``convert_batchnorm`` makes of that batch norm."""
+        """A checkpoint of batch norm loads as if ``convert_batchnorm`` had converted that batch norm."""
         found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         if found.keys() & {"weight", "running_mean"} and "mask_projection" not in found:
             ones = next(iter(found.values())).new_ones(self.num_features, dtype=self.gamma_weight.dtype)
             affine = found.pop("weight", ones), found.pop("bias", torch.zeros_like(ones))
             own = {**self._parameters, **self._buffers}
-            # Of a layer that was made on the meta device there is no mask to keep: it counts as missing.
+            # A layer on the meta device has no mask to keep: it counts as missing.
             of_mask = {
                 name: tensor.detach()
                 for name, tensor in own.items()
@@ -172,11 +171,11 @@ class SPN2d(Norm2d):
 
 
 def kernels_of_batchnorm(weight: Tensor, bias: Tensor, kernel_size: int, noise: float) -> dict[str, Tensor]:
-    """Depthwise kernels with which SPN equals batch norm with this affine, up to noise, for any mask.
+    """Depthwise kernels for which SPN equals batch norm with this affine, up to noise, for any mask.
 
     Mask and inverted mask add up to one, so equal kernels weight * delta give the scale ``weight``. The noise has
-    standard deviation ``noise * |weight|``: it perturbs every channel's output by the same fraction, and leaves alone a
-    channel that is switched off.
+    standard deviation ``noise * |weight|``: it perturbs every channel's output by the same fraction, and is 0 for
+    a channel of scale 0.
     """
     found, centre = {}, kernel_size // 2
     for name, value in (("gamma", weight), ("beta", bias)):

@@ -1,4 +1,4 @@
-"""Running statistics of all norms of a model, ours and PyTorch's."""
+"""Running statistics of all norms of a model, pixnorm's and PyTorch's."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixnorm.nn._norm import Norm2d
 
-# For `isinstance`, where a loop looks for batch norms: to freeze them, to leave them out of weight decay.
+# For `isinstance`, to find norms: to freeze them, or to exclude them from weight decay.
 NORMS: tuple[type[nn.Module], ...] = (Norm2d, _BatchNorm)
 
 
@@ -17,13 +17,13 @@ NORMS: tuple[type[nn.Module], ...] = (Norm2d, _BatchNorm)
 def update_statistics(loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None = None) -> None:
     """Set the running statistics of a model's norms to averages over the batches of a loader.
 
-    What ``torch.optim.swa_utils.update_bn`` does for PyTorch's norms, for those and ours (``NORMS``): needed where
-    weights are averaged, of which nobody has seen the activations.
+    ``torch.optim.swa_utils.update_bn`` for all of ``NORMS``: needed after averaging weights, as no running statistics
+    belong to the average.
 
     Args:
-        loader: of batches: a tensor; a list or tuple, of which the model is given the first; or a dict of arguments.
-        model: any module. It is called in training mode, without gradients, and is as before in all other respects.
-        device: to which tensors are moved first, if it is given.
+        loader: yields batches: a tensor; a list or tuple whose first element is the input; or a dict of arguments.
+        model: any module. It is called in training mode, without gradients, and is otherwise unchanged afterwards.
+        device: where to move tensors first, if given.
     """
     norms = {module: module.momentum for module in model.modules() if isinstance(module, NORMS)}
     if not norms:

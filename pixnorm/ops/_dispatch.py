@@ -2,7 +2,7 @@
 
 The PyTorch dispatcher picks the device; this file picks between ``reference``, ``native``, ``triton`` and ``auto``.
 Compiled kernels register themselves with the schemas defined here when their extension is imported, so the package
-imports, traces and runs (on the reference) without any of them. Triton is imported when it is first asked for.
+imports, traces and runs (on the reference) without them. Triton is imported on first use.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,26 +22,45 @@ IMPLS = ("auto", "native", "triton", "reference")
 _library = torch.library.Library("pixnorm", "DEF")
 
 # device type -> (extension module that registers the kernels, how to get it)
-_EXTENSIONS = {
+EXTENSIONS = {
     "cpu": ("pixnorm._C", "reinstall pixnorm where a C++17 compiler is on the path (`make build` in a clone)"),
     "cuda": ("pixnorm._cuda", "reinstall pixnorm where nvcc and a CUDA build of torch are (`make build` in a clone)"),
 }
+# What define_op was told of each op, in the order of definition.
+fakes: dict[str, Callable] = {}
+native_devices: dict[str, tuple[str, ...]] = {}  # op -> the device types that csrc has kernels for
+triton_modules: dict[str, str] = {}  # op -> the module of its kernels
+_composite: set[str] = set()  # ops with an ``everywhere``
 _flops: dict[str, Callable[..., int]] = {}  # op -> its multiplications and additions
-_triton_modules: dict[str, None] = {}  # in the order in which ops are defined
-_missing: dict[str, str] = {}  # device type -> why its extension is not loaded
-_fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
+missing: dict[str, str] = {}  # device type -> why its extension is not loaded
+fallbacks: dict[str, list[str]] = {}  # op -> why auto ran the reference
 
 
-def define_op(schema: str, fake, everywhere=None, flops=None, triton=None) -> torch._ops.OpOverload:
-    """Define ``pixnorm::<schema>`` and its fake (shapes, dtypes and strides of the outputs); return the op.
+def define_op(
+    schema: str,
+    fake: Callable,
+    native: Sequence[str] = (),
+    everywhere: Callable | None = None,
+    flops: Callable[..., int] | None = None,
+    triton: str | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``pixnorm::<schema>``; return the op.
 
-    ``everywhere`` is what runs on devices that no compiled kernel is registered for. ``flops`` counts multiplications
-    and additions for ``torch.utils.flop_counter``: it is given the arguments, shapes in the place of tensors.
-    ``triton`` is the module of ``triton_kernels`` that has its kernels, if there are any.
+    Args:
+        schema: in PyTorch's schema language, without the namespace.
+        fake: gives shapes, dtypes and strides of the outputs.
+        native: the device types that ``csrc`` has kernels for: ``"cpu"``, ``"cuda"``.
+        everywhere: the implementation, in PyTorch's own operations, for all other devices.
+        flops: counts multiplications and additions for ``torch.utils.flop_counter``; called with the op's arguments,
+            shapes in place of tensors.
+        triton: the module of ``triton_kernels`` that has its Triton kernels, if there are any.
     """
-    if triton is not None:
-        _triton_modules.setdefault(triton)
     name = schema[: schema.index("(")]
+    fakes[name], native_devices[name] = fake, tuple(native)
+    if triton is not None:
+        triton_modules[name] = triton
+    if everywhere is not None:
+        _composite.add(name)
     if flops is not None:
         _flops[name] = flops
     _library.define(schema)
@@ -52,7 +71,7 @@ def define_op(schema: str, fake, everywhere=None, flops=None, triton=None) -> to
 
 
 def _register_flops() -> None:
-    """Tell the counter of PyTorch; both of what is native and of what is in Triton."""
+    """Register the formulas with PyTorch's counter, for the native and the Triton ops."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     if importlib.util.find_spec("triton") is not None:
@@ -64,54 +83,64 @@ def _register_flops() -> None:
 
 
 def load_extensions() -> None:
-    """Import the compiled kernels that are there; remember why for those that are not. Triton's are not imported."""
+    """Import the compiled kernels that exist; record why for those that do not. Triton's are not imported here."""
     _find_kernels_of_a_clone()
-    for device, (module, remedy) in _EXTENSIONS.items():
+    for device, (module, remedy) in EXTENSIONS.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
-            _missing[device] = f"{module} is not there ({error}); {remedy}"
+            missing[device] = f"{module} is not there ({error}); {remedy}"
     when_imported("torch.utils.flop_counter", _register_flops)
 
 
-_gpu_obstacles: dict[int | None, str | None] = {}  # device index -> why its GPU cannot run the kernels
+gpu_obstacles: dict[int | None, str | None] = {}  # device index -> why its GPU cannot run the kernels
 
 
 @constant_in_graphs
 def _gpu_obstacle(index: int | None) -> str | None:
-    if index not in _gpu_obstacles:
+    if index not in gpu_obstacles:
         major, minor = torch.cuda.get_device_capability(index)
         found = f"the CUDA kernels are for compute capability 8.0 and newer, this is {major}.{minor}"
-        _gpu_obstacles[index] = None if major >= 8 else found
-    return _gpu_obstacles[index]
+        gpu_obstacles[index] = None if major >= 8 else found
+    return gpu_obstacles[index]
 
 
-def _native_obstacle(device: torch.device, refusal: str | None, composite: bool = False) -> str | None:
-    if device.type == "meta" or (composite and device.type != "cpu"):
-        return refusal  # the op's fake runs, or products of the library
-    if device.type in _missing:
-        return _missing[device.type]
-    if device.type not in _EXTENSIONS:
+def has_kernels(op: str, impl: str, device_type: str) -> bool:
+    """Whether an op was written for a named impl and a device type, built or not."""
+    if impl == "triton":
+        return f"{op}_fwd" in triton_modules
+    return device_type in native_devices[f"{op}_fwd"] or f"{op}_fwd" in _composite
+
+
+def native_obstacle(op: str, device: torch.device, refusal: str | None) -> str | None:
+    """Why the native kernels of an op cannot run on a device, or ``refusal``; None where they can."""
+    if device.type == "meta":
+        return refusal  # the op's fake runs
+    if not has_kernels(op, "native", device.type):
         return f"there are no native kernels for device type '{device.type}'"
+    if device.type not in native_devices[f"{op}_fwd"]:
+        return refusal  # PyTorch's own operations
+    if device.type in missing:
+        return missing[device.type]
     return refusal or (_gpu_obstacle(device.index) if device.type == "cuda" else None)
 
 
 _OLDEST_TRITON = (3, 6)
-_triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> why it cannot run the Triton kernels
+triton_obstacles: dict[tuple[str, int | None], str | None] = {}  # device -> why it cannot run the Triton kernels
 
 
 @constant_in_graphs
 def triton_obstacle(device_type: str, index: int | None = None) -> str | None:
-    """Why Triton kernels cannot run on a device; None where they can, and then they are imported and registered."""
-    if (device_type, index) not in _triton_obstacles:
-        _triton_obstacles[device_type, index] = _find_triton_obstacle(device_type, index)
-    return _triton_obstacles[device_type, index]
+    """Why Triton kernels cannot run on a device; None if they can, and then they are imported and registered."""
+    if (device_type, index) not in triton_obstacles:
+        triton_obstacles[device_type, index] = find_triton_obstacle(device_type, index)
+    return triton_obstacles[device_type, index]
 
 
-def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
+def find_triton_obstacle(device_type: str, index: int | None) -> str | None:
     try:
         import triton
-    except Exception as error:  # a library that it loads may be missing, or be another one
+    except Exception as error:  # a shared library that it loads may be missing or incompatible
         return f"Triton is not there ({error}); `pip install triton`, or a PyTorch for GPUs, which brings it"
     if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST_TRITON:
         wanted = ".".join(map(str, _OLDEST_TRITON))
@@ -126,19 +155,19 @@ def _find_triton_obstacle(device_type: str, index: int | None) -> str | None:
     if device_type in ("cuda", "xpu"):
         try:
             triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # it compiles a part of itself in C, when it is first used on a machine
+        except Exception as error:  # on first use on a machine it compiles a part of itself in C
             return f"Triton does not start here ({error}); it needs the GPU's driver and a C compiler"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
             return f"Triton is for GPUs of compute capability 8.0 and newer, this is {major}.{minor}"
-    for module in _triton_modules:
+    for module in dict.fromkeys(triton_modules.values()):
         importlib.import_module(f"pixnorm.triton_kernels.{module}")
     return None
 
 
 def _find_kernels_of_a_clone() -> None:
-    """In a clone that is not installed, the folder of pixnorm.triton_kernels lies beside that of pixnorm."""
+    """In a clone that is not installed, pixnorm.triton_kernels is a folder next to pixnorm."""
     name = "pixnorm.triton_kernels"
     folder = Path(__file__).parents[2] / "triton_kernels"
     if importlib.util.find_spec(name) is None and folder.is_dir():
@@ -155,23 +184,22 @@ def choose(
     device: torch.device,
     refusals: Mapping[str, str | None],
     preferred: str = "native",
-    composite: bool = False,
 ) -> str:
     """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
 
-    A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run, on
-    the CPU the native one alone. Where there is none it falls back to the reference, warns once per op and reason, and
-    tells ``backends()``.
+    A named impl that cannot run raises RuntimeError. ``auto`` takes the preferred one of the kernels that can run; on
+    the CPU only native is considered. If none can, it falls back to the reference, warns once per op and reason, and
+    ``backends()`` repeats the reason.
 
     Args:
-        op: its id.
+        op: the op id.
         impl: what the caller asked for.
         device: of the tensors.
-        refusals: for ``"native"`` and ``"triton"``, why those kernels cannot take these arguments (None: they can).
+        refusals: for ``"native"`` and ``"triton"``, why those kernels cannot take these arguments (None or absent: they
+            can).
         preferred: ``"native"`` or ``"triton"``, where both can run.
-        composite: elsewhere than on the CPU the native op is made of PyTorch's own, and needs no extension.
     """
-    if impl not in IMPLS:  # (checks.py would be a circle)
+    if impl not in IMPLS:  # importing checks.py here would be circular
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "reference":
         return impl
@@ -184,11 +212,13 @@ def choose(
     obstacles = []
     watched = onlooker()
     for candidate in candidates:
-        refusal = refusals[candidate]
+        refusal = refusals.get(candidate)
         if watched is not None:
-            obstacle = f"{watched}, and sees into PyTorch's own operations alone; impl='reference' is made of those"
+            obstacle = f"{watched}, and supports PyTorch's own operations only; impl='reference' consists of those"
         elif candidate == "native":
-            obstacle = _native_obstacle(device, refusal, composite)
+            obstacle = native_obstacle(op, device, refusal)
+        elif not has_kernels(op, candidate, device.type):
+            obstacle = "there are no kernels in Triton"
         else:
             obstacle = triton_obstacle(device.type, device.index) or refusal
         if obstacle is None:
@@ -197,8 +227,8 @@ def choose(
     obstacle = "; ".join(dict.fromkeys(obstacles))
     if impl != "auto":
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
-    if not torch.compiler.is_compiling() and obstacle not in _fallbacks.setdefault(op, []):
-        _fallbacks[op].append(obstacle)
+    if not torch.compiler.is_compiling() and obstacle not in fallbacks.setdefault(op, []):
+        fallbacks[op].append(obstacle)
         warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=4)
     return "reference"
 
@@ -208,20 +238,20 @@ def _triton_version() -> str:
 
 
 def backends() -> dict[str, str]:
-    """What can run here and, for the rest, why not: ``{"reference": ..., "native (cpu)": ..., "triton": ..., ...}``.
+    """The available backends, and why the others are not: ``{"reference": ..., "native (cpu)": ..., "triton": ...}``.
 
     After ``auto`` has fallen back to the reference for an op, an entry ``"auto: <op>"`` repeats the reason.
     """
     report = {"reference": "available"}
-    for device, (module, _) in _EXTENSIONS.items():
-        if device in _missing:
-            report[f"native ({device})"] = f"unavailable: {_missing[device]}"
+    for device, (module, _) in EXTENSIONS.items():
+        if device in missing:
+            report[f"native ({device})"] = f"unavailable: {missing[device]}"
         else:
             info = importlib.import_module(module).build_info()
             details = ", ".join(f"{key} {value}" for key, value in info.items())
             report[f"native ({device})"] = f"available ({details})"
     obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
     report["triton"] = f"unavailable: {obstacle}" if obstacle else f"available (triton {_triton_version()})"
-    for op, reasons in _fallbacks.items():
+    for op, reasons in fallbacks.items():
         report[f"auto: {op}"] = f"ran on the reference: {'; '.join(reasons)}"
     return report

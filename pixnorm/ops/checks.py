@@ -1,6 +1,6 @@
-"""What ops ask of their arguments: once for all backends, and in one set of words, PyTorch's where it has some.
+"""Argument checks of all ops, once for all backends; the messages are PyTorch's where it has some.
 
-Sizes may be symbols (``torch.compile`` with dynamic shapes), so they are compared one by one and never looked up.
+Sizes may be symbols (``torch.compile`` with dynamic shapes), so they are compared one by one and never hashed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,14 +12,14 @@ from pixnorm.ops.common import FLOAT, HALF
 
 
 def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
-    """An option has one of the values that there are."""
+    """An option has one of the allowed values."""
     if not any(value == one for one in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_eps(eps: float, training: bool) -> None:
     """As ``F.batch_norm``: in training the variance may be 0."""
-    if not (eps > 0 if training else eps >= 0):  # also not a number
+    if not (eps > 0 if training else eps >= 0):  # false for NaN, too
         raise ValueError(f"eps must be {'positive in training' if training else 'non-negative'}, got {eps}")
 
 
@@ -40,14 +40,14 @@ def has_shape(tensor: Tensor, shape: Sequence[int]) -> bool:
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, what: str = "input") -> None:
-    """A tensor has the shape that x, which is called ``what``, asks for."""
+    """A tensor has the shape that follows from x; ``what`` is x's name in the message."""
     if not has_shape(tensor, shape):
         wanted, found = tuple(shape), tuple(tensor.shape)
         raise ValueError(f"{name} must have shape {wanted} for {what} of shape {tuple(x.shape)}, got {found}")
 
 
 def check_device(name: str, tensor: Tensor, x: Tensor, what: str = "x") -> None:
-    """A tensor is where x is."""
+    """A tensor is on x's device."""
     if tensor.device != x.device:
         raise RuntimeError(
             f"expected all tensors on one device, got {what} on {x.device} and {name} on {tensor.device}"
@@ -55,7 +55,7 @@ def check_device(name: str, tensor: Tensor, x: Tensor, what: str = "x") -> None:
 
 
 def check_parameter_dtype(dtype: torch.dtype, x: Tensor) -> None:
-    """Parameters have x's dtype, or float32 beside input in half precision."""
+    """Parameters have x's dtype, or float32 with input in half precision."""
     if dtype != x.dtype and not (dtype == torch.float32 and x.dtype in HALF):
         raise TypeError(f"expected parameters of dtype {x.dtype} for input of that dtype, got {dtype}")
 
@@ -63,9 +63,12 @@ def check_parameter_dtype(dtype: torch.dtype, x: Tensor) -> None:
 def check_running_statistics(
     buffers: Iterable[tuple[str, Tensor | None, Sequence[int]]], x: Tensor, parameter_dtype: torch.dtype, training: bool
 ) -> None:
-    """Name, buffer and shape, means and variances in turn: both or neither, and, to normalise by, both.
+    """Each mean comes with its variance, both are given in inference, and shape, device and dtype fit.
 
-    They have one dtype: the parameters', or float32 beside parameters in half precision (FSDP, Apex O2).
+    They have one dtype: the parameters', or float32 with parameters in half precision (FSDP, Apex O2).
+
+    Args:
+        buffers: (name, buffer or None, shape), means and variances alternating.
     """
     buffers = list(buffers)
     for name, buffer, shape in buffers:
@@ -77,7 +80,7 @@ def check_running_statistics(
         check_device(name, buffer, x)
         if buffer.dtype != parameter_dtype and not (buffer.dtype == torch.float32 and parameter_dtype in HALF):
             raise TypeError(
-                "expected running statistics of the parameters' dtype, or float32 beside parameters in half precision, "
+                "expected running statistics of the parameters' dtype, or float32 with parameters in half precision, "
                 f"got {parameter_dtype} and, for {name}, {buffer.dtype}"
             )
     for (mean, of_mean, _), (var, of_var, _) in zip(buffers[::2], buffers[1::2], strict=True):
@@ -89,6 +92,6 @@ def check_running_statistics(
 
 
 def check_several_values(x: Tensor, per_channel: int) -> None:
-    """In training there is something to normalise by."""
+    """Training needs more than one value per channel."""
     if per_channel == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

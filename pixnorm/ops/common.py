@@ -1,4 +1,4 @@
-"""What the ops share: layouts, PyTorch's flags, the way back to the reference for gradients of gradients."""
+"""Helpers that ops share: layouts, PyTorch's flags, double backward through the reference."""
 
 import contextlib
 import functools
@@ -18,15 +18,15 @@ FLOAT = (torch.float64, torch.float32, *HALF)
 
 
 def constant_in_graphs(function: Callable) -> Callable:
-    """What ``torch.compiler.assume_constant_result`` does; that one imports the compiler, for two seconds."""
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes two seconds."""
     function._dynamo_marked_constant = True
     return function
 
 
 def public(function: Callable) -> Callable:
-    """A function that others may take over, as they may PyTorch's own: arguments with ``__torch_function__``.
+    """A function that arguments with ``__torch_function__`` can intercept, as they can PyTorch's own.
 
-    So ``torch.fx`` records a call of it whole, and does not look inside.
+    So ``torch.fx`` records a call as one node and does not trace into it.
     """
 
     @functools.wraps(function)
@@ -40,19 +40,19 @@ def public(function: Callable) -> Callable:
 
 
 def slope_of(activation: str | None, negative_slope: float) -> float | None:
-    """As ops are told of an activation: None, or the slope for negative values; ReLU's is 0."""
+    """The ops' encoding of an activation: None, or the slope for negative values (0 for ReLU)."""
     return {None: None, "relu": 0.0, "leaky_relu": float(negative_slope)}[activation]
 
 
 def activate(y: Tensor, activation: str | None, negative_slope: float) -> Tensor:
-    """The same in plain PyTorch."""
+    """The activation in plain PyTorch."""
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
     return F.relu(y) if activation == "relu" else y
 
 
-class _Following(importlib.abc.MetaPathFinder):
-    """Calls a function behind the import of a module, once."""
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function once, after a module has been imported."""
 
     def __init__(self, name: str, function: Callable[[], None]):
         self.name, self.function = name, function
@@ -74,30 +74,30 @@ class _Following(importlib.abc.MetaPathFinder):
 
 
 def when_imported(name: str, function: Callable[[], None]) -> None:
-    """Call a function when a module is there: now, or as soon as somebody imports it, which is not to be us."""
+    """Call a function once a module is imported: now, or when someone else imports it."""
     if name in sys.modules:
         function()
     else:
-        sys.meta_path.insert(0, _Following(name, function))
+        sys.meta_path.insert(0, _AfterImport(name, function))
 
 
 @constant_in_graphs
 def onlooker() -> str | None:
-    """Who looks at each operation of a call and knows PyTorch's own alone; None if nobody does."""
+    """A transform or tracer that is active and supports only PyTorch's own operations; None if there is none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch.jit.is_tracing():
         return "torch.jit.trace is active"
-    # Exporting to ONNX without its module having been imported cannot be.
+    # There is no ONNX export without this module having been imported.
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         return "torch.onnx.export is active"
     return None
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """What is both, as of one channel, counts as contiguous."""
+    """Tensors that are dense in both formats (C == 1) count as contiguous."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -106,12 +106,12 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor, like: Tensor) -> Tensor:
-    """x in the layout of another tensor."""
+    """x, dense, in the layout of another tensor."""
     return x.contiguous(memory_format=memory_format_of(like))
 
 
 def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor in x's layout: channels_last if x is that and not contiguous, else contiguous."""
+    """An empty tensor in x's layout: channels_last if x is channels_last and not contiguous, else contiguous."""
     n, c, h, w = x.shape
     shape = n, c, h * scale, w * scale
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
@@ -119,18 +119,18 @@ def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> T
 
 @constant_in_graphs
 def autocast_available(device_type: str) -> bool:
-    """What torch's own function says; the compiler of torch 2.11 cannot trace that one."""
+    """``torch.amp.is_autocast_available``, which the compiler of torch 2.11 cannot trace."""
     return torch.amp.is_autocast_available(device_type)
 
 
 @constant_in_graphs
 def exporting() -> bool:
-    """Whether ``torch.export`` traces. The compiler of torch 2.11 takes torch's own function for true in any graph."""
+    """``torch.compiler.is_exporting``, which the compiler of torch 2.11 takes for true in any graph."""
     return torch.compiler.is_exporting()
 
 
 def without_autocast(device: torch.device):
-    """For what computes in the dtype of its inputs whatever surrounds it."""
+    """A context in which autocast is off: operations compute in the dtype of their inputs."""
     if autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -143,7 +143,7 @@ def _tf32_of_convolutions() -> bool:
 
 @constant_in_graphs
 def _one_tf32_flag() -> bool:
-    """Whether convolutions and recurrent networks share a flag; otherwise PyTorch refuses to tell the older one."""
+    """Whether convolutions and RNNs have the same flag; if not, reading the older one raises an error."""
     try:
         return torch.backends.cudnn.allow_tf32 is not None
     except RuntimeError:
@@ -153,31 +153,31 @@ def _one_tf32_flag() -> bool:
 def convolutions_allow_tf32() -> bool:
     """Whether convolutions may round their float32 operands to TF32 (on GPUs that can)."""
     if torch.compiler.is_compiling() and _one_tf32_flag():
-        return torch.backends.cudnn.allow_tf32  # on this one the compiler puts a guard
+        return torch.backends.cudnn.allow_tf32  # the compiler guards on this one
     return _tf32_of_convolutions()
 
 
 @constant_in_graphs
 def products_allow_tf32() -> bool:
-    """The same of matrix products, as of ``F.linear``; a flag of their own, off by default."""
+    """The same for matrix products (``F.linear``), which have a flag of their own, off by default."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def triton_ops(name: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """The forward and the backward op of Triton's kernels; their schemas are those of the native ones."""
+    """The forward and the backward op in Triton; their schemas are those of the native ops."""
     of = torch.ops.pixnorm
     return getattr(of, f"{name}_fwd_triton").default, getattr(of, f"{name}_bwd_triton").default
 
 
 def through_reference() -> bool:
-    """Whether a backward has to be made of PyTorch's own operations: it is differentiated itself, or transformed."""
+    """Whether a backward must use PyTorch's own operations: it is itself being differentiated or transformed."""
     return torch.is_grad_enabled() or onlooker() is not None
 
 
 def like_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """A gradient with its parameter's strides, which DDP and fused optimisers ask for.
+    """A gradient with its parameter's strides, which DDP and fused optimisers expect.
 
-    Kernels leave it contiguous; depthwise weights and those of 1x1 convolutions are in channels_last the same memory.
+    Kernels return it contiguous; for depthwise and 1x1 weights channels_last is the same memory order.
     """
     if grad is None or parameter is None or grad.stride() == parameter.stride():
         return grad
@@ -189,10 +189,10 @@ def like_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | No
 def reference_grads(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_y: Tensor, needs: Iterable[bool]
 ) -> list[Tensor | None]:
-    """The gradients of ``reference(*inputs)``, differentiable themselves where that is asked."""
+    """The gradients of ``reference(*inputs)``, themselves differentiable if gradients are enabled."""
     needs, differentiable = list(needs), torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(grad_y.device):
-        # A view each: the same tensor given twice must not receive the sum of both gradients twice.
+        # Views, so that a tensor passed twice does not get the sum of both gradients twice.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = reference(*inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -1,17 +1,17 @@
-r"""GConv, eq. 5-8 of "Generative Convolution Layer for Image Generation" (arXiv 2111.15171): convolution whose kernels
-are chosen by a latent vector and by the input itself, sample by sample.
+r"""GConv, eq. 5-8 of "Generative Convolution Layer for Image Generation" (arXiv 2111.15171): convolution with
+per-sample kernels that depend on a latent vector and on the input.
 
     S = sigmoid([mean(x), z] W_s)                   mean over the pixels of x, [,] concatenation   (eq. 5)
     K̂ = K diag(S) W_L                               kernels scaled, then mixed                     (eq. 6)
     Y = X * K + X * K̂ = U + (U · S) W_L,   U = X * K                                             (eq. 8)
 
-Here W_sᵀ is `scale_weight` and W_Lᵀ `mix_weight`, in the way of PyTorch's linear layers. The convolution is the
-library's. What follows it, (U, S) -> Y, is an op of our own, `gconv_mix`. It never needs more than U:
+Here W_sᵀ is `scale_weight` and W_Lᵀ `mix_weight`, as in PyTorch's linear layers. The convolution is PyTorch's. The step
+after it, (U, S) -> Y, is the op `gconv_mix`, which needs no tensor of the size of U but U:
 
-    Y = (I + W diag(S)) U                                      W = mix_weight, a product for each sample
+    Y = (I + W diag(S)) U                                      W = mix_weight, one product per sample
     dU = (I + W diag(S))ᵀ dY,   G = dY Uᵀ,   dW = Σ G diag(S),   dS_i = Σ_j W_ji G_ji
 
-or, where there are fewer pixels than a sample's W diag(S) has numbers to make up for, with H = Wᵀ dY,
+or, with too few pixels to amortise an n×n weight per sample, with H = Wᵀ dY,
 
     Y = U + W (S · U),   dU = dY + S · H,   dS = Σ U · H,   dW = dY (S · U)ᵀ
 """
@@ -74,10 +74,10 @@ def gconv2d_reference(
 
 
 def _convolved(x: Tensor, weight: Tensor, stride, padding, dilation, padding_mode: str) -> Tensor:
-    """What ``nn.Conv2d`` does in its forward, without a bias."""
+    """The forward of ``nn.Conv2d``, without a bias."""
     if padding_mode == "zeros":
         return F.conv2d(x, weight, None, stride, padding, dilation)
-    borders = []  # before and after, of the last dimension first
+    borders = []  # before and after, last dimension first
     paddings = (padding, padding) if isinstance(padding, str) else _pair(padding)
     for k, d, p in zip(weight.shape[:1:-1], _pair(dilation)[::-1], paddings[::-1], strict=True):
         total = d * (k - 1)
@@ -88,17 +88,17 @@ def _convolved(x: Tensor, weight: Tensor, stride, padding, dilation, padding_mod
 def glinear_reference(
     x: Tensor, z: Tensor, weight: Tensor, scale_weight: Tensor, mix_weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The same of a fully connected layer. Arguments as in :func:`glinear`."""
+    """The same for a fully connected layer. Arguments as in :func:`glinear`."""
     s = torch.sigmoid(F.linear(torch.cat([x, z], dim=1), scale_weight))
     u = F.linear(x, weight)
     return u + F.linear(u * s, mix_weight, bias)
 
 
-# ---- the op, and what runs it where no kernel is: products of the library ----
+# ---- the op, and its implementation on devices without a kernel: PyTorch's matrix products ----
 
 
-def _pixels_pay_for_weights(u: Tensor) -> bool:
-    """Whether a sample has so many pixels that the n x n numbers of W diag(S) are few: half of those of u or less."""
+def _pixels_amortise_weights(u: Tensor) -> bool:
+    """Whether a sample has enough pixels to amortise its n x n weights W diag(S): at most half the elements of u."""
     n, h, w = u.shape[1:]
     return h * w >= 2 * n
 
@@ -108,7 +108,7 @@ _flag = threading.RLock()  # autograd has a thread for each GPU
 
 @contextlib.contextmanager
 def _products(u: Tensor, allow_tf32: bool) -> Iterator[None]:
-    """Matrix products in TF32, or not: they stand for a convolution, which has a flag of its own."""
+    """Matrix products in TF32 or not, by the flag of convolutions, which they stand for."""
     if u.dtype != torch.float32 or not u.is_cuda or products_allow_tf32() == allow_tf32:
         yield
         return
@@ -123,7 +123,7 @@ def _products(u: Tensor, allow_tf32: bool) -> Iterator[None]:
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a b of each sample; of half types in float32, as sums over pixels may be larger than float16 holds."""
+    """a b for each sample; in float32 for half types, as sums over pixels may overflow float16."""
     if a.dtype not in HALF:
         return torch.bmm(a, b)
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
@@ -137,12 +137,12 @@ def _matrices(t: Tensor) -> Tensor:
     return t.view(n, c, h * w)
 
 
-def _library_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
+def products_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool) -> Tensor:
     y = dense_like(u)
     u = dense(u, y)
     with without_autocast(u.device), _products(u, allow_tf32):
-        if _pixels_pay_for_weights(u):
-            # The identity is not part of the weights: in half precision it would take their digits.
+        if _pixels_amortise_weights(u):
+            # The identity is not part of the weights: in half precision they would lose digits.
             torch.baddbmm(_matrices(u), mix_weight * s[:, None, :], _matrices(u), out=_matrices(y))
         else:
             torch.add(u, _mixed(u * s[:, :, None, None], mix_weight), out=y)
@@ -150,17 +150,17 @@ def _library_fwd(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, 
 
 
 def _mixed(t: Tensor, weight: Tensor) -> Tensor:
-    """W t, for all samples at once."""
+    """W t, one product for all samples."""
     return F.linear(t.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
 
 
-def _library_bwd(
+def products_bwd(
     grad_y: Tensor, u: Tensor, s: Tensor, mix_weight: Tensor, has_bias: bool, allow_tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_u = dense_like(u)
     u, grad_y = dense(u, grad_u), dense(grad_y, grad_u)
     with without_autocast(u.device), _products(u, allow_tf32):
-        if _pixels_pay_for_weights(u):
+        if _pixels_amortise_weights(u):
             dy = _matrices(grad_y)
             weights = mix_weight * s[:, None, :]
             torch.baddbmm(dy, weights.transpose(1, 2), dy, out=_matrices(grad_u))
@@ -177,28 +177,30 @@ def _library_bwd(
     return grad_u, grad_s.to(s.dtype), grad_mix_weight.to(s.dtype).contiguous(), grad_bias
 
 
-def _gconv_mix_fwd_fake(u, *args):
+def gconv_mix_fwd_fake(u, *args):
     return dense_like(u)
 
 
-def _gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
+def gconv_mix_bwd_fake(grad_y, u, s, mix_weight, has_bias, allow_tf32):
     n = u.shape[1]
     return dense_like(u), s.new_empty(s.shape), mix_weight.new_empty((n, n)), s.new_empty((n if has_bias else 0,))
 
 
-# `allow_tf32` is PyTorch's flag for convolutions on GPUs, or for matrix products; the CPU has no such mode.
+# `allow_tf32` is PyTorch's flag for convolutions on GPUs, or for matrix products; the CPU has no TF32.
 gconv_mix_fwd = define_op(
     "gconv_mix_fwd(Tensor u, Tensor s, Tensor mix_weight, Tensor? bias, bool allow_tf32) -> Tensor",
-    _gconv_mix_fwd_fake,
-    everywhere=_library_fwd,
+    gconv_mix_fwd_fake,
+    native=("cpu",),
+    everywhere=products_fwd,
     flops=lambda u, s, mix_weight, *args, **kwargs: 2 * prod(u) * mix_weight[0],
     triton="gconv",
 )
 gconv_mix_bwd = define_op(
     "gconv_mix_bwd(Tensor grad_y, Tensor u, Tensor s, Tensor mix_weight, bool has_bias, bool allow_tf32) "
     "-> (Tensor grad_u, Tensor grad_s, Tensor grad_mix_weight, Tensor grad_bias)",
-    _gconv_mix_bwd_fake,
-    everywhere=_library_bwd,
+    gconv_mix_bwd_fake,
+    native=("cpu",),
+    everywhere=products_bwd,
     flops=lambda grad_y, u, s, mix_weight, *args, **kwargs: 2 * 2 * prod(u) * mix_weight[0],
     triton="gconv",
 )
@@ -210,7 +212,7 @@ def ops_of(impl: str):
 
 
 class GConvMixFunction(torch.autograd.Function):
-    """Saves its inputs and nothing else. A backward that is itself differentiated goes through the reference."""
+    """Saves only its inputs. A backward that is itself differentiated goes through the reference."""
 
     @staticmethod
     def forward(ctx, impl, allow_tf32, u, s, mix_weight, bias):
@@ -236,32 +238,32 @@ class GConvMixFunction(torch.autograd.Function):
 
 
 def preferred(u: Tensor, allow_tf32: bool) -> str:
-    """``"triton"``, the fused kernel, or ``"native"``, which on a GPU is the library's batched product.
+    """``"triton"``, the fused kernel, or ``"native"``, which on a GPU is PyTorch's batched product.
 
-    Fused, u is read once and y written: 2 passes over memory, T each. The library reads u twice and y once, writes y
-    twice (a product is added onto a copy of u), and has the weights of each sample to write and to read: 5 T and more.
+    Fused, u is read once and y written: 2 passes over memory, T each. PyTorch reads u twice and y once, writes y twice
+    (a product is added onto a copy of u), and writes and reads the per-sample weights: 5 T and more.
     """
     if u.device.type not in ("cuda", "xpu") or exporting():
         return "native"
     n, h, w = u.shape[1:]
     table = (
-        (n > h * w / 4, "triton", "few pixels: weights, n x n for each sample, would be passes over u themselves"),
-        (u.dtype == torch.float64, "native", "bound by its operations, and the library's product does more a second"),
-        (u.dtype == torch.float32 and not allow_tf32, "native", "likewise: without tensor cores"),
-        # 2 n operations per number: what an H200 does while it moves 2 T is at n = 370 (an RTX 3090: 170), and a fused
-        # kernel at two thirds of the library's speed is as slow as 5 T at twice that.
-        (n > 512, "native", "bound by its operations even on tensor cores"),
-        (True, "triton", "bound by its bytes"),
+        (n > h * w / 4, "triton", "few pixels: n x n weights per sample cost as much as passes over u"),
+        (u.dtype == torch.float64, "native", "compute-bound, and cuBLAS has the higher throughput"),
+        (u.dtype == torch.float32 and not allow_tf32, "native", "compute-bound without tensor cores"),
+        # 2 n operations per element: they take as long as moving 2 T at n = 370 on an H200 (RTX 3090: 170), and a fused
+        # kernel at two thirds of cuBLAS's speed is as slow as 5 T at twice that.
+        (n > 512, "native", "compute-bound even on tensor cores"),
+        (True, "triton", "memory-bound"),
     )
     return next(impl for holds, impl, _ in table if holds)
 
 
 def _triton_refusal(u: Tensor) -> str | None:
     if torch.compiler.is_compiling() or exporting():
-        return None  # the question would limit the sizes that a graph is for
+        return None  # the comparison would specialise the graph on sizes
     n, c, h, w = u.shape
     if c * h * w >= 2**31 or n * h * w >= 2**31:
-        return f"the Triton kernels count the numbers of a sample in 32 bits, got u of shape {tuple(u.shape)}"
+        return f"the Triton kernels index the elements of a sample in 32 bits, got u of shape {tuple(u.shape)}"
     return None
 
 
@@ -270,8 +272,8 @@ def _triton_refusal(u: Tensor) -> str | None:
 
 @public
 def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    r"""What makes a convolution generative (arXiv 2111.15171, eq. 8): its channels are scaled per sample, mixed, and
-    added to what they were, in one pass.
+    r"""The step that makes a convolution generative (arXiv 2111.15171, eq. 8): its output channels are scaled per
+    sample, mixed, and added to the output, in one pass.
 
     ``y[:, j] = u[:, j] + Σᵢ mix_weight[j, i] · s[:, i] · u[:, i] + bias[j]``
 
@@ -280,15 +282,15 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
         s: (N, n), the scale of each channel of each sample.
         mix_weight: (n, n), from the second dimension to the first.
         bias: (n,) or None.
-        impl: ``"auto"``, ``"native"`` (C++ on the CPU, elsewhere a batched product of the library), ``"triton"`` (GPUs)
-            or ``"reference"`` (plain PyTorch).
+        impl: ``"auto"``, ``"native"`` (C++ on the CPU, elsewhere PyTorch's batched product), ``"triton"`` (GPUs) or
+            ``"reference"`` (plain PyTorch).
 
     Returns:
-        As u, in dtype and layout.
+        A tensor with u's shape, dtype and layout.
 
-    All tensors have one dtype; under autocast they are cast to its, as by ``F.conv2d``. On GPUs float32 is rounded to
-    TF32 where ``torch.backends.cudnn.allow_tf32`` allows convolutions that. Gradients of gradients are right in eager
-    mode (computed by the reference).
+    All tensors have one dtype; autocast casts them as it casts those of ``F.conv2d``. On GPUs float32 is rounded to
+    TF32 if ``torch.backends.cudnn.allow_tf32`` allows it for convolutions. Double backward works in eager mode (through
+    the reference).
 
     Raises:
         ValueError: wrong rank or shape.
@@ -307,7 +309,7 @@ def gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = No
 
 def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, allow_tf32: bool, impl: str) -> Tensor:
     refusals = {"native": None, "triton": _triton_refusal(u)}
-    chosen = choose("gconv_mix", impl, u.device, refusals, preferred(u, allow_tf32), composite=True)
+    chosen = choose("gconv_mix", impl, u.device, refusals, preferred(u, allow_tf32))
     if chosen == "reference":
         return gconv_mix_reference(u, s, mix_weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, s, mix_weight, bias)):
@@ -320,7 +322,7 @@ def _under_autocast(device: torch.device) -> bool:
 
 
 def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """As it casts the arguments of ``F.conv2d``."""
+    """The tensors, cast as autocast casts the arguments of ``F.conv2d``."""
     device = tensors[0].device
     if not _under_autocast(device):
         return tensors
@@ -332,7 +334,7 @@ def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 def _check(
     tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], what: str, x: Tensor, any_dtype: bool = False
 ) -> None:
-    """Each tensor, by its name, with the shape that it must have for x, which is called ``what``."""
+    """Check tensors, by name, against the shapes that follow from x; ``what`` is x's name in the messages."""
     check_floating(x)
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
@@ -358,33 +360,33 @@ def gconv2d(
     padding_mode: str = "zeros",
     impl: str = "auto",
 ) -> Tensor:
-    r"""Generative convolution (arXiv 2111.15171, eq. 5-8): for each sample, kernels are scaled by what a latent vector
-    and the mean of the input say, mixed, and added to what they were.
+    r"""Generative convolution (arXiv 2111.15171, eq. 5-8): for each sample, the kernels are scaled by a function of a
+    latent vector and of the mean of the input, mixed, and added to the original kernels.
 
-    The same as ``F.conv2d`` with the kernels ``weight[j] + Σᵢ mix_weight[j, i] · s[i] · weight[i]`` of each sample,
-    where ``s = sigmoid(F.linear(cat([x.mean((2, 3)), z], 1), scale_weight))``.
+    The same as ``F.conv2d`` with per-sample kernels ``weight[j] + Σᵢ mix_weight[j, i] · s[i] · weight[i]``, where
+    ``s = sigmoid(F.linear(cat([x.mean((2, 3)), z], 1), scale_weight))``.
 
     Args:
-        x: (N, m, H, W), or (m, H, W) of one sample, floating point.
-        z: (N, dz), the latent vectors; (dz,) will do for one sample.
+        x: (N, m, H, W), or (m, H, W) for one sample, floating point.
+        z: (N, dz), the latent vectors; (dz,) is accepted for one sample.
         weight: (n, m, kh, kw), the kernels.
         scale_weight: (n, m + dz), from the mean of x and from z to the scale of each kernel.
         mix_weight: (n, n).
         bias: (n,) or None, added at the end.
         stride, padding, dilation: as in ``F.conv2d``.
         padding_mode: as in ``nn.Conv2d``.
-        impl: of what follows the convolution, as in :func:`gconv_mix`. The convolution is PyTorch's in all of them.
+        impl: of the mixing, as in :func:`gconv_mix`. The convolution is always PyTorch's.
 
     Returns:
         (N, n, H', W') as ``F.conv2d`` does, dtype and layout included.
 
-    All tensors have one dtype, and autocast casts them as it casts those of ``F.conv2d``. Gradients of gradients are
-    right in eager mode.
+    All tensors have one dtype; autocast casts them as it casts those of ``F.conv2d``. Double backward works in eager
+    mode.
 
     Raises:
         ValueError: wrong rank or shape.
         TypeError: x is not floating point, or the dtypes differ.
-        RuntimeError: tensors on several devices, an ``impl`` that cannot run here, or what ``F.conv2d`` refuses.
+        RuntimeError: tensors on several devices, an ``impl`` that cannot run here, or an error of ``F.conv2d``.
     """
     check_option("padding_mode", padding_mode, PADDING_MODES)
     if x.dim() not in (3, 4):
@@ -402,7 +404,7 @@ def gconv2d(
     if impl == "reference":
         options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         return gconv2d_reference(x, z, weight, scale_weight, mix_weight, bias, **options)
-    # The gradient of a sum is a view of one number a channel; that of a mean would be a tensor as large as x.
+    # The gradient of a sum is an expanded view, one number per channel; that of a mean is a tensor as large as x.
     pixels = x.shape[2] * x.shape[3]
     mean = x.mean((2, 3)) if x.dtype in HALF else x.sum((2, 3)) / pixels
     s = torch.sigmoid(F.linear(torch.cat([mean, z], dim=1), scale_weight))
@@ -421,7 +423,7 @@ def glinear(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    r"""The generative form of ``F.linear``: :func:`gconv2d` of a single pixel (arXiv 2111.15171, eq. 5-8).
+    r"""The generative form of ``F.linear``: :func:`gconv2d` on a single pixel (arXiv 2111.15171, eq. 5-8).
 
     Args:
         x: (N, m), floating point.
@@ -452,7 +454,7 @@ def glinear(
 
 
 def _check_layer(x, z, weight, scale_weight, mix_weight, bias) -> None:
-    """The arguments of both layers, but for the shape of the weight."""
+    """Check the arguments of both layers, except the shape of the weight."""
     n, m = weight.shape[:2]
     if z.dim() != 2 or z.shape[0] != x.shape[0]:
         raise ValueError(f"z must have shape ({x.shape[0]}, dz) for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")

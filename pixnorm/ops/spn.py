@@ -8,7 +8,7 @@ r"""SPN, self pixel-wise normalisation, eq. 1-4 of "Image Generation with Self P
     y = γ · x̂ + β                                                                                 (eq. 4)
 
 The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ* that fall inside
-the image. The bias that the 1x1 convolution might have would be cancelled by BN_m, so there is none.
+the image. The 1x1 convolution has no bias, as BN_m would cancel it.
 """
 
 from math import prod
@@ -74,7 +74,7 @@ def spn_reference(
     channels, k = gamma_weight.shape[0], gamma_weight.shape[-1]
 
     p = F.conv2d(x, mask_projection.to(x.dtype))
-    if mask_running_mean is not None:  # which may be float32 beside half precision
+    if mask_running_mean is not None:  # may be float32 beside half-precision parameters
         mask_weight, mask_bias = (t.to(mask_running_mean.dtype) for t in (mask_weight, mask_bias))
     q = F.batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
     m = torch.sigmoid(q)
@@ -90,8 +90,8 @@ def spn_reference(
 
 
 # The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
-# The forward op returns copies of those that it used, biased, of x and of p = conv1x1(x) at the resolution of x.
-# `allow_tf32` is PyTorch's flag for convolutions on GPUs, which C++ cannot read; the CPU has no such mode.
+# The forward op returns copies of those that it used (biased), of x and of p = conv1x1(x) at the resolution of x.
+# `allow_tf32` is PyTorch's flag for convolutions on GPUs, which C++ cannot read; the CPU has no TF32.
 _PARAMETERS = (
     "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
     "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv"
@@ -102,7 +102,7 @@ def _statistics_like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((channels,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _spn_fwd_fake(x, mask_projection, *args):
+def spn_fwd_fake(x, mask_projection, *args):
     upsample = args[-3]
     n, c, h, w = x.shape
     masks = mask_projection.shape[0]
@@ -110,12 +110,12 @@ def _spn_fwd_fake(x, mask_projection, *args):
     return dense_like(x, upsample), p, *(_statistics_like(x, size) for size in (c, c, masks, masks))
 
 
-def _spn_bwd_fake(grad_y, x, *args):
+def spn_bwd_fake(grad_y, x, *args):
     return dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
 
 
 def _spn_fwd_flops(x, mask_projection, mask_weight, mask_bias, gamma_weight, *args, out_shape=None, **kwargs) -> int:
-    """Of the projection and the four depthwise convolutions, at the resolution of y: as the paper counts (Table 6)."""
+    """The projection and the four depthwise convolutions at the resolution of y, as counted in the paper's Table 6."""
     n, _, h, w = out_shape[0]
     return 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight))
 
@@ -129,7 +129,8 @@ spn_fwd = define_op(
     f"spn_fwd(Tensor x, {_PARAMETERS}, Tensor? mean, Tensor? var, Tensor? mask_mean, Tensor? mask_var, "
     "float eps, int upsample, float? negative_slope, bool allow_tf32) "
     "-> (Tensor y, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, Tensor mask_var)",
-    _spn_fwd_fake,
+    spn_fwd_fake,
+    native=("cpu", "cuda"),
     flops=_spn_fwd_flops,
     triton="spn",
 )
@@ -138,7 +139,8 @@ spn_bwd = define_op(
     "Tensor mask_var, float eps, int upsample, float? negative_slope, bool allow_tf32, bool training) "
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
     "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
-    _spn_bwd_fake,
+    spn_bwd_fake,
+    native=("cpu", "cuda"),
     flops=_spn_bwd_flops,
     triton="spn",
 )
@@ -172,7 +174,7 @@ class SPNFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 15
         training, eps, upsample, negative_slope = ctx.options
-        saved = ctx.saved_tensors  # once: each look unpacks them, where checkpoints or offloading have packed
+        saved = ctx.saved_tensors  # once: under checkpoints or offloading each access unpacks them
         inputs, (p, *used) = saved[:8], saved[8:]
         if through_reference():
             statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
@@ -214,26 +216,26 @@ def spn(
     negative_slope: float = 0.2,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Self pixel-wise normalisation (arXiv 2201.10725, eq. 1-4): batch norm whose affine is made, pixel by pixel,
-    from a mask of the features themselves.
+    r"""Self pixel-wise normalisation (arXiv 2201.10725, eq. 1-4): batch norm whose scale and shift are computed, pixel
+    by pixel, from a mask of the features themselves.
 
     Args:
         x: (N, C, H, W), floating point, contiguous or channels_last (other strides cost one copy).
         mask_projection: (Cm, C, 1, 1), the 1x1 convolution before the mask's batch norm; Cm = C, or 1 for one mask
             shared by all channels.
         mask_weight, mask_bias: (Cm,), scale and shift of the mask's batch norm.
-        gamma_weight, gamma_weight_inv: (C, 1, k, k), k = 1, 3 or 5, depthwise kernels that turn the mask and the
-            inverted mask into the scale γ.
+        gamma_weight, gamma_weight_inv: (C, 1, k, k), k = 1, 3 or 5, depthwise kernels from the mask and the inverted
+            mask to the scale γ.
         beta_weight, beta_weight_inv: (C, 1, k, k), the same for the shift β.
         running_mean, running_var: (C,), of x; used if not ``training``, else updated in place as in ``F.batch_norm``.
         mask_running_mean, mask_running_var: (Cm,), the same of ``conv1x1(x)``.
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to both variances; positive in training.
-        upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and all
-            that is saved for backward stay at the resolution of x.
+        upsample: 2 computes ``spn(interpolate(x, scale_factor=2, mode="nearest"))``; the mask, the statistics and the
+            tensors saved for backward stay at the resolution of x.
         activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
-        negative_slope: of the latter.
+        negative_slope: of ``"leaky_relu"``.
         impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C), ``"triton"`` (GPUs) or ``"reference"`` (plain
             PyTorch).
 
@@ -241,15 +243,15 @@ def spn(
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
 
     Parameters have x's dtype, or float32 where x is float16 or bfloat16; running statistics that of the parameters, or
-    float32 beside parameters in half precision. The statistics of a batch are float32 for those (float64 for float64).
-    As with batch norm, autocast changes nothing here: x's dtype decides. Gradients of gradients are right in eager mode
-    (computed by the reference); ``torch.compile`` cannot differentiate twice.
+    float32 with parameters in half precision. The statistics of a batch are float32 for those (float64 for float64).
+    As with batch norm, autocast has no effect: x's dtype decides. Double backward works in eager mode (through the
+    reference); ``torch.compile`` cannot differentiate twice.
 
     Raises:
         ValueError: wrong rank, shape, or value of an option; one value per channel in training.
         TypeError: x is not floating point, or a dtype does not fit.
-        RuntimeError: tensors on several devices, running statistics missing where they are needed, or an ``impl`` that
-            cannot run here.
+        RuntimeError: tensors on several devices, running statistics missing in inference, or an ``impl`` that cannot
+            run here.
     """
     inputs = (x, mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
@@ -286,38 +288,38 @@ def spn(
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
-            # The plain layers would see the upsampled pixels.
+            # The separate layers would count the upsampled pixels.
             running, batch = zip(*kept, strict=True)
             update_running(running, batch, momentum, y.numel() // y.shape[1])
     return y
 
 
-# Where impl="auto" takes Triton though the CUDA kernels are built: (name of the GPU, dtype of x, channels_last,
-# upsample) for which `make gpu` has measured it to be faster (see benchmarks/results). Nothing has been measured yet.
-_TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
+# Where impl="auto" prefers Triton to the CUDA kernels: (GPU name, dtype of x, channels_last, upsample) for which
+# `make gpu` has measured it to be faster (see benchmarks/results). Nothing has been measured yet.
+TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 
 
 def preferred(x: Tensor, upsample: int) -> str:
-    if not _TRITON_IS_FASTER or x.device.type != "cuda":
+    if not TRITON_IS_FASTER or x.device.type != "cuda":
         return "native"
     kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
-    return "triton" if kind in _TRITON_IS_FASTER else "native"
+    return "triton" if kind in TRITON_IS_FASTER else "native"
 
 
 def _triton_refusal(x: Tensor, upsample: int) -> str | None:
     if torch.compiler.is_compiling() or exporting():
-        return None  # the question would limit the sizes that a graph is for
+        return None  # the comparison would specialise the graph on sizes
     n, c, h, w = x.shape
     if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
-        return f"the Triton kernels count the numbers of a sample in 32 bits, got input of shape {tuple(x.shape)}"
+        return f"the Triton kernels index the elements of a sample in 32 bits, got input of shape {tuple(x.shape)}"
     return None
 
 
 def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:
     if gamma_weight.shape[-1] != 3:
-        return f"the native kernel is for kernel size 3, got {gamma_weight.shape[-1]}"
+        return f"the native kernel supports kernel size 3, got {gamma_weight.shape[-1]}"
     if mask_projection.shape[0] != mask_projection.shape[1]:
-        return f"the native kernel wants one mask per channel, got {mask_projection.shape[0]} for all"
+        return f"the native kernel needs one mask per channel, got {mask_projection.shape[0]} for all"
     return None
 
 

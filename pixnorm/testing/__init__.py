@@ -1,4 +1,4 @@
-"""What tests and benchmarks know of each op; see :mod:`pixnorm.testing.harness`."""
+"""Descriptions of the ops for tests and benchmarks; see :mod:`pixnorm.testing.harness`."""
 
 import pkgutil
 from importlib import import_module
@@ -28,7 +28,7 @@ from pixnorm.testing.spn import SPN
 
 
 def _found() -> tuple[OpSpec, ...]:
-    """The specs of all modules here; those with kernels of their own on every device first."""
+    """The specs of all modules in this package; those with CUDA kernels first."""
     modules = [import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
     specs = {id(value): value for module in modules for value in vars(module).values() if isinstance(value, OpSpec)}
     return tuple(sorted(specs.values(), key=lambda spec: (not spec.cuda_kernels, spec.name)))

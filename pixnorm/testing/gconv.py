@@ -1,4 +1,4 @@
-"""GConv's mixing, as tests and benchmarks know it."""
+"""The OpSpec of GConv's mixing."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def _inputs(
 
 
 def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
-    # In passes over u. Forward, a product on the way: read u, write y. Backward: read dy and u, write du; and for the
+    # In passes over u, all of them GEMMs. Forward: read u, write y. Backward: read dy and u, write du; then, for the
     # gradient of the weight, read dy and u.
     tensor_pass = dtype.itemsize * torch.Size(case.shape).numel()
     forward, backward = 2 * tensor_pass, 5 * tensor_pass
@@ -43,21 +43,21 @@ def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, A
 
 def _cases() -> tuple[Case, ...]:
     shapes = {
-        (2, 3, 5, 7): "as many pixels as channels and more: weights of each sample",
-        (3, 17, 2, 3): "fewer: one product for all",
+        (2, 3, 5, 7): "more pixels than channels: per-sample weights",
+        (3, 17, 2, 3): "fewer: one product for all samples",
         (5, 8, 1, 1): "one pixel: a fully connected layer",
         (1, 1, 3, 4): "one channel",
-        (9, 20, 4, 4): "tiny planes: a tile has those of several samples, and the last one has not as many",
+        (9, 20, 4, 4): "tiny planes: a tile spans several samples, the last one fewer",
         (2, 33, 6, 6): "n = 32 + 1: remainders of every vector and of a tile",
-        (2, 40, 3, 67): "201 pixels: a tile and a part of one",
+        (2, 40, 3, 67): "201 pixels: a full and a partial tile",
         (1, 130, 9, 9): "n > 128: two tiles of channels, the last one nearly empty",
         (600, 64, 2, 4): "more than a chunk of images in float32, by one product",
-        (5, 16, 128, 64): "and by the weights of each sample",
+        (5, 16, 128, 64): "the same with per-sample weights",
         (0, 3, 5, 7): "empty batch",
     }
     cases = [Case(shape, why) for shape, why in shapes.items()]
     cases += [Case(shape, "no bias", sizes={"bias": 0}) for shape in ((2, 9, 5, 6), (2, 30, 3, 4))]
-    for name, why in {"offset": "large numbers: what is added to u is small", "saturated": "scales of 0 and 1"}.items():
+    for name, why in {"offset": "large u: the addend is small", "saturated": "scales of 0 and 1"}.items():
         cases += [Case(shape, why, {}, name) for shape in ((3, 6, 7, 9), (3, 24, 3, 5))]
     return tuple(cases)
 
@@ -67,19 +67,12 @@ GCONV_MIX = OpSpec(
     function=gconv_mix,
     reference=gconv_mix_reference,
     make_inputs=_inputs,
-    per_sample=("u", "s"),
+    activations=("u",),
+    per_sample=("s",),
     differentiable=("u", "s", "mix_weight", "bias"),
-    buffers=(),
     cases=_cases(),
     traffic=_traffic,
-    saved_bytes=lambda case, dtype: 0,
-    takes=lambda impl, case: True,
     kernel_calls=_kernel_calls,
-    options={},
-    variants=({},),
-    inference={},
-    library_sums=("mix_weight", "s"),
-    weight_of_product="mix_weight",
-    float32_parameters=False,
-    cuda_kernels=False,
+    product_weight="mix_weight",
+    product_gradients=("mix_weight", "s"),
 )

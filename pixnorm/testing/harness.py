@@ -1,4 +1,4 @@
-"""What tests and benchmarks know of each op: arguments, the shapes that matter, traffic, and how close is close.
+"""Descriptions of the ops for tests and benchmarks: arguments, shapes, traffic, and tolerances.
 
 A new op is one more :class:`OpSpec`; a new backend is one more name from :func:`available_impls`. Every check of
 ``tests/test_ops.py`` and every row of the benchmarks is made from these.
@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from pixnorm import backends
-from pixnorm.ops._dispatch import triton_obstacle
+from pixnorm.ops._dispatch import has_kernels, native_devices, triton_obstacle
 
-# --- how close is close
+# --- tolerances
 
-# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64; an error below
-# so many units in the last place of the largest value always passes: in half precision one or two roundings, in float32
-# a few. float64 is its own yardstick: what shows there is any step that was taken in float32.
+# The error of an op may be FACTOR times that of plain PyTorch in the same dtype, both against float64. An error below
+# TOLERANCES, in ulps of the largest value, always passes: one or two roundings in half precision, a few in float32.
+# float64 is compared with itself: that detects any step computed in float32.
 FACTOR = 2.0
 TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
 def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:
-    """The error of ``actual`` as a multiple of what is allowed: 1 or less is as close as plain PyTorch.
+    """The error of ``actual`` as a multiple of the tolerance: 1 or less is as accurate as plain PyTorch.
 
-    Errors are the largest absolute ones over the tensor; NaN in ``actual`` counts as infinite.
+    Errors are maximum absolute errors; NaN in ``actual`` counts as infinite.
 
     Args:
         actual: the result under test.
-        eager: the same in plain PyTorch, from the same inputs in the same dtype, once or oftener; the worst counts.
+        eager: results of plain PyTorch, from the same inputs in the same dtype; the worst counts.
         exact: the same in float64, from the same (already rounded) inputs.
-        dtype: that of the activations, in whose units ``TOLERANCES`` is.
+        dtype: of the activations, the key of ``TOLERANCES``.
     """
     if exact.numel() == 0:
         return 0.0
@@ -51,14 +51,14 @@ def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.
 def assert_close_as_eager(
     draw: Callable[[int], Iterable[tuple[str, Tensor, Sequence[Tensor], Tensor]]], dtype: torch.dtype
 ) -> None:
-    """Assert that results are about as close to float64 as those of plain PyTorch in the same dtype.
+    """Assert that results are about as accurate as those of plain PyTorch in the same dtype.
 
-    Rounding errors of a tensor of one number, or three, differ by more than ``FACTOR`` now and then by luck. So where
-    the first draw is too far off, the median over several decides. What is wrong is wrong in all of them, and by far.
+    Rounding errors of a tensor of very few elements can differ by more than ``FACTOR`` by chance. So if the first draw
+    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far.
 
     Args:
         draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
-        dtype: that of the activations.
+        dtype: of the activations.
     """
     seen: dict[str, list[float]] = {}
     for seed in range(9):
@@ -111,7 +111,7 @@ def _misaligned_channels_last(x: Tensor) -> Tensor:
     return x.new_full((x.numel() + 1,), torch.nan)[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
 
 
-# Each gives x's values other strides (`expanded` also repeats the first sample); what lies between them is NaN.
+# Each gives x's values other strides (`expanded` also repeats the first sample); the gaps are NaN.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -123,9 +123,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "misaligned": _misaligned,
     "misaligned_channels_last": _misaligned_channels_last,
 }
-# The layouts that an op takes, and gives back, without a copy.
+# The layouts that an op accepts and returns without a copy.
 DENSE_LAYOUTS = ("contiguous", "channels_last")
-# dtype of the activations, dtype of the parameters; what is used most comes first
+# (dtype of the activations, dtype of the parameters), most used first
 DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -138,14 +138,14 @@ DTYPES = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call, and the code path that it is there for.
+    """One call, and the code path that it covers.
 
     Attributes:
         shape: that of x.
         why: the code path.
         options: keyword arguments of the op.
-        values: which kind of numbers ``make_inputs`` draws.
-        sizes: of parameters, where they are not the usual ones; not every impl may take them.
+        values: the kind of numbers that ``make_inputs`` draws.
+        sizes: of parameters, if not the usual ones; not every impl may support them.
     """
 
     shape: tuple[int, ...]
@@ -161,16 +161,16 @@ class Case:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a call must move, each pass over a tensor counted once; the GEMMs' share stands apart."""
+    """Bytes that a call must move, each pass over a tensor counted once; ``*_gemm`` is the share of the GEMMs."""
 
     forward: int
     backward: int
-    forward_gemm: int
-    backward_gemm: int
+    forward_gemm: int = 0
+    backward_gemm: int = 0
 
 
 class Result(NamedTuple):
-    """What one evaluation leaves: the output, the gradients by argument, the buffers after the call."""
+    """The output, the gradients by argument, and the buffers after the call."""
 
     y: Tensor
     grads: dict[str, Tensor]
@@ -183,52 +183,63 @@ class Result(NamedTuple):
         yield from self.buffers.items()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class OpSpec:
-    """All that tests and benchmarks need to know of one op.
+    """The description of one op for tests and benchmarks.
+
+    Tensors of ``make_inputs`` that no other attribute names are constants: passed through unchanged, without gradient.
 
     Attributes:
         name: the op id.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
         make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name.
-        per_sample: names of the arguments that have a batch; of the first a case gives the shape.
-        differentiable: names of the arguments that have a gradient.
-        buffers: names of the arguments that a training call updates in place.
+        differentiable: names of the arguments that have a gradient, the first activation first.
         cases: the grid, each row with its reason.
-        traffic: ``(case, dtype)`` -> the two-pass floors in bytes.
+        traffic: ``(case, dtype)`` -> the bytes that a two-pass implementation must move.
+        kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl consists of, with
+            arguments that it can be called with.
+        activations: names of the 4D arguments that share a layout and a dtype; a case gives the shape of the first.
+        per_sample: names of the other arguments with a batch dimension (rows (N, C), class labels, label maps).
+        integers: names of the arguments of an integer dtype: never cast, never differentiated.
+        buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
         takes: ``(impl, case)`` -> whether the impl can run it.
-        kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl is made of, with
-            arguments that it can be called with.
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
-        inference: the keyword arguments of a call that is not training, if that is another one.
-        library_sums: arguments whose gradients are sums of the library's products, whose order is its own.
-        weight_of_product: the argument by which those products multiply.
-        float32_parameters: whether parameters may be float32 where x is not; autocast then changes nothing inside.
-        cuda_kernels: whether there are any in CUDA C++.
+        inference: the keyword arguments of a call that is not training, where it differs from one that is.
+        product_weight: the weight that cuBLAS or oneDNN multiplies by, where the native op contains such a product.
+        product_gradients: names of the arguments whose gradients such a product sums, in an order of its own.
+        float32_parameters: whether parameters may be float32 with activations in half precision; autocast then
+            changes nothing inside.
     """
 
     name: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     make_inputs: Callable[[Case, torch.dtype, torch.dtype, torch.Generator], dict[str, Tensor]]
-    per_sample: tuple[str, ...]
     differentiable: tuple[str, ...]
-    buffers: tuple[str, ...]
     cases: tuple[Case, ...]
     traffic: Callable[[Case, torch.dtype], Traffic]
-    saved_bytes: Callable[[Case, torch.dtype], int]
-    takes: Callable[[str, Case], bool]
     kernel_calls: Callable[[str, dict[str, Tensor], Mapping[str, Any]], Iterator[tuple[Any, tuple]]]
-    options: Mapping[str, tuple]
-    variants: tuple[Mapping[str, Any], ...]
-    inference: Mapping[str, Any]
-    library_sums: tuple[str, ...]
-    weight_of_product: str
-    float32_parameters: bool
-    cuda_kernels: bool
+    activations: tuple[str, ...] = ("x",)
+    per_sample: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
+    takes: Callable[[str, Case], bool] = lambda impl, case: True
+    options: Mapping[str, tuple] = field(default_factory=dict)
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    inference: Mapping[str, Any] = field(default_factory=dict)
+    product_weight: str | None = None
+    product_gradients: tuple[str, ...] = ()
+    float32_parameters: bool = False
+
+    def __post_init__(self):
+        assert self.differentiable[0] == self.first, f"{self.name}: {self.first} must be differentiable, and come first"
+        overlap = set(self.differentiable) & {*self.integers, *self.buffers} or set(self.integers) & set(self.buffers)
+        assert not overlap, f"{self.name}: {', '.join(sorted(overlap))} cannot be both"
+        assert self.product_weight or not self.product_gradients, f"{self.name}: gradients of which product?"
 
     def __str__(self) -> str:
         return self.name
@@ -243,15 +254,34 @@ class OpSpec:
         device: str | torch.device | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """The tensor arguments of a case, the same ones for the same seed everywhere; the first in the given layout.
+        """The tensor arguments of a case, the same ones for the same seed everywhere; activations in the given layout.
 
         The device is the default one (``torch.set_default_device``), if no other is given.
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = self.make_inputs(case, dtype, parameter_dtype or dtype, generator)
+        wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() == (name in self.integers)]
+        assert not wrong, f"{self.name}: integers of floating point, or the reverse: {', '.join(wrong)}"
         device = torch.get_default_device() if device is None else device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {self.first: LAYOUTS[layout](tensors[self.first])}
+        return tensors | {name: LAYOUTS[layout](tensors[name]) for name in self.activations}
+
+    def leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the given tensors that have a gradient, detached, as leaves of a graph; they keep their strides."""
+        return {name: tensors[name].detach().requires_grad_() for name in self.differentiable if name in tensors}
+
+    def constants(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the given tensors that have no gradient and that no call changes: integers among them."""
+        return {name: t for name, t in tensors.items() if name not in self.differentiable and name not in self.buffers}
+
+    def runs(self, impl: str, device: str | None = None) -> bool:
+        """Whether the op has kernels, built or not, for an impl and a device type (that of the default device)."""
+        return impl == "reference" or has_kernels(self.name, impl, device or torch.get_default_device().type)
+
+    @property
+    def cuda_kernels(self) -> bool:
+        """Whether there are kernels in CUDA C++."""
+        return "cuda" in native_devices[f"{self.name}_fwd"]
 
     def combinations(self) -> list[dict[str, Any]]:
         """All of ``options``."""
@@ -263,10 +293,10 @@ class OpSpec:
         return tuple(pair for pair in DTYPES if self.float32_parameters or pair[0] == pair[1])
 
     def in_rotation(self, case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str) -> bool:
-        """Whether these are the dtypes and the layout that a case has where it can have only one of each.
+        """Whether a case runs with these dtypes and this layout if it runs with only one combination.
 
-        Where kernels are compiled for seconds. Neighbours (without and with upsampling, say) have the same, the next
-        pair has the next, so that each code path meets each of them.
+        For kernels that take seconds to compile. Each pair of neighbouring cases (without and with upsampling, say) has
+        the next combination, so that similar code paths see different ones.
         """
         choices = list(product(self.dtypes, DENSE_LAYOUTS))
         return choices[self.cases.index(case) // 2 % len(choices)] == ((dtype, parameter_dtype), layout)
@@ -274,7 +304,12 @@ class OpSpec:
     @property
     def first(self) -> str:
         """The argument whose shape a case gives."""
-        return self.per_sample[0]
+        return self.activations[0]
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """All arguments with a batch dimension; the rest are a module's parameters, buffers and constants."""
+        return self.activations + self.per_sample
 
     def call(self, impl: str) -> Callable[..., Tensor]:
         """The public function with its impl bound."""
@@ -288,14 +323,13 @@ def evaluate(
     options: Mapping[str, Any],
     grad_y: Tensor | None = None,
 ) -> Result:
-    """Run a function forward and backward on copies of the buffers; the other tensors keep their strides.
+    """Run a function forward and backward, with copies of the buffers; the other tensors keep their strides.
 
     The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
-    given = [name for name in spec.differentiable if name in tensors]
-    leaves = {name: tensors[name].detach().requires_grad_() for name in given}
+    leaves = spec.leaves(tensors)
     buffers = {name: tensors[name].clone() for name in spec.buffers}
-    y = function(**leaves, **buffers, **options)
+    y = function(**leaves, **buffers, **spec.constants(tensors), **options)
     if grad_y is None:
         grad_y = random(y.shape, torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, list(leaves.values()), torch.empty_like(y).copy_(grad_y))
@@ -303,7 +337,7 @@ def evaluate(
 
 
 def without_kink(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what makes the output's derivative jump."""
+    """The options without an activation, whose derivative jumps."""
     return {key: value for key, value in options.items() if key != "activation"}
 
 
@@ -318,7 +352,7 @@ def _yardsticks(
     y = spec.reference(**in_double(eager_inputs[0]), **without_kink(case.options))
     grad_y = random(y.shape, torch.Generator().manual_seed(seed + 1)).to(dtype)
     if case.options.get("activation") and y.numel():
-        # No gradient so near the kink that rounding decides whether there is one.
+        # Zero near the kink, where rounding would decide the derivative.
         grad_y[y.abs() <= 0.1 * y.std()] = 0
     eager = [evaluate(spec, spec.reference, tensors, case.options, grad_y) for tensors in eager_inputs]
     exact = evaluate(spec, spec.reference, in_double(eager_inputs[0]), case.options, grad_y)
@@ -334,8 +368,8 @@ def check_against_eager(
     layout: str = "contiguous",
     eager_layouts: tuple[str, ...] = DENSE_LAYOUTS,
 ) -> None:
-    """Assert that output, gradients and buffers are as close to float64 as those of plain PyTorch, in these layouts."""
-    if layout == "expanded":  # of all layouts the one with other values
+    """Assert that output, gradients and buffers are as accurate as those of plain PyTorch, in these layouts."""
+    if layout == "expanded":  # the only layout with other values
         eager_layouts = ("expanded",)
 
     def draw(seed: int) -> Iterator[tuple[str, Tensor, list[Tensor], Tensor]]:
@@ -350,18 +384,21 @@ def check_against_eager(
 
 
 def in_double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in float64 of the (already rounded) values."""
-    return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
+    """Copies in float64 of the (already rounded) values; integers stay integers."""
+    return {
+        name: tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers in float64 on the default device; drawn on the CPU, so that they are the same ones everywhere."""
+    """Normal float64 numbers on the default device, drawn on the CPU so that they are the same everywhere."""
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(torch.get_default_device())
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """What autograd keeps alive for the backward of a function, beyond its inputs."""
+    """Bytes that autograd saves for the backward of a function, beyond its inputs."""
     own = {t.untyped_storage().data_ptr() for t in inputs}
     kept: dict[int, int] = {}
 
@@ -377,7 +414,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
 
 
 def available_impls(device: str | None = None) -> list[str]:
-    """The impls that can run here on a device (the default one), the reference first."""
+    """The impls that can run here on a device (default: the default device), the reference first."""
     device = device or torch.get_default_device().type
     native = backends().get(f"native ({device})", "").startswith("available")
     return ["reference", *(["native"] if native else []), *([] if triton_obstacle(device) else ["triton"])]

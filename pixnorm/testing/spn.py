@@ -1,4 +1,4 @@
-"""SPN, as tests and benchmarks know it."""
+"""The OpSpec of SPN."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from pixnorm.ops.common import slope_of
 from pixnorm.ops.spn import ops_of, spn_reference
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
-_SPN_PARAMETERS = (
+_PARAMETERS = (
     "mask_projection",
     "mask_weight",
     "mask_bias",
@@ -20,22 +20,22 @@ _SPN_PARAMETERS = (
     "beta_weight",
     "beta_weight_inv",
 )
-_SPN_BUFFERS = ("running_mean", "running_var", "mask_running_mean", "mask_running_var")
+_BUFFERS = ("running_mean", "running_var", "mask_running_mean", "mask_running_var")
 
 
-def _spn_inputs(
+def _inputs(
     case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Tensor]:
     channels = case.shape[1]
     x = random(case.shape, generator)
     per_channel = (1, channels, 1, 1)
     if case.values == "offset":
-        # Sums of squares without a shift lose all digits; in half precision x itself would, with a larger offset.
+        # Unshifted sums of squares lose all digits; with a larger offset x itself would in half precision.
         x = x + (1000 if dtype in (torch.float64, torch.float32) else 20)
     else:
         x = x * (1 + random(per_channel, generator).abs()) + random(per_channel, generator)
     if case.values == "constant":
-        x[:, 0] = 0.75  # no variance, and a mean that is exact in any order of summation
+        x[:, 0] = 0.75  # zero variance, and a mean that is exact in any order of summation
 
     def draw(shape, scale=1.0):
         return (scale * random(shape, generator)).to(parameter_dtype)
@@ -45,18 +45,18 @@ def _spn_inputs(
     tensors = {
         "x": x.to(dtype),
         "mask_projection": draw((masks, channels, 1, 1), channels**-0.5),
-        # Saturated: the mask is 0 or 1 nearly everywhere, and the exponential's argument large either way.
+        # Saturated: the mask is 0 or 1 nearly everywhere, and the argument of exp is large of either sign.
         "mask_weight": draw((masks,), 100.0 if case.values == "saturated" else 1.0),
         "mask_bias": draw((masks,)),
     }
-    tensors |= {name: draw(taps, 0.5) for name in _SPN_PARAMETERS[3:]}
-    for name in _SPN_BUFFERS:
+    tensors |= {name: draw(taps, 0.5) for name in _PARAMETERS[3:]}
+    for name in _BUFFERS:
         buffer = draw((masks if name.startswith("mask_") else channels,))
         tensors[name] = buffer.abs() + 0.5 if name.endswith("var") else buffer
     return tensors
 
 
-def _spn_traffic(case: Case, dtype: torch.dtype) -> Traffic:
+def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
     # In passes over x; y and its gradient are upsample^2 passes each.
     tensor_pass = dtype.itemsize * torch.Size(case.shape).numel()
     large = case.options.get("upsample", 1) ** 2
@@ -70,21 +70,21 @@ def _spn_traffic(case: Case, dtype: torch.dtype) -> Traffic:
     return Traffic(*(n * tensor_pass for n in passes))
 
 
-def _spn_saved_bytes(case: Case, dtype: torch.dtype) -> int:
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
     # p at the resolution of x, and four vectors of statistics.
     statistic = 8 if dtype == torch.float64 else 4
     return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
 
 
-def _spn_takes(impl: str, case: Case) -> bool:
+def _takes(impl: str, case: Case) -> bool:
     return impl != "native" or not case.sizes
 
 
-def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
+def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     forward, backward = ops_of(impl)
     training = options.get("training", True)
-    inputs = (tensors["x"], *(tensors[name] for name in _SPN_PARAMETERS))
-    given = (None,) * 4 if training else tuple(tensors[name] for name in _SPN_BUFFERS)
+    inputs = (tensors["x"], *(tensors[name] for name in _PARAMETERS))
+    given = (None,) * 4 if training else tuple(tensors[name] for name in _BUFFERS)
     slope = slope_of(options.get("activation"), options.get("negative_slope", 0.2))
     settings = options.get("eps", 1e-5), options.get("upsample", 1), slope, True
     yield forward, (*inputs, *given, *settings)
@@ -92,39 +92,39 @@ def _spn_kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[st
     yield backward, (torch.ones_like(y), *inputs, *saved, *settings, training)
 
 
-def _spn_cases() -> tuple[Case, ...]:
+def _cases() -> tuple[Case, ...]:
     shapes = {
         (2, 3, 5, 7): "odd everywhere: remainders on every side",
-        (5, 2, 1, 1): "one-pixel planes: only the middle tap is inside (of two, the gradient would be mere rounding)",
+        (5, 2, 1, 1): "one-pixel planes: only the middle tap is inside (for N = 2 the gradient would be pure rounding)",
         (3, 2, 1, 5): "one row: top and bottom border at once",
         (3, 2, 5, 1): "one column: left and right border at once",
         (2, 3, 4, 2): "two columns: both are border, no interior",
         (2, 3, 3, 3): "one interior pixel",
         (1, 2, 2, 2): "one sample, planes smaller than the stencil",
-        (5, 6, 4, 4): "tiny planes: all of them are one piece of work",
-        (40, 3, 8, 8): "2560 pixels in small planes: two pieces of work, the second one smaller",
+        (5, 6, 4, 4): "tiny planes: all of them are one work item",
+        (40, 3, 8, 8): "2560 pixels in small planes: two work items, the second one smaller",
         (3, 17, 8, 8): "C = 16 + 1 in channels_last, W a full vector in NCHW",
         (2, 32, 8, 8): "C and W multiples of every vector: no remainders",
         (2, 136, 2, 3): "C = 8 x 16 + 8: many blocks of channels, the last one half full",
         (2, 5, 6, 17): "W = 16 + 1 in NCHW",
-        (2, 3, 3, 66): "W > 64: rows are long enough to be read one by one",
-        (3, 2, 30, 70): "2100 pixels: a plane is summed in two runs, one image is a piece of work",
-        (1, 3, 91, 100): "9100 pixels: a plane is cut into two pieces of rows, so that all threads have work",
-        (1, 2, 3, 4200): "12600 pixels in three rows: pieces of one row",
+        (2, 3, 3, 66): "W > 64: rows are long enough to be processed one by one",
+        (3, 2, 30, 70): "2100 pixels: a plane is summed in two chunks, one image is a work item",
+        (1, 3, 91, 100): "9100 pixels: a plane is split by rows into two work items, so that all threads have work",
+        (1, 2, 3, 4200): "12600 pixels in three rows: work items of one row",
         (0, 3, 5, 7): "empty batch",
     }
     cases = []
     for shape, why in shapes.items():
         cases += [Case(shape, why), Case(shape, why, {"upsample": 2, "activation": "relu"})]
 
-    # In training the scale of a projection of one channel cancels, and its gradient is nothing but rounding.
+    # In training the scale of a one-channel projection cancels, and its gradient is pure rounding.
     cases.append(Case((2, 1, 6, 9), "one channel: the shortest dot products", {"training": False}))
 
-    # The options, each where it meets a remainder and a full vector in both layouts.
+    # The options, each on a shape with remainders and full vectors in both layouts.
     odd = (2, 17, 7, 10)
     options = {
         "inference: given statistics": {"training": False},
-        "inference, and nothing of the batch in the gradient": {"training": False, "upsample": 2, "activation": "relu"},
+        "inference: no batch statistics in the gradient": {"training": False, "upsample": 2, "activation": "relu"},
         "activation without upsampling": {"activation": "relu"},
         "a slope": {"activation": "leaky_relu"},
         "another slope": {"activation": "leaky_relu", "negative_slope": -0.5, "upsample": 2, "training": False},
@@ -134,7 +134,7 @@ def _spn_cases() -> tuple[Case, ...]:
     cases += [Case(odd, why, chosen) for why, chosen in options.items()]
 
     sizes = {
-        "kernel_size": {1: "no neighbours", 5: "a stencil that reaches over two pixels"},
+        "kernel_size": {1: "no neighbours", 5: "a stencil of radius two"},
         "masks": {1: "one mask for all channels"},
     }
     for name, described in sizes.items():
@@ -156,20 +156,18 @@ SPN = OpSpec(
     name="spn",
     function=spn,
     reference=spn_reference,
-    make_inputs=_spn_inputs,
-    per_sample=("x",),
-    differentiable=("x", *_SPN_PARAMETERS),
-    buffers=_SPN_BUFFERS,
-    cases=_spn_cases(),
-    traffic=_spn_traffic,
-    saved_bytes=_spn_saved_bytes,
-    takes=_spn_takes,
-    kernel_calls=_spn_kernel_calls,
+    make_inputs=_inputs,
+    differentiable=("x", *_PARAMETERS),
+    buffers=_BUFFERS,
+    cases=_cases(),
+    traffic=_traffic,
+    saved_bytes=_saved_bytes,
+    takes=_takes,
+    kernel_calls=_kernel_calls,
     options={"training": (True, False), "upsample": (1, 2), "activation": (None, "leaky_relu")},
     variants=({}, {"upsample": 2, "activation": "relu"}),
     inference={"training": False},
-    library_sums=("mask_projection",),
-    weight_of_product="mask_projection",
+    product_weight="mask_projection",
+    product_gradients=("mask_projection",),
     float32_parameters=True,
-    cuda_kernels=True,
 )

@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-import pixnorm.testing  # noqa: F401  and with it every module that has ops
+import pixnorm.testing  # noqa: F401  imports every module with ops
 
 from .build import build
 
-# "sanitized" and "ucontext" are for processes of their own: see build.environment.
+# "sanitized" and "ucontext" need separate processes: see build.environment.
 VARIANT = os.environ.get("PIXNORM_CUDA_EMULATION", "plain")
 
 
@@ -23,12 +23,12 @@ def load(library: str) -> ctypes.CDLL:
 
 
 def set_seed(seed: int, library: str = "pixnorm") -> None:
-    """Choose the order in which threads and blocks run from now on."""
+    """Choose the execution order of threads and blocks from now on."""
     load(library).cuda_emulation_set_seed(ctypes.c_uint64(seed))
 
 
 def _places():
-    """Where pixnorm refers to one of its compiled ops: (module, name, op)."""
+    """All references of pixnorm to its compiled ops: (module, name, op)."""
     for module in [m for name, m in sys.modules.items() if name.startswith("pixnorm.")]:
         for name, value in vars(module).items():
             if isinstance(value, torch._ops.OpOverload) and value.namespace == "pixnorm":
@@ -37,7 +37,7 @@ def _places():
 
 @functools.cache
 def _emulated_ops():
-    """Each of pixnorm's ops -> the emulated one, of the same schema and fake."""
+    """A map from pixnorm's ops to the emulated ones, with the same schema and fake."""
     library = torch.library.Library("pixnorm_emulated", "DEF")
     ops = {}
     for op in {op for _, _, op in _places()}:
@@ -47,12 +47,12 @@ def _emulated_ops():
         torch.library.register_fake(f"pixnorm_emulated::{name}", op, lib=library)
         ops[op] = getattr(torch.ops.pixnorm_emulated, name).default
     load("pixnorm")
-    return library, ops  # the ops live as long as the library
+    return library, ops  # the ops exist as long as the library
 
 
 @contextlib.contextmanager
 def emulated(seed: int = 0):
-    """While it lasts, ``impl="native"`` runs the emulated kernels."""
+    """Inside the context, ``impl="native"`` runs the emulated kernels."""
     _, ops = _emulated_ops()
     set_seed(seed)
     places = list(_places())

@@ -1,4 +1,4 @@
-// The approximate instructions of PTX. Those of a GPU are off by no more than the manual says, these by about as much.
+// The approximate instructions of PTX, with errors about as large as the manual allows on a GPU.
 
 #include <math.h>
 
@@ -11,7 +11,7 @@
 namespace cuda_emulation {
 namespace {
 
-// Between -1 and 1, drawn from the bits of x: the same for the same x.
+// Between -1 and 1, a hash of the bits of x.
 double error_of(float x) {
   uint64_t z = static_cast<unsigned>(__float_as_int(x)) * 0x9e3779b97f4a7c15;
   z = (z ^ (z >> 29)) * 0xbf58476d1ce4e5b9;
@@ -22,7 +22,7 @@ float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign
 
 }  // namespace
 
-// Relative error 2^-11; nothing is flushed.
+// Relative error 2^-11; denormals are not flushed.
 float tanh_approx(float x) {
   if (x == 0 || !std::isfinite(x)) return std::tanh(x);
   const double y = std::tanh(static_cast<double>(x)) * (1 + error_of(x) * 0x1p-11);

@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "cuda_emulation"
 
 
 def _cuda_headers() -> Path:
-    """Types and half precision: Triton brings these headers along, so no toolkit is needed."""
+    """Headers of CUDA's types and half precision. Triton contains them, so no toolkit is needed."""
     triton = importlib.util.find_spec("triton")
     root = Path(triton.origin).parent / "backends" / "nvidia" if triton else Path(CUDA_HOME or "/")
     folder = root / "include"
@@ -34,7 +34,7 @@ LIBRARIES = {
 }
 VARIANTS = {
     "plain": ["-O2"],
-    # Unoptimised, as optimising what the sanitizers add takes minutes; what is left out, the first one sees too.
+    # Unoptimised, as optimising sanitizer code takes minutes; the address sanitizer covers the checks left out.
     "sanitized": [
         *("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "-fno-sanitize=null,object-size,pointer-overflow,vptr",
@@ -51,13 +51,13 @@ FLAGS = [
 
 
 def environment(variant: str) -> dict[str, str]:
-    """That of a process which is to load the libraries of a variant."""
+    """The environment of a process that loads the libraries of a variant."""
     result = os.environ | {"PIXNORM_CUDA_EMULATION": variant}
     if variant == "sanitized":
         libraries = [_output(f"-print-file-name=lib{name}.so") for name in ("asan", "ubsan")]
         result |= {
-            "LD_PRELOAD": " ".join(libraries),  # before all others
-            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # Python leaks; each library has an emulator
+            "LD_PRELOAD": " ".join(libraries),  # must come first
+            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",  # Python leaks; each library contains an emulator
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
     return result
@@ -79,7 +79,7 @@ def _compile_command(source: Path, variant: str, out: Path) -> list[str]:
 
 
 def _is_stale(out: Path, command: list[str]) -> bool:
-    """Whether the object is to be compiled: another command, or a file that it was made of has changed."""
+    """Whether to compile the object: its command or one of its dependencies has changed."""
     record = out.with_suffix(".command")
     if not out.exists() or not record.exists() or record.read_text() != " ".join(command):
         return True
@@ -88,7 +88,7 @@ def _is_stale(out: Path, command: list[str]) -> bool:
 
 
 def build(library: str, variant: str = "plain") -> Path:
-    """Compile what has changed; the shared library's path. Raises RuntimeError with the compiler's errors."""
+    """Compile what has changed; return the shared library's path. Raises RuntimeError with the compiler's errors."""
     folder = BUILD / variant
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -113,7 +113,7 @@ def build(library: str, variant: str = "plain") -> Path:
             raise RuntimeError("\n".join(failures))
         result = folder / f"lib{library}.so"
         if not result.exists() or any(out.stat().st_mtime > result.stat().st_mtime for out in objects):
-            # Symbolic: what is emulated binds here, were the real one loaded too.
+            # Symbolic: emulated functions bind here even if the real library is loaded too.
             link = [compiler(), "-shared", *VARIANTS[variant], "-Wl,-Bsymbolic", "-o", str(result), *map(str, objects)]
             link += [f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
             subprocess.run(link, check=True)

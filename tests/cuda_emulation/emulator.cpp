@@ -1,4 +1,4 @@
-// Runs the threads of a grid as fibers, one at a time; what they can wait for, and CUDA's runtime for the host.
+// Runs the threads of a grid as fibers, one at a time; barriers and warp instructions; CUDA's runtime for the host.
 
 #include <cuda_runtime.h>
 #include <cxxabi.h>
@@ -75,7 +75,7 @@ unsigned random_below(size_t count) {  // splitmix64
 // --- shared memory
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t kCanary = 0;  // the sanitizer sees each access; and it has to be told where the memory ends
+constexpr size_t kCanary = 0;  // the sanitizer checks each access, and is told where the memory ends
 #else
 constexpr size_t kCanary = 256;
 #endif
@@ -95,7 +95,7 @@ class SharedMemory {
     return std::any_of(end, end + kCanary, [](unsigned char byte) { return byte != kCanaryByte; });
   }
 
-  // The block has ended: who reads now reads nothing that counts.
+  // The block has ended: later reads are invalid.
   void close() {
     std::memset(data_.get(), 0xff, bytes_);
 #ifdef __SANITIZE_ADDRESS__
@@ -108,7 +108,7 @@ class SharedMemory {
   std::unique_ptr<unsigned char[]> data_;
 };
 
-// --- threads, blocks, the cluster that runs
+// --- threads, blocks, the running cluster
 
 struct Block;
 
@@ -119,7 +119,7 @@ struct Thread {
   unsigned rank;  // in the block
   bool exited = false;
 
-  // What it waits in, and what it brought; `value` is also what it leaves with.
+  // Where it waits, and its operands; `value` is also its result.
   Op op = Op::kNone;
   unsigned mask = 0, source = 0;
   uint64_t value = 0;
@@ -138,7 +138,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
 Fiber host;
 std::vector<Thread> threads;  // of the cluster, block by block
 std::vector<Block> blocks;
-std::vector<Thread*> ready;  // those that wait for nothing but their turn
+std::vector<Thread*> ready;  // the runnable ones
 unsigned block_size = 0, cluster_waiting = 0;
 Thread* running = nullptr;
 const std::function<void()>* kernel_call = nullptr;
@@ -148,7 +148,7 @@ std::string position(const Thread& thread) {
   return "block " + to_string(thread.block->index) + ", thread " + to_string(thread.index);
 }
 
-// Goes on with a thread that can run; with the host if there is none, or something is wrong.
+// Switches to a runnable thread; to the host if there is none, or after an error.
 void run_another(bool for_good = false) {
   Thread* const self = running;
   if (failure || ready.empty()) {
@@ -185,7 +185,7 @@ void run_thread() {
   std::abort();
 }
 
-// Of threads that wait for each other in vain: who waits where.
+// For a deadlock: which threads wait where.
 std::string deadlock() {
   std::map<std::string, std::pair<size_t, const Thread*>> groups;
   for (const Thread& thread : threads) {
@@ -250,7 +250,7 @@ void release(Thread& thread, uint64_t result) {
 
 Thread* warp_of(const Thread& thread) { return thread.block->threads + thread.rank / kWarp * kWarp; }
 
-// All lanes of the mask have come, in the same instruction.
+// Whether all lanes of the mask have arrived, at the same instruction.
 bool warp_is_here(Op op, unsigned mask) {
   const Thread* const warp = warp_of(*running);
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
@@ -269,7 +269,7 @@ void check_mask(Op op, unsigned mask) {
   if (lanes < kWarp && mask >> lanes) fail("%s of mask %08x in a warp of %u lanes", name, mask, lanes);
 }
 
-// Releases `threads`, which have all come to a barrier, if it is the same one; returns the sum of their values.
+// Releases `threads`, which have all arrived, if at the same barrier; returns the sum of their values.
 void release_barrier(Thread* threads, size_t count) {
   uint64_t sum = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -286,7 +286,7 @@ void release_barrier(Thread* threads, size_t count) {
 
 std::string name_of(const void* kernel) {
   Dl_info info;
-  if (!dladdr(kernel, &info) || info.dli_saddr != kernel) return "a kernel";  // internal names are not to be had
+  if (!dladdr(kernel, &info) || info.dli_saddr != kernel) return "a kernel";  // internal symbols have no names
   int status = 0;
   const std::unique_ptr<char, decltype(&std::free)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status),
                                                          &std::free);

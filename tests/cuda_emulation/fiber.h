@@ -1,4 +1,4 @@
-// A stack to run a function on, and the switch from one to another.
+// A stack to run a function on, and the switch between stacks.
 #pragma once
 
 #include <sys/mman.h>
@@ -22,7 +22,7 @@
 namespace cuda_emulation {
 
 #ifndef CUDA_EMULATION_UCONTEXT
-// Keeps the registers that a call must keep on the stack in use, and takes them from the other one.
+// Saves the callee-saved registers on the current stack, and restores those of the other one.
 extern "C" void cuda_emulation_switch(void** keep, void* load);
 asm(R"(
 .text
@@ -50,11 +50,11 @@ cuda_emulation_switch:
 
 class Fiber {
  public:
-  Fiber() = default;  // the stack that the program runs on; what it does is kept here on the first switch
+  Fiber() = default;  // the program's own stack, saved here on the first switch
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // With a stack of its own. Numbers near each other lie in other sets of the cache.
+  // With its own stack. Stacks of neighbouring numbers start in different cache sets.
   explicit Fiber(size_t number) {
     const size_t page = sysconf(_SC_PAGESIZE);
     bytes_ = kStack + page;
@@ -71,7 +71,7 @@ class Fiber {
   // The next switch to this fiber calls `run`, which must not return.
   void start(void (*run)()) {
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(stack_, size_);  // of a run that was given up
+    __asan_unpoison_memory_region(stack_, size_);  // of an aborted run
 #endif
 #ifdef CUDA_EMULATION_UCONTEXT
     getcontext(&context_);
@@ -110,7 +110,7 @@ class Fiber {
     const void* stack;
     size_t size;
     __sanitizer_finish_switch_fiber(fake_stack_, &stack, &size);
-    came_from()->stack_ = const_cast<void*>(stack);  // not known yet of the program's own
+    came_from()->stack_ = const_cast<void*>(stack);  // not known yet for the program's own stack
     came_from()->size_ = size;
 #endif
   }

@@ -1,4 +1,4 @@
-// Small kernels, each for one property of the emulation; some are wrong on purpose.
+// Small kernels, each for one property of the emulation; some are deliberately wrong.
 
 #include <cooperative_groups.h>
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@ using pixnorm::shared_memory;
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// data: numbers to read and write, as many as the test gives; n: a parameter of the test.
+// data: numbers to read and write, of the test's size; n: a parameter of the test.
 using Kernel = void (*)(float* data, int n);
 
 __device__ int thread_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
@@ -29,7 +29,7 @@ __device__ int thread_in_grid() {
 
 __global__ void positions(float* data, int) { data[thread_in_grid()] = thread_in_grid(); }
 
-// The number of each thread in the order in which they come.
+// The position of each thread in the execution order.
 __global__ void order(float* data, int) {
   int* const counter = reinterpret_cast<int*>(data);
   data[1 + thread_in_grid()] = atomicAdd(counter, 1);
@@ -45,7 +45,7 @@ __global__ void shfl(float* data, int n) {
   data[i + 3 * blockDim.x] = __shfl_xor_sync(kAll, static_cast<float>(i), 5, width);
 }
 
-// Two halves of a warp, each with shuffles of its own.
+// Two halves of a warp, each with its own shuffles.
 __global__ void shfl_of_a_part(float* data, int) {
   const int i = threadIdx.x;
   if (i < 16) {
@@ -84,7 +84,7 @@ __global__ void syncthreads(float* data, int n) {
     shared[threadIdx.x] = value;
     __syncthreads();
     value += shared[(threadIdx.x + 1) % blockDim.x];
-    if (kRight) __syncthreads();  // else a neighbour may have gone on, and have written its next value
+    if (kRight) __syncthreads();  // otherwise a neighbour may already have written its next value
   }
   data[threadIdx.x] = value;
 }
@@ -152,7 +152,7 @@ __global__ void atomics(float* data, int) {
 
 // ---- clusters ----
 
-// Each block reads what the next one of its cluster has put into its shared memory.
+// Each block reads the shared memory of the next one of its cluster.
 template <bool kWait>
 __global__ void cluster(float* data, int) {
   const auto group = cooperative_groups::this_cluster();

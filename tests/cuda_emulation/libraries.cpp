@@ -1,4 +1,4 @@
-// What the host code of the kernels takes from PyTorch built for CUDA: its stream, its device guard, its cuBLAS.
+// The parts of a CUDA build of PyTorch that the host code uses: stream, device guard, cuBLAS.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -41,7 +41,7 @@ void with_type(int type, const F& f) {
   }
 }
 
-// To the 10 bits of mantissa that tensor cores read of float32, to nearest.
+// Rounds to nearest with 10 bits of mantissa (TF32).
 float to_tf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -50,7 +50,7 @@ float to_tf32(float x) {
   return x;
 }
 
-// One matrix, columns one after the other; `transposed`: its rows.
+// A column-major matrix; `transposed`: row-major.
 struct Operand {
   const void* data;
   int type, leading;
@@ -160,7 +160,7 @@ int cublasGemmStridedBatchedEx(void* given, int transa, int transb, int m, int n
   return kSuccess;
 }
 
-// As after torch.backends.cuda.matmul.allow_tf32 = True, which PyTorch puts into the mode at every call.
+// As after torch.backends.cuda.matmul.allow_tf32 = True, from which PyTorch sets the mode on every call.
 AOTITorchError torch_get_current_cuda_blas_handle(void** result) {
   math_mode = kTf32Math;
   *result = &handle;

@@ -1,4 +1,4 @@
-"""The emulation itself: that it does what a GPU would do, and catches what would go wrong there."""
+"""The emulation itself: it does what a GPU does, and detects errors that a GPU would have."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ WARP = 32
 
 
 def run(kernel, data, n=0, grid=(1, 1, 1), block=(WARP, 1, 1), shared_bytes=0, cluster=(1, 1, 1), seed=0):
-    """Run one of kernels.cu on a tensor of float32 (or its size), for a seed."""
+    """Run one of kernels.cu on a float32 tensor (or of this size), with a seed."""
     set_seed(seed, "kernels")
     data = torch.zeros(data) if isinstance(data, int) else data
     torch.ops.emulator_test_emulated.run(kernel, data, n, grid, block, shared_bytes, cluster)
@@ -82,7 +82,7 @@ def test_votes(n):
     assert torch.equal(run("votes", 6 * WARP, n).view(6, WARP), expected[:, None].expand(6, WARP))
 
 
-# --- barriers: with them the same for all seeds, without them not
+# --- barriers: with them results are the same for all seeds, without them not
 
 
 def results(kernel, count, n=0, **options):
@@ -125,7 +125,7 @@ def test_waiting_in_vain_is_an_error(kernel, n, message, seed):
     name = rf"CUDA emulation: emulator_test::{kernel}\(float\*, int\): "
     with pytest.raises(RuntimeError, match=rf"{name}(.|\n)*{message}"):
         run(kernel, WARP, n, seed=seed)
-    assert torch.equal(run("positions", WARP), numbers(WARP))  # what comes after is not disturbed
+    assert torch.equal(run("positions", WARP), numbers(WARP))  # later launches are unaffected
 
 
 def test_a_warp_has_the_lanes_of_its_block():
@@ -264,7 +264,7 @@ def test_gemm(dtype, out, transposed):
     batch, m, n, k = 3, 5, 4, 6
     a = torch.randn((batch, m, k) if transposed[0] else (batch, k, m), dtype=torch.float64).to(dtype)
     b = torch.randn((1, k, n) if transposed[1] else (1, n, k), dtype=torch.float64).to(dtype).expand(batch, -1, -1)
-    # What lies in memory as rows is columns to cuBLAS: c' = b' a'.
+    # Row-major memory is column-major to cuBLAS: c' = b' a'.
     product_ = (b.mT if transposed[1] else b).double() @ (a.mT if transposed[0] else a).double()
     tolerance = {"rtol": 2 * torch.finfo(out).eps, "atol": 8 * max(torch.finfo(out).eps, 1e-7)}
     for beta in (0.0, 0.5):
@@ -294,7 +294,7 @@ def test_gemm_refuses_what_cublas_refuses(changed):
     assert gemm(c.half(), a, b) == gemm(c, a.half(), b) == gemm(c, a, b, compute=FLOAT64) == 15
 
 
-# --- the other builds, each in a process of its own
+# --- the other builds, each in a separate process
 
 only_from_plain = pytest.mark.skipif(VARIANT != "plain", reason="one process in another is enough")
 SANITIZER_CASES = [
@@ -325,7 +325,7 @@ def test_other_builds(variant, beside):
 
 
 def run_sanitizer_cases():
-    """Each in a child: whether it went well, and what it said."""
+    """Run each in a child process: success, and output."""
     load("kernels")
     for kernel, size, n, options, _ in SANITIZER_CASES:
         print(f"--- {kernel}", flush=True)

@@ -1,11 +1,11 @@
-"""The CUDA kernels on the CPU, beyond what tests/test_ops.py asks of every backend."""
+"""The emulated CUDA kernels, beyond the checks of tests/test_ops.py."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate
+from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate, in_double
 
 from . import emulated, set_seed
 from .build import environment
@@ -33,9 +33,9 @@ def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
 
 @specs
 def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
-    """What a GPU would round, the emulated cuBLAS does: so this sees what it was asked for."""
+    """The emulated cuBLAS rounds as a GPU would, which shows the mode that was requested."""
     tensors = spec.inputs(Case((2, 16, 8, 8), ""))
-    exact = spec.reference(**{name: tensor.double() for name, tensor in tensors.items()})
+    exact = spec.reference(**in_double(tensors))
     errors = {}
     with emulated():
         for allowed in (False, True):
@@ -51,5 +51,5 @@ CHOSEN = f"native-cuda-emulated and ({VALUES} or (test_layouts and bfloat16) or 
 
 @pytest.mark.beside("tests/test_ops.py", "-x", "-k", CHOSEN, environment=partial(environment, "sanitized"))
 def test_under_the_sanitizers(beside):
-    """No access outside of a tensor or of shared memory, no misaligned vector, no overflow: small cases."""
+    """No out-of-bounds access to tensors or shared memory, no misaligned vector, no overflow: small cases."""
     assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]

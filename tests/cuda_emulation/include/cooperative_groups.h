@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of that name: thread-block clusters and their shared memory.
+// Replaces CUDA's header of this name: thread-block clusters and their shared memory.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
-// CUDA's device language on the CPU: what the emulated headers, the kernels and the host code see of emulator.cpp.
+// CUDA's device language on the CPU: the interface of emulator.cpp to the emulated headers, kernels and host code.
 //
-// A thread is a fiber. It runs until it has to wait for others, at a barrier or a warp instruction; which one runs next
-// is drawn from a seed. Blocks run one after the other, in an order drawn from it too; those of a cluster together.
+// A thread is a fiber. It runs until it must wait for others, at a barrier or a warp instruction; the next one is drawn
+// from a seed. Blocks run one after the other, in an order drawn from the same seed; those of a cluster together.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@
 
 namespace cuda_emulation {
 
-// Where the code stands that waits, for the messages.
+// The source location of a wait, for messages.
 struct Site {
   const char* file;
   int line;
@@ -23,7 +23,7 @@ struct Site {
   }
 };
 
-// What a thread can wait in.
+// What a thread can wait for.
 enum class Op {
   kNone,
   kSyncwarp,
@@ -41,36 +41,36 @@ enum class Op {
   kClusterSync
 };
 
-// Each lane of the mask gives a value and gets that of the lane `source`.
+// Each lane of the mask provides a value and gets that of lane `source`.
 uint64_t exchange(Op op, unsigned mask, uint64_t value, unsigned source, Site site);
-// Waits for the lanes of the mask; which ones gave true.
+// Waits for the lanes of the mask; returns the mask of those with true.
 unsigned vote(Op op, unsigned mask, bool predicate, Site site);
-// Waits for the block, or for the cluster; how many threads gave true.
+// Waits for the block or cluster; returns the number of threads with true.
 unsigned barrier(Op op, bool predicate, Site site);
-// Lets others run first.
+// Yields to other threads.
 void preempt();
-// The position in the warp.
+// The lane.
 unsigned lane();
 
-// The block's dynamic shared memory: as many bytes as the launch asked for, all of them 0xff (NaN) at first.
+// The block's dynamic shared memory, of the launch's size, initially all 0xff (NaN).
 void* shared_memory();
-// The same place in the shared memory of another block of the cluster.
+// The same address in the shared memory of another block of the cluster.
 void* map_shared_rank(const void* address, unsigned rank);
 unsigned cluster_rank();
 unsigned cluster_size();
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// What the hardware faults on and x86 does not.
+// Misaligned access, on which a GPU faults and x86 does not.
 inline void check_alignment(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail("an access of %zu bytes is not aligned to them", bytes);
 }
 
-// Runs a grid. Misuse by the host is returned as an error, as CUDA does; misuse by the kernel is thrown.
+// Runs a grid. Errors of the host are returned, as in CUDA; errors of the kernel are thrown.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& call);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
-// The approximate instructions of PTX: the exact result, off by as much as the manual allows.
+// The approximate instructions of PTX, with errors as large as the manual allows.
 float tanh_approx(float x);
 float ex2_approx(float x);
 float rcp_approx(float x);

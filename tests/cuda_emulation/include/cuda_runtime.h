@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of that name: the device language as C++ functions.
+// Replaces CUDA's header of this name: the device language as C++ functions.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@
 
 #define __launch_bounds__(...)
 
-// Those of the thread that runs.
+// Of the running thread.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -120,7 +120,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,
                   cuda_emulation::Site site = cuda_emulation::Site::here()) {
   const unsigned lane = cuda_emulation::lane(), end = cuda_emulation::segment(width) + width;
-  const unsigned other = lane ^ (lane_mask % warpSize);  // may lie in a segment before this one, not in one behind it
+  const unsigned other = lane ^ (lane_mask % warpSize);  // may be in an earlier segment, not in a later one
   return cuda_emulation::exchange(cuda_emulation::Op::kShflXor, mask, value, other < end ? other : lane, site);
 }
 

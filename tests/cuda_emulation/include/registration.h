@@ -1,4 +1,4 @@
-// Included before each source of pixnorm: its kernels for CUDA become kernels for the CPU, of ops of another library.
+// Included before each source of pixnorm: registers its CUDA kernels as CPU kernels of another library's ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
