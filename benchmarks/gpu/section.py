@@ -50,9 +50,10 @@ class Section:
 
     def impls(self, spec: OpSpec) -> list[str]:
         """The fused ones that can run here. With none, ask for native all the same: it says how to get it."""
-        # On a GPU, native without kernels in CUDA C++ is made of the library's products.
-        made_of_products = ["native"] if self.stopwatch.on_gpu and not spec.cuda_kernels else []
-        return [impl for impl in IMPLS if impl in (*self.available, *made_of_products)] or ["native"]
+        # On a GPU, native without kernels in CUDA C++ consists of PyTorch's products.
+        of_products = ["native"] if self.stopwatch.on_gpu and not spec.cuda_kernels else []
+        here = [impl for impl in IMPLS if impl in (*self.available, *of_products)]
+        return [impl for impl in here if spec.runs(impl, self.device.type)] or ["native"]
 
     def fused(self, spec: OpSpec) -> list[str]:
         """Their contenders."""
