@@ -1,0 +1,1 @@
+"""One file per op: all that the benchmarks know of it."""
