@@ -50,6 +50,8 @@ class CudaKernel(Kernel):
     channels_last: bool
     relu: bool
 
+    may_spill, modelled = False, True
+
     @classmethod
     def of(cls, code: Function, gpu: GPU, designs: dict[str, Design]) -> "CudaKernel":
         name, arguments = re.search(r"(\w+)<(.*?)>\(", code.signature).groups()

@@ -83,15 +83,15 @@ class Kernel:
     """A kernel compiled for one GPU, and its design, which subclasses state.
 
     They have ``name``, ``dtype``, ``itemsize``, ``columns`` (of x that a thread owns), ``upsample``, ``channels_last``,
-    ``options`` (other specialisations, in words), ``shared`` (bytes per block) and ``warps_needed``.
+    ``options`` (other specialisations, in words), ``shared`` (bytes per block), ``warps_needed``, ``may_spill``, and
+    ``modelled`` (whether there are predictions).
     """
 
     gpu: GPU
     code: Function
 
     parked = 0  # bytes of local memory that are allowed outside the main loop
-    may_spill = False
-    modelled = True  # whether there are predictions
+    copies_x = True  # whether passes in NCHW may be others than in channels_last
 
     @property
     def design(self) -> Moves:
@@ -114,14 +114,6 @@ class Kernel:
     def work(self, x: tuple[int, ...], reads: int) -> float:
         """The same in all, for an input of shape x that is read so many times."""
         return prod(x) * self.upsample**2
-
-    def product_times(self, x: tuple[int, ...]) -> tuple[float, ...]:
-        """Seconds of the matrix product, where it has one."""
-        return ()
-
-    @property
-    def passes_of_channels_last(self) -> bool:
-        return self.channels_last
 
     # ---- what follows ----
 
@@ -157,16 +149,15 @@ class Kernel:
         return found
 
     def seconds(self, x: tuple[int, ...], passes: Callable) -> tuple[float, ...] | None:
-        """Predictions by bytes, by instructions and, if it multiplies, by products; None where there is no model.
+        """Predictions by bytes and by instructions; of kernels that multiply matrices also by products.
 
-        ``x`` is the shape of the input, ``passes`` the op's ``kernel_passes``.
+        None where there is no model. ``x`` is the shape of the input, ``passes`` the op's ``kernel_passes``.
         """
-        reads, writes = passes(self.upsample, self.passes_of_channels_last).get(self.name, (0, 0))
+        reads, writes = passes(self.upsample, self.channels_last or not self.copies_x).get(self.name, (0, 0))
         if not reads or not self.modelled:
             return None
         moved = (reads + writes) * self.itemsize * prod(x)
-        issued = self.work(x, reads) * self.instructions
-        return moved / self.gpu.copy, issued / self.gpu.issue, *self.product_times(x)
+        return moved / self.gpu.copy, self.work(x, reads) * self.instructions / self.gpu.issue
 
 
 def missing(tools: Iterable[str] = TOOLS) -> str | None:

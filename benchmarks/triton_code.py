@@ -240,7 +240,7 @@ class TritonKernel(Kernel):
 
     warps_needed = 8  # two for each of the four schedulers
     parked = 16  # ptxas may spill a number or two that it loads once, where that makes room for more warps
-    passes_of_channels_last = True  # no kernel writes a copy of x in NCHW
+    copies_x = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.launch.configuration} {self.gpu.arch}"
@@ -255,20 +255,12 @@ class TritonKernel(Kernel):
         return self.launch.kernel
 
     @property
-    def modelled(self) -> bool:
-        return self.launch.configuration.modelled
-
-    @property
     def itemsize(self) -> int:
         return DTYPES[self.dtype].itemsize
 
     @property
     def columns(self) -> int:
         return self.launch.arguments.get("V", 1)
-
-    @property
-    def may_spill(self) -> bool:
-        return self.launch.configuration.may_spill
 
     def counts_rounds(self, kind: str, width: int) -> bool:
         return False

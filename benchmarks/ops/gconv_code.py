@@ -1,5 +1,6 @@
 """GConv's mixing: what each of its kernels moves, and what its machine code must look like."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -109,8 +110,9 @@ class GConvKernel(TritonKernel):
     def work(self, x: tuple[int, ...], reads: int) -> float:
         return prod(x) * x[1] / CHANNELS
 
-    def product_times(self, x: tuple[int, ...]) -> tuple[float, ...]:
-        return (self.gpu.product_time(prod(x) * x[1], self.itemsize, bool(self.multiplier)),)
+    def seconds(self, x: tuple[int, ...], passes: Callable) -> tuple[float, ...] | None:
+        times = super().seconds(x, passes)
+        return times and (*times, self.gpu.product_time(prod(x) * x[1], self.itemsize, bool(self.multiplier)))
 
     @property
     def may_spill(self) -> bool:
