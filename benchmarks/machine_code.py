@@ -1,54 +1,59 @@
-"""Kernels as machine code, read back; those of CUDA C++ are compiled here, for a GPU that need not be there."""
+"""Kernels read back from machine code, and the gates they must pass; no GPU is needed.
 
-import hashlib
+Gates of every kernel (``Kernel.violations``); the classes of the ops add their own:
+
+- No local memory, which is where registers spill.
+- The main loop moves every element once, as many bytes at a time as the design says: 16 where rows are aligned.
+- Registers and shared memory leave room for as many warps as the design needs to hide the latency of memory.
+
+A kernel's predicted time is the largest of: its bytes at the speed of a copy, its instructions at one per cycle and
+scheduler, its matrix products at the speed of large GEMMs. Instructions are those of the whole main loop, branches for
+borders included: an upper bound for a row. Not counted are rows above and below a strip, which are computed twice, and
+code outside the loop.
+"""
+
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import networkx as nx  # comes with torch
-import torch
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths
+from torch.utils.cpp_extension import CUDA_HOME
 
-from setup import NVCC_FLAGS, STABLE_ABI
+from benchmarks.model import GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "kernels"
-FLAGS = ["-cubin", "-std=c++20", *COMMON_NVCC_FLAGS, *NVCC_FLAGS, "-DUSE_CUDA", f"-D{'='.join(STABLE_ABI)}"]
 TOOLS = {"nvcc": "the CUDA toolkit", "nvdisasm": "Triton", "cuobjdump": "Triton", "c++filt": "binutils"}
+# First stage of the batch statistics, shared by several ops; one name in CUDA C++ and in Triton.
+STATISTICS = "spn_statistics_kernel"
+
+Moves = Counter[tuple[str, int]]  # LDG, LDGSTS or STG, and bytes
 
 
 class Function(NamedTuple):
-    """A kernel, as the machine code has it.
+    """A kernel in machine code."""
 
-    Attributes:
-        signature: in C++.
-        threads: of a block, at most.
-        registers: of a thread.
-        local: bytes of local memory of a thread.
-        shared: bytes of static shared memory of a block; on sm_90 with the KB that the system takes.
-        opcodes: how often the code has each instruction, with its modifiers.
-        main_loop: the instructions of the last innermost loop that reads global memory.
-    """
-
-    signature: str
-    threads: int
-    registers: int
-    local: int
-    shared: int
-    opcodes: dict[str, int]
-    main_loop: list[str]
+    signature: str  # in C++
+    threads: int  # most per block
+    registers: int  # per thread
+    local: int  # bytes of local memory per thread
+    shared: int  # bytes of static shared memory per block, on sm_90 with the KB that the system reserves
+    opcodes: dict[str, int]  # how often each instruction occurs, with its modifiers
+    main_loop: list[str]  # opcodes of the last innermost loop that reads global memory
 
     @property
-    def moves(self) -> Counter[tuple[str, int]]:
-        """The loads and stores of global memory in the main loop, and of how many bytes they are."""
+    def moves(self) -> Moves:
+        """Loads and stores of global memory in the main loop."""
         widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
         found = Counter()
         for opcode in self.main_loop:
@@ -59,17 +64,104 @@ class Function(NamedTuple):
 
     @property
     def local_moves(self) -> dict[str, int]:
-        """The loads and stores of local memory."""
+        """Loads and stores of local memory, anywhere."""
         return {opcode: count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL"))}
 
 
-def listed(moves: Counter[tuple[str, int]]) -> str:
-    """``Function.moves``, in words."""
-    return ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(moves.items()))
+def moves(kind: str, size: int, width: int = 16, count: int = 1) -> Moves:
+    """``count`` times ``size`` bytes, moved by up to ``width`` bytes at a time."""
+    width = min(width, size)
+    return Counter({(kind, width): count * (size // width)} if size else {})
+
+
+def listed(found: Moves) -> str:
+    return ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel compiled for one GPU, and its design, which subclasses state.
+
+    They have ``name``, ``dtype``, ``itemsize``, ``columns`` (of x that a thread owns), ``upsample``, ``channels_last``,
+    ``options`` (other specialisations, in words), ``shared`` (bytes per block), ``warps_needed``, ``may_spill``, and
+    ``modelled`` (whether there are predictions).
+    """
+
+    gpu: GPU
+    code: Function
+
+    parked = 0  # bytes of local memory that are allowed outside the main loop
+    copies_x = True  # whether passes in NCHW may be others than in channels_last
+
+    @property
+    def design(self) -> Moves:
+        """Loads and stores of one round of the main loop; empty where the loop is not checked."""
+        return Counter()
+
+    def counts_rounds(self, kind: str, width: int) -> bool:
+        """Whether such moves are all of the design, so that their number tells how far the loop is unrolled."""
+        return True
+
+    def may_move(self, beyond: Moves) -> bool:
+        """Whether the main loop may have these moves beside the design."""
+        return not beyond
+
+    @property
+    def elements(self) -> float:
+        """Of y, per thread and round."""
+        return self.columns * self.upsample**2
+
+    def work(self, x: tuple[int, ...], reads: int) -> float:
+        """The same in all, for an input of shape x that is read so many times."""
+        return prod(x) * self.upsample**2
+
+    # ---- what follows ----
+
+    @property
+    def warps(self) -> int:
+        """The warps that an SM has room for."""
+        return self.gpu.occupancy(self.code.threads, self.code.registers, self.shared)
+
+    @property
+    def rounds(self) -> int:
+        """How often the main loop repeats the design."""
+        found, designed = (
+            sum(n for move, n in of.items() if self.counts_rounds(*move)) for of in (self.code.moves, self.design)
+        )
+        return max(1, found // designed) if designed else 1
+
+    @property
+    def instructions(self) -> float:
+        """Of the main loop, per element; a halo is not counted."""
+        return len(self.code.main_loop) / (self.rounds * self.elements)
+
+    def violations(self) -> list[str]:
+        """The gates that it fails, and how."""
+        found, local = [], self.code.local_moves
+        searched = self.code.main_loop if self.parked else self.code.opcodes
+        if (self.code.local > self.parked or not local.keys().isdisjoint(searched)) and not self.may_spill:
+            found.append(f"{self.code.local} bytes of local memory: {local}")
+        wanted = Counter({move: self.rounds * count for move, count in self.design.items()})
+        if self.design and (wanted - self.code.moves or not self.may_move(self.code.moves - wanted)):
+            found.append(f"moves in the main loop: {listed(self.code.moves)}, not {listed(self.design)}")
+        if self.warps < self.warps_needed:
+            found.append(f"room for {self.warps} warps, not {self.warps_needed}")
+        return found
+
+    def seconds(self, x: tuple[int, ...], passes: Callable) -> tuple[float, ...] | None:
+        """Predictions by bytes and by instructions; of kernels that multiply matrices also by products.
+
+        None where there is no model. ``x`` is the shape of the input, ``passes`` the op's ``kernel_passes``.
+        """
+        reads, writes = passes(self.upsample, self.channels_last or not self.copies_x).get(self.name, (0, 0))
+        if not reads or not self.modelled:
+            return None
+        moved = (reads + writes) * self.itemsize * prod(x)
+        return moved / self.gpu.copy, self.work(x, reads) * self.instructions / self.gpu.issue
 
 
 def missing(tools: Iterable[str] = TOOLS) -> str | None:
-    """What this machine lacks of them. A GPU is not needed."""
+    """Which of the tools this machine lacks."""
     lacking = [f"{tool} (comes with {TOOLS[tool]})" for tool in tools if not _find(tool)]
     return f"not found: {', '.join(lacking)}" if lacking else None
 
@@ -81,13 +173,17 @@ def _find(tool: str) -> str | None:
     return shutil.which(tool, path=os.pathsep.join(folders))
 
 
-def functions(source: Path, arch: str) -> list[Function]:
-    """The kernels of a source; compiles it if it has changed. Raises RuntimeError with the compiler's errors."""
-    return read(_compile(source, arch))
+def run(tool: str, *arguments: str | Path) -> str:
+    """Its output. Raises RuntimeError with its errors."""
+    command = [_find(tool), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout.strip()
 
 
 def read(cubin: Path) -> list[Function]:
-    """The kernels of a file of machine code; what is found is kept beside it."""
+    """The kernels of a cubin; the result is cached beside it."""
     listing = cubin.with_suffix(".listing")  # Triton has a .json of its own there
     if not listing.exists() or listing.stat().st_mtime < Path(__file__).stat().st_mtime:
         part = listing.with_suffix(f".{os.getpid()}")
@@ -96,33 +192,14 @@ def read(cubin: Path) -> list[Function]:
     return [Function(*entry) for entry in json.loads(listing.read_text())]
 
 
-def _compile(source: Path, arch: str) -> Path:
-    """The machine code, in a file named after a hash of what it was made of."""
-    command = ["nvcc", f"-arch={arch}", *FLAGS, *(f"-I{path}" for path in (ROOT / "csrc", *include_paths())), source]
-    headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh")])
-    made_of = [*map(str, command), torch.__version__, _run("nvcc", "--version")]
-    made_of += [path.read_text() for path in (source, *headers)]
-    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    cubin = BUILD / f"{source.stem}.{arch}.{key}.cubin"
-    if not cubin.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        part = cubin.with_suffix(f".{os.getpid()}")
-        _run(*command, "-o", part)
-        part.rename(cubin)
-        for old in BUILD.glob(f"{source.stem}.{arch}.*"):
-            if key not in old.name:
-                old.unlink(missing_ok=True)
-    return cubin
-
-
 def _read(cubin: Path) -> list[Function]:
-    resources = _run("cuobjdump", "-res-usage", cubin)
-    elf = _run("cuobjdump", "-elf", cubin)
-    listed = json.loads(_run("nvdisasm", "-json", "-ndf", cubin))[1]
+    resources = run("cuobjdump", "-res-usage", cubin)
+    elf = run("cuobjdump", "-elf", cubin)
+    listed = json.loads(run("nvdisasm", "-json", "-ndf", cubin))[1]
     code = {function["function-name"]: function["sass-instructions"] for function in listed}
     symbols, lines = zip(*re.findall(r"Function (\S+):\s+(REG.*)", resources), strict=True)
     found = []
-    for symbol, signature, line in zip(symbols, _run("c++filt", *symbols).splitlines(), lines, strict=True):
+    for symbol, signature, line in zip(symbols, run("c++filt", *symbols).splitlines(), lines, strict=True):
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         attributes = elf.partition(f"\n.nv.info.{symbol}\n")[2].partition("\n.nv.")[0]
         bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:.*\s+Value:\s+(\w+)", attributes)
@@ -133,19 +210,18 @@ def _read(cubin: Path) -> list[Function]:
 
 
 def _main_loop(code: list[dict]) -> list[str]:
-    """The opcodes of the last innermost loop that reads global memory; none if there is no such loop."""
+    """``Function.main_loop``; empty if no loop reads global memory."""
     loops = sorted(_innermost_loops(_flow(code)), key=max)
     bodies = [[code[i]["opcode"] for block in sorted(loop) for i in range(*block)] for loop in loops]
     return next((body for body in reversed(bodies) if any(opcode.startswith("LDG") for opcode in body)), [])
 
 
 def _flow(code: list[dict]) -> nx.DiGraph:
-    """Which block (its first instruction and the one after it) may follow which, of those that are reached.
+    """The control-flow graph of reachable basic blocks, each (first instruction, one past the last).
 
-    BRA.DIV leads to what only a diverged warp runs, and is taken for an instruction that does nothing; a CALL to an
-    address within the function is a jump, one to a name is not.
+    BRA.DIV leads to code for diverged warps only and is ignored; a CALL to an address is a jump, to a symbol it is not.
     """
-    leaves = {}  # of the instructions that end a block: where they lead to
+    leaves = {}  # instruction that ends a block -> its targets
     for i, instruction in enumerate(code):
         opcode, (*conditions, to) = instruction["opcode"], instruction.get("operands", "").split(",")
         jumps = opcode.startswith(("BRA", "CALL")) and opcode != "BRA.DIV" and to.startswith("0x")
@@ -162,7 +238,7 @@ def _flow(code: list[dict]) -> nx.DiGraph:
 
 
 def _innermost_loops(flow: nx.DiGraph) -> Iterator[set[tuple[int, int]]]:
-    """Strongly connected parts. Those nested in one stay connected without the edges that lead to its top."""
+    """Strongly connected components; nested loops survive the removal of the edges back to the outer header."""
     for part in nx.strongly_connected_components(flow):
         if len(part) == 1 and not any(flow.has_edge(block, block) for block in part):
             continue
@@ -171,11 +247,3 @@ def _innermost_loops(flow: nx.DiGraph) -> Iterator[set[tuple[int, int]]]:
         inside.remove_edges_from(list(inside.in_edges(tops)))
         nested = list(_innermost_loops(inside))
         yield from nested or [part]
-
-
-def _run(tool: str, *arguments: str | Path) -> str:
-    command = [_find(tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return done.stdout.strip()

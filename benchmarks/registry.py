@@ -139,6 +139,9 @@ class Op:
     products: (input shape, layout, whether backward too) -> a function that does the op's matrix products alone.
     kernel_passes: (upsampling, channels_last) -> by kernel, how many tensors of the input's size it reads and writes.
     predicted: (GPU, input shape, bytes per element, upsampling) -> seconds of forward and of backward.
+    gemm_times: (GPU, input shape, bytes per element) -> the same of the GEMMs beside its kernels, if there are any.
+    cuda: the ``cuda_code.Design`` of each of its CUDA kernels.
+    triton: its ``triton_code.Configuration``.
     precisions: of the comparison on a GPU.
     same_layout: whether contenders are compared within a layout; otherwise each one in its best layout.
     compiled: (head, mode, shape) -> contenders under torch.compile that take part on the CPU; each compiles for long.
@@ -155,6 +158,9 @@ class Op:
     products: Callable[[Shape, str, bool], Callable[[], None]]
     kernel_passes: Callable[[int, bool], Mapping[str, tuple[int, int]]]
     predicted: Callable[[Any, Shape, int, int], tuple[float, float]]
+    gemm_times: Callable[[Any, Shape, int], tuple[float, float]] | None = None
+    cuda: Mapping[str, Any] = field(default_factory=dict)
+    triton: Any = None
     precisions: Sequence[str] = tuple(PRECISIONS)
     same_layout: bool = False
     compiled: Callable[[str, str, Shape], Sequence[str]] = lambda head, mode, shape: ()

@@ -1,26 +1,20 @@
-"""The Triton kernels as machine code, for GPUs that need not be there; ``benchmarks.kernels`` prints what is found.
+"""The Triton kernels, compiled for GPUs that need not be there; the gates are in ``benchmarks.machine_code``.
 
-Compiled is what the ops launch: the launches are recorded on meta tensors, and block sizes stand in triton_kernels
-alone. Triton specialises its kernels; this is how it does where tensors are aligned and sizes are multiples of 16. Each
-op has a file of its own, ``benchmarks.triton_spn`` and ``benchmarks.triton_gconv``: what it is specialised on, and what
-its kernels should look like. The gates of all (``TritonKernel.violations``; ops have more):
-
-- Nothing that a thread has in registers spills in the main loop, and beside it no more than ``PARKED`` bytes.
-- The main loop has the loads and stores of the design.
-- Room for two warps for each of the four schedulers.
+What is compiled is what the ops launch: launches are recorded on meta tensors, so block sizes stand in triton_kernels
+alone. Pointers are aligned; sizes are specialised as Triton does it: on 1, on multiples of 16, and on nothing.
 """
 
 import multiprocessing
 import os
 import pkgutil
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar, NamedTuple
@@ -29,41 +23,39 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import machine_code
-from benchmarks.machine_code import BUILD, Function, listed, read
+from benchmarks.machine_code import BUILD, STATISTICS, Function, Kernel, Moves, moves, read
 from benchmarks.model import GPU, GPUS, OTHER_GPUS, WARP
+from pixnorm import ops
 from pixnorm.ops._dispatch import triton_obstacle
+from pixnorm.testing import Case, OpSpec
 
 DTYPES = {"float": torch.float32, "BFloat16": torch.bfloat16, "Half": torch.float16, "double": torch.float64}
-IN_SIGNATURES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 TRITON_GPUS = sorted((GPUS | OTHER_GPUS).values())
-
-LEAST_WARPS = 8
-# Bytes of local memory: ptxas puts a number or two there, and fetches it once, where that makes room for more warps.
-PARKED = 16
 
 
 @dataclass(frozen=True, order=True)
 class Configuration:
-    """What a call of an op is specialised on; each op has more."""
+    """What a call of an op is specialised on. An op's subclass has more fields, and says which kernels to compile:
+    ``selection()`` in every run of the tests, ``everything()`` with ``--all``.
+    """
 
-    of_kernel: ClassVar[type["TritonKernel"]]
+    kernels: ClassVar[dict[str, type["TritonKernel"]]]  # those with a design
+    spec: ClassVar[OpSpec]
     upsample = 1  # no field, as not all have it
+    modelled = True  # whether there are predictions
+    may_spill = False
+    options = ""  # the other fields, in words
 
     dtype: str
     channels_last: bool = False
 
-    @property
-    def layout(self) -> str:
-        return "channels_last" if self.channels_last else "contiguous"
-
-    @property
-    def options(self) -> str:
-        """The rest of it, in words."""
+    def cases(self) -> Iterable[Case]:
+        """Calls that together launch every kernel of the configuration."""
         raise NotImplementedError
 
-    def call(self) -> None:
-        """A forward and a backward in training, on meta tensors: the functions that launch kernels, not the ops."""
-        raise NotImplementedError
+    def arguments(self, given: tuple) -> tuple:
+        """Those of an op, from the ones that the harness gives."""
+        return given
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "NCHW"
@@ -71,7 +63,7 @@ class Configuration:
 
 
 class Wanted(NamedTuple):
-    """Kernels to look at: those of a configuration, on a GPU; all that it has, if none is named."""
+    """Kernels to compile for a GPU: those named of a configuration, or all."""
 
     configuration: Configuration
     gpu: GPU
@@ -81,129 +73,154 @@ class Wanted(NamedTuple):
 # ---- launches, and what they compile to ----
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor, as Triton sees it when it compiles."""
+
+    dtype: torch.dtype
+    address: int = 0
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True)
+class PretendedGPU:
+    """A driver for Triton that compiles for a compute capability, 90 for 9.0, and cannot launch."""
+
+    arch: int
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, WARP)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels remember the target of a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 class Launch(NamedTuple):
-    """A kernel, specialised for a call of it: what Triton compiles.
+    """A kernel specialised for a call."""
 
-    Attributes:
-        configuration: one that it is part of.
-        module, kernel: where it is defined, and its name.
-        signature: types of all arguments.
-        constants: those that are known when it is compiled.
-        attributes: of the others: by what they can be divided.
-        options: of the compiler.
-    """
-
-    configuration: Configuration
+    configuration: Configuration  # one that launches it
     module: str
     kernel: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int], list]
-    options: dict[str, int]
+    arguments: dict[str, Any]
+    sizes: dict[str, int]  # the arguments that are no pointers, and not known at compile time
+    options: dict[str, int]  # of the compiler
 
     @classmethod
     def of(cls, configuration: Configuration, kernel, arguments: tuple, options: dict[str, Any]) -> "Launch":
-        """As Triton does: by what addresses and, if the kernel allows, sizes are multiples of 16, and sizes are 1."""
-        constants = {name: options[name] for name in kernel.arg_names if name in options}
-        signature, attributes = {}, {}
-        for i, name in enumerate(kernel.arg_names):
-            value = 1 if name in constants else arguments[i]
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        known, sizes = {}, {}
+        for parameter in kernel.params:
+            value = given.pop(parameter.name)
             if isinstance(value, torch.Tensor):
-                signature[name] = IN_SIGNATURES[value.dtype]
-            else:
-                specialised = name in constants or not kernel.params[i].do_not_specialize
-                signature[name] = "constexpr" if value == 1 and specialised else "i32"
-            if signature[name] == "constexpr":
-                constants.setdefault(name, value)
-            elif isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
-                attributes[i,] = [["tt.divisibility", 16]]
-        of_compiler = {name: value for name, value in options.items() if name not in constants}
-        return cls(configuration, kernel.fn.__module__, kernel.__name__, signature, constants, attributes, of_compiler)
+                known[parameter.name] = Pointer(value.dtype)
+            elif parameter.is_constexpr:
+                known[parameter.name] = value
+            else:  # one size stands for all that compile to the same code
+                any_size = parameter.do_not_specialize or (value != 1 and value % 16)
+                sizes[parameter.name] = 17 if any_size else min(value, 16)
+        return cls(configuration, kernel.fn.__module__, kernel.__name__, known, sizes, given)
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.configuration}"
 
-    def key(self, *but: str) -> str:
-        """The same one for what compiles to the same code."""
-        return repr([value for name, value in self._asdict().items() if name not in ("configuration", *but)])
+
+@contextmanager
+def in_place_of_launch(function: Callable) -> Iterator[None]:
+    """Ops in Triton run eagerly, and call ``function(kernel, grid, *arguments, **options)`` in place of ``launch``."""
+    import_kernels()
+    from pixnorm import triton_kernels
+
+    kernels, wrappers = (
+        [import_module(f"{package.__name__}.{entry.name}") for entry in pkgutil.iter_modules(package.__path__)]
+        for package in (triton_kernels, ops)
+    )
+    functions = {name: value for module in kernels for name, value in vars(module).items()}
+    with ExitStack() as stack:
+        for module in (module for module in kernels if hasattr(module, "launch")):
+            stack.enter_context(patch.object(module, "launch", function))
+        for module in (module for module in wrappers if hasattr(module, "triton_ops")):
+            plain = {"new": lambda name: (functions[f"{name}_fwd"], functions[f"{name}_bwd"])}
+            stack.enter_context(patch.object(module, "triton_ops", **plain))
+        yield
+
+
+def import_kernels() -> None:
+    if obstacle := triton_obstacle("meta"):
+        raise RuntimeError(obstacle)
 
 
 def launches(configuration: Configuration) -> list[Launch]:
-    """Those of a forward and a backward in training."""
-    _import_kernels()
-    from pixnorm import triton_kernels
+    """Those of forward and backward in training."""
+    found: dict[str, Launch] = {}
 
-    found = {}
+    def record(wrapped, grid, *arguments, **options) -> None:
+        launch = Launch.of(configuration, getattr(wrapped, "kernel", wrapped), arguments, options)
+        constant = [name for name, size in launch.sizes.items() if size == 1]
+        found.setdefault(repr(launch._replace(sizes=constant)), launch)  # once, whatever divides the sizes of a case
 
-    def record(wrapped, grid, *arguments, **options):
-        kernel = getattr(wrapped, "kernel", wrapped)
-        launch = Launch.of(configuration, kernel, arguments, options)
-        # Calls of two shapes may have most of them, and differ in what their sizes can be divided by.
-        found.setdefault(launch.key("signature", "attributes"), launch)
-
-    with ExitStack() as recording:
-        for entry in pkgutil.iter_modules(triton_kernels.__path__):
-            module = import_module(f"{triton_kernels.__name__}.{entry.name}")
-            if hasattr(module, "launch"):
-                recording.enter_context(patch.object(module, "launch", record))
-        configuration.call()
+    spec, dtype = configuration.spec, DTYPES[configuration.dtype]
+    parameters = torch.float32 if spec.float32_parameters and dtype != torch.float64 else dtype
+    layout = "channels_last" if configuration.channels_last else "contiguous"
+    with in_place_of_launch(record):
+        for case in configuration.cases():
+            tensors = spec.inputs(case, dtype, parameter_dtype=parameters, layout=layout, device="meta")
+            for function, arguments in spec.kernel_calls("triton", tensors, case.options):
+                function(*configuration.arguments(arguments))
     return list(found.values())
 
 
 def compiled(launch: Launch, gpu: GPU) -> tuple[Function, int]:
     """The machine code, and the bytes of shared memory that a launch asks for."""
-    _import_kernels()
+    import_kernels()
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.runtime.cache import get_cache_manager
 
+    triton.runtime.driver.set_active(PretendedGPU(int(gpu.arch.removeprefix("sm_"))))
     kernel = getattr(import_module(launch.module), launch.kernel)
-    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
-    target = GPUTarget("cuda", int(gpu.arch.removeprefix("sm_")), WARP)
-    done = triton.compile(source, target=target, options=launch.options)
+    done = kernel.run(grid=(1,), warmup=True, **launch.arguments, **launch.sizes, **launch.options)
     (code,) = read(Path(get_cache_manager(done.hash).get_file(f"{launch.kernel}.cubin")))
     return code, done.metadata.shared
 
 
-def _import_kernels() -> None:
-    if obstacle := triton_obstacle("meta"):
-        raise RuntimeError(obstacle)
-
-
 class Processes:
-    """One for each core; each takes half a GB. An assertion in Triton's compiler ends the process that it is in."""
+    """Compilers, one per core and half a GB each, in processes: an assertion in Triton's compiler ends its own."""
 
     def __enter__(self) -> "Processes":
-        # Kernels that are interpreted cannot be compiled.
+        # Interpreted kernels cannot be compiled.
         surroundings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(BUILD / "triton")}
         self._environment = patch.dict(os.environ, surroundings)
         self._environment.start()
-        self._idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+        self._idle: SimpleQueue[ProcessPoolExecutor | None] = SimpleQueue()  # None: not started yet
         for _ in range(min(16, os.cpu_count() or 1)):
-            self._idle.put(self._start())
+            self._idle.put(None)
         return self
 
     def __exit__(self, *_) -> None:
         while not self._idle.empty():
-            self._idle.get().shutdown()
+            if process := self._idle.get():
+                process.shutdown()
         self._environment.stop()
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
     def map(self, function: Callable, jobs: Iterable[tuple]) -> list:
         """``function`` of each job. Raises RuntimeError with the job that failed."""
 
         def run(job: tuple):
-            process = self._idle.get()
+            process = self._idle.get() or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            titled = " ".join(part.arch if isinstance(part, GPU) else str(part) for part in job)
             try:
                 return process.submit(function, *job).result()
             except BrokenProcessPool:
-                process = self._start()
-                raise RuntimeError(f"{_titled(job)}: the compiler died") from None
+                process = None
+                raise RuntimeError(f"{titled}: the compiler died") from None
             except Exception as error:
-                raise RuntimeError(f"{_titled(job)}: {error}") from error
+                raise RuntimeError(f"{titled}: {error}") from error
             finally:
                 self._idle.put(process)
 
@@ -211,23 +228,19 @@ class Processes:
             return list(threads.map(run, jobs))
 
 
-def _titled(job: tuple) -> str:
-    return " ".join(part.arch if isinstance(part, GPU) else str(part) for part in job)
-
-
 # ---- what the machine code shows ----
 
 
-class TritonKernel(NamedTuple):
-    """A launch, as it is for one GPU: what the reports ask of ``benchmarks.kernels.Kernel`` this answers too.
+@dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """A launch, compiled for one GPU. Subclasses have designs; without one, the main loop is not checked."""
 
-    Each op has a class of its own, which knows ``design`` and what follows from it.
-    """
-
-    gpu: GPU
-    code: Function
     shared: int
     launch: Launch
+
+    warps_needed = 8  # two for each of the four schedulers
+    parked = 16  # ptxas may spill a number or two that it loads once, where that makes room for more warps
+    copies_x = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.launch.configuration} {self.gpu.arch}"
@@ -238,7 +251,7 @@ class TritonKernel(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The kernel's, with what it is there for where that are two things."""
+        """The kernel's name, and its role where it has two."""
         return self.launch.kernel
 
     @property
@@ -247,81 +260,51 @@ class TritonKernel(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of x that a lane has."""
-        return self.launch.constants.get("V", 1)
+        return self.launch.arguments.get("V", 1)
 
-    @property
-    def warps(self) -> int:
-        """The warps that an SM has room for."""
-        return self.gpu.occupancy(self.code.threads, self.code.registers, self.shared)
-
-    @property
-    def warps_needed(self) -> int:
-        return LEAST_WARPS
-
-    @property
-    def design(self) -> Counter[tuple[str, int]]:
-        """The ``Function.moves`` that a round of the main loop must have."""
-        raise NotImplementedError
-
-    @property
-    def rounds(self) -> int:
-        """How many the main loop has."""
-        raise NotImplementedError
-
-    @property
-    def instructions(self) -> float:
-        """Of the main loop, per element."""
-        raise NotImplementedError
-
-    @property
-    def may_spill(self) -> bool:
+    def counts_rounds(self, kind: str, width: int) -> bool:
         return False
 
-    def may_move(self, beyond: Counter[tuple[str, int]]) -> bool:
-        """Whether the main loop may have these moves that are not of the design."""
+    def may_move(self, beyond: Moves) -> bool:
         return True
 
-    def violations(self) -> list[str]:
-        """The gates that it does not pass, and why."""
-        found = []
-        in_loop = any(opcode in self.code.local_moves for opcode in self.code.main_loop)
-        if (in_loop or self.code.local > PARKED) and not self.may_spill:
-            found.append(f"{self.code.local} bytes of local memory: {self.code.local_moves}")
-        wanted = Counter({move: self.rounds * count for move, count in self.design.items()})
-        if wanted - self.code.moves or not self.may_move(self.code.moves - wanted):
-            found.append(f"moves in the main loop: {listed(self.code.moves)}, not {listed(self.design)}")
-        if self.warps < self.warps_needed:
-            found.append(f"room for {self.warps} warps, not {self.warps_needed}")
-        return found
 
-    def seconds(self, x: tuple[int, ...]) -> tuple[float, ...] | None:
-        """Predictions for an input of that shape: by bytes, by instructions, and, if it multiplies, by products.
+class StatisticsKernel(TritonKernel):
+    @property
+    def design(self) -> Moves:
+        return moves("LDG", int(self.elements) * self.itemsize)
 
-        None where there is no model.
-        """
-        raise NotImplementedError
+    @property
+    def elements(self) -> float:
+        return self.launch.arguments["ROWS"] * self.launch.arguments["COLUMNS"] / self.code.threads
+
+    def work(self, x: tuple[int, ...], reads: int) -> float:
+        return prod(x) * reads
+
+
+SHARED = {STATISTICS: StatisticsKernel}  # kernels of several ops
 
 
 def missing() -> str | None:
     """What this machine lacks. Neither a GPU nor the CUDA toolkit is needed."""
-    if find_spec("triton") is None:
-        return "not found: triton"
-    return machine_code.missing(["nvdisasm", "cuobjdump", "c++filt"])
+    tools = "nvdisasm", "cuobjdump", "c++filt"
+    return machine_code.missing(tools) if find_spec("triton") else "not found: triton"
 
 
-def triton_kernels(processes: Processes, wanted: Iterable[Wanted]) -> list[TritonKernel]:
-    """The kernels that are wanted, each as it is for the GPU beside it; compiles what has changed."""
-    wanted = list(wanted)
+def kernel_of(launch: Launch, gpu: GPU, code: Function, shared: int) -> TritonKernel:
+    return (SHARED | launch.configuration.kernels).get(launch.kernel, TritonKernel)(gpu, code, shared, launch)
+
+
+def kernels(processes: Processes, wanted: Sequence[Wanted]) -> list[TritonKernel]:
+    """The kernels that are wanted; compiles what has changed."""
     configurations = list(dict.fromkeys(of for of, *_ in wanted))
     recorded = dict(zip(configurations, processes.map(launches, [(of,) for of in configurations]), strict=True))
     jobs = {}
     for of, gpu, kernels in wanted:
         for launch in recorded[of]:
             if not kernels or launch.kernel in kernels:
-                jobs.setdefault((gpu.arch, launch.key()), (launch, gpu))
+                jobs.setdefault((gpu.arch, repr(launch[1:])), (launch, gpu))
     slow_first = sorted(jobs.values(), key=lambda job: "reduce" not in job[0].kernel)
     codes = processes.map(compiled, slow_first)
-    compiled_jobs = zip(slow_first, codes, strict=True)
-    found = [launch.configuration.of_kernel(gpu, *code, launch) for (launch, gpu), code in compiled_jobs]
+    found = [kernel_of(*job, *code) for job, code in zip(slow_first, codes, strict=True)]
     return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, kernel.launch.configuration))

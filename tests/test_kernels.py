@@ -7,18 +7,30 @@ import pytest
 
 from benchmarks import kernels as report
 from benchmarks import machine_code
-from benchmarks.kernels import APPLY, MODULATE, REDUCE, STATISTICS, WARPS, kernels
-from benchmarks.machine_code import missing
+from benchmarks.kernels import DESIGNS, OPS, kernels, of_op
+from benchmarks.machine_code import STATISTICS, missing
 from benchmarks.model import GPUS, KB
+from benchmarks.ops.spn import APPLY, MODULATE, REDUCE
+from pixnorm.testing import SPECS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 RTX_3090, H200 = GPUS.values()
+SHAPE = (64, 256, 32, 32)
 
 
 @pytest.fixture(scope="module")
 def found():
     return kernels()
+
+
+def test_every_op_is_registered_with_the_passes_of_its_kernels(found):
+    assert {op.triton.spec for op in OPS.values()} == set(SPECS)
+    for op in OPS.values():
+        passes = {name.partition(",")[0] for name in op.kernel_passes(1, False)}
+        assert bool(op.cuda) == op.triton.spec.cuda_kernels
+        assert passes >= {kernel.name for kernel in found if kernel.design and kernel.name in op.cuda}
+        assert passes >= set(op.triton.kernels)
 
 
 def test_all_kernels_pass_the_gates(found):
@@ -27,22 +39,42 @@ def test_all_kernels_pass_the_gates(found):
 
 def test_every_kernel_has_aligned_paths_for_all_fast_dtypes(found):
     archs, dtypes = {gpu.arch for gpu in GPUS.values()}, {"float", "BFloat16", "Half"}
-    assert {(kernel.gpu.arch, kernel.name) for kernel in found} == set(product(archs, WARPS))
+    assert {(kernel.gpu.arch, kernel.name) for kernel in found} == set(product(archs, DESIGNS))
     aligned = {(k.gpu.arch, k.name, k.dtype, k.upsample) for k in found if k.columns > 1 and not k.channels_last}
-    assert aligned >= set(product(archs, (MODULATE, REDUCE, APPLY), dtypes, (1, 2)))
+    for op in OPS.values():
+        walks = {kernel.name for kernel in found if kernel.design and kernel.name in op.cuda}
+        assert aligned >= set(product(archs, walks, dtypes, op.triton.spec.options.get("upsample", (1,))))
     assert aligned >= set(product(archs, (STATISTICS,), dtypes | {"double"}, (1,)))
 
 
 def test_predictions_follow_from_bytes_and_instructions(found):
     """Reading x and p of (64, 256, 32, 32) in float32, by hand: 128 MB at 4.3 TB/s, fewer than 31 instructions each."""
-    (statistics,) = (k for k in found if (k.gpu, *k[2:6]) == (H200, STATISTICS, "float", 4, 1) and not k.channels_last)
-    by_bytes, by_instructions = statistics.seconds((64, 256, 32, 32))
+    (statistics,) = (k for k in found if str(k) == f"{STATISTICS} float x4 sm_90")
+    by_bytes, by_instructions = statistics.seconds(SHAPE, OPS["spn"].kernel_passes)
     assert by_bytes == pytest.approx(31.2e-6, rel=0.01)
     assert statistics.instructions < 31
     assert by_instructions == pytest.approx(by_bytes * statistics.instructions / 31.1, rel=0.01)
+
+
+def test_the_report_has_all_that_is_aligned(found):
     aligned = [kernel for kernel in found if kernel.columns > 1]
-    assert report.predictions(aligned).count("\n") == 1 + len(aligned)
-    assert report.layers(aligned).count("\n") == 1 + 2 * 3 * 4
+    shown = {name: of_op(op, aligned) for name, op in OPS.items()}
+    assert {str(kernel) for of in shown.values() for kernel in of} == set(map(str, aligned))
+    assert report.predictions(shown).count("\n") == 1 + sum(map(len, shown.values()))
+    assert report.layers(aligned).count("\n") == 1 + sum(bool(op.cuda) for op in OPS.values()) * 2 * 3 * 4
+
+
+@pytest.mark.parametrize(
+    "op, gpu, forward, backward",
+    [
+        ("spn", H200, 7 * 15.6, 13 * 15.6),  # passes over 67 MB: GEMMs too are bound by bytes
+        ("gconv_mix", H200, 2 * 15.6, 5 * 15.6),
+        ("gconv_mix", RTX_3090, 277, 2 * 277),  # products: 2 · 256 operations of each element at 31 TFLOP/s
+    ],
+)
+def test_predictions_of_an_op_by_hand(op, gpu, forward, backward):
+    predicted = OPS[op].predicted(gpu, SHAPE, 4, 1)
+    assert [1e6 * seconds for seconds in predicted] == pytest.approx([forward, backward], rel=0.01)
 
 
 def test_each_gate_can_fail():
@@ -71,7 +103,7 @@ def test_what_is_missing_is_said(monkeypatch):
         (RTX_3090, 256, 32, 0, 48),
         (RTX_3090, 256, 64, 0, 32),
         (RTX_3090, 128, 96, 0, 20),
-        (RTX_3090, 256, 64, 24 * KB, 32),  # 25 KB each, with what the system takes: four times
+        (RTX_3090, 256, 64, 24 * KB, 32),  # 25 KB each with what the system reserves: four blocks
         (RTX_3090, 256, 64, 24 * KB + 1, 24),
         (RTX_3090, 32, 16, 0, 16),
         (H200, 256, 32, 0, 64),

@@ -5,22 +5,31 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 
 from benchmarks import kernels as report
-from benchmarks import triton_gconv, triton_spn
+from benchmarks.kernels import OPS
+from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
+from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
+from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
-    LEAST_WARPS,
+    DTYPES,
     TRITON_GPUS,
+    Launch,
+    Pointer,
     Processes,
+    TritonKernel,
     compiled,
+    kernel_of,
+    kernels,
     missing,
-    triton_kernels,
 )
-from benchmarks.triton_gconv import FORWARD, GRAD_WEIGHT, KERNELS
-from benchmarks.triton_spn import APPLY, MODULATE, REDUCE, STATISTICS, WALKS, SPNConfiguration
 
+triton = pytest.importorskip("triton")
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+SHAPE = (64, 256, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -30,105 +39,140 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def all_found(processes):
-    return triton_kernels(processes, triton_spn.selection() + triton_gconv.selection())
+def found(processes):
+    """By op."""
+    selected = [wanted for op in OPS.values() for wanted in op.triton.selection()]
+    compiled_kernels = kernels(processes, selected)
+    return {
+        name: [kernel for kernel in compiled_kernels if isinstance(kernel.launch.configuration, op.triton)]
+        for name, op in OPS.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def found(all_found):
-    """SPN's."""
-    return [kernel for kernel in all_found if kernel.name not in KERNELS]
+def of_spn(found):
+    return found["spn"]
 
 
 @pytest.fixture(scope="module")
-def of_gconv(all_found):
-    return [kernel for kernel in all_found if kernel.name in KERNELS]
+def of_gconv(found):
+    return found["gconv"]
 
 
-def test_all_kernels_pass_the_gates(all_found):
-    assert [f"{kernel}: {violation}" for kernel in all_found for violation in kernel.violations()] == []
+@pytest.mark.parametrize("op", OPS)
+def test_all_kernels_pass_the_gates(found, op):
+    assert [f"{kernel}: {violation}" for kernel in found[op] for violation in kernel.violations()] == []
 
 
-def test_selection_has_every_kernel_for_every_gpu_and_every_row_of_the_block_sizes(found):
-    usual = [kernel for kernel in found if kernel.dtype in ("float", "BFloat16")]
-    names = {kernel.name for kernel in found}
-    assert len(names) == 9
-    assert {(k.gpu.arch, k.name) for k in found} == set(product({gpu.arch for gpu in TRITON_GPUS}, names))
-    rows = {(k.name, k.channels_last, k.upsample, k.itemsize) for k in usual if k.walks}
-    assert rows == set(product(WALKS, (False, True), (1, 2), (4, 2)))
-    others = {(k.name, k.dtype == "double", k.kernel_size, k.one_mask) for k in found if k.walks}
+@pytest.mark.parametrize("op", OPS)
+def test_selection_has_every_kernel_for_every_gpu(found, op):
+    passes, designed = OPS[op].kernel_passes(1, True), OPS[op].triton.kernels
+    names = {kernel.name for kernel in found[op]}
+    assert {(k.gpu.arch, k.name) for k in found[op]} == set(product({gpu.arch for gpu in TRITON_GPUS}, names))
+    assert names >= passes.keys()
+    assert {k.launch.kernel for k in found[op] if k.design} - {STATISTICS} == set(designed)
+
+
+def test_selection_has_every_row_of_the_block_sizes_of_spn(of_spn):
+    assert len({kernel.name for kernel in of_spn}) == 9
+    walks = [kernel for kernel in of_spn if kernel.name in WALKS]
+    usual = {(k.name, k.channels_last, k.upsample, k.itemsize) for k in walks if k.dtype in ("float", "BFloat16")}
+    assert usual == set(product(WALKS, (False, True), (1, 2), (4, 2)))
+    others = {(k.name, k.dtype == "double", k.kernel_size, k.one_mask) for k in walks}
     for kernel in WALKS:
         assert {(kernel, True, 3, False), (kernel, False, 1, False), (kernel, False, 5, False)} < others
         assert (kernel, False, 3, True) in others
 
 
-def test_selection_has_every_kernel_of_gconv_for_every_gpu_and_on_all_kinds_of_cores(of_gconv):
-    assert {(k.gpu.arch, k.name) for k in of_gconv} == set(product({gpu.arch for gpu in TRITON_GPUS}, KERNELS))
+def test_selection_has_every_kernel_of_gconv_on_all_kinds_of_cores(of_gconv):
+    assert {kernel.name for kernel in of_gconv} == set(KERNELS)
     usual = {(k.name, k.dtype, k.channels_last) for k in of_gconv if k.dtype != "double" and not k.strict}
     assert usual == set(product(KERNELS, ("float", "BFloat16"), (False, True)))
     assert {(k.name, k.small_planes) for k in of_gconv} == set(product(KERNELS, (False, True)))
     assert {k.multiplier for k in of_gconv} == {"HGMMA", "HMMA", "DMMA", None}
 
 
-def test_predictions_follow_from_bytes_and_instructions(found):
+def test_predictions_follow_from_bytes_and_instructions(of_spn):
     """Reading x and p of (64, 256, 32, 32) in float32, by hand: 128 MB at 4.3 TB/s."""
-    (statistics,) = (kernel for kernel in found if (kernel.gpu.arch, kernel.name) == ("sm_90", STATISTICS))
+    (statistics,) = (kernel for kernel in of_spn if (kernel.gpu.arch, kernel.name) == ("sm_90", STATISTICS))
     assert statistics.dtype == "float"
-    by_bytes, by_instructions = statistics.seconds((64, 256, 32, 32))
+    by_bytes, by_instructions = statistics.seconds(SHAPE, OPS["spn"].kernel_passes)
     assert by_bytes == pytest.approx(31.2e-6, rel=0.01)
     assert by_instructions == pytest.approx(by_bytes * statistics.instructions / 31.1, rel=0.01)
-    assert report.predictions(found).count("\n") == 1 + len(found)
 
 
 def test_predictions_of_a_product(of_gconv):
     """The same shape through GConv, by hand: 128 MB at 1.83 TB/s; 2 · 256 operations of each element at 125 TFLOP/s."""
     (forward,) = (k for k in of_gconv if (k.gpu.arch, k.name) == ("sm_80", FORWARD))
     assert str(forward.launch.configuration) == "float, NCHW, TF32"
-    by_bytes, by_instructions, by_products = forward.seconds((64, 256, 32, 32))
+    by_bytes, by_instructions, by_products = forward.seconds(SHAPE, OPS["gconv_mix"].kernel_passes)
     assert by_bytes == pytest.approx(73.3e-6, rel=0.01)
     assert by_products == pytest.approx(68.7e-6, rel=0.01)
     elements_per_second = 108 * 1.41e9 * 128 / forward.instructions
     assert by_instructions == pytest.approx(64 * 256 * 32 * 32 / elements_per_second, rel=0.01)
-    assert report.predictions(of_gconv).count("\n") == 1 + len(of_gconv)
 
 
-def test_each_gate_can_fail(found, processes):
+def test_the_report_has_a_row_for_each_kernel(found):
+    assert report.predictions(found).count("\n") == 1 + sum(map(len, found.values()))
+
+
+def test_each_gate_can_fail(of_spn, processes):
     """Of what passes, one thing is made worse at a time."""
-    of = {k.name: k for k in found if k.walks and k.launch.configuration == SPNConfiguration("float")}
+    of = {k.name: k for k in of_spn if k.name in WALKS and k.launch.configuration == SPNConfiguration("float")}
     modulate, reduce, apply = (of[name] for name in (MODULATE, REDUCE, APPLY))
-    unaligned = modulate.launch._replace(attributes={})
     few_registers = reduce.launch._replace(options=reduce.launch.options | {"maxnreg": 96})
-    many_channels = apply.launch._replace(constants=apply.launch.constants | {"CHANNELS": 32})
-    at_fault = [(launch, modulate.gpu) for launch in (unaligned, few_registers, many_channels)]
-    faults = _faults(processes, at_fault)
+    many_channels = apply.launch._replace(arguments=apply.launch.arguments | {"CHANNELS": 32})
+    at_fault = (_unaligned(modulate.launch), few_registers, many_channels)
+    faults = _faults(processes, [(launch, modulate.gpu) for launch in at_fault])
     assert "not 2 LDG of 16 bytes, 1 STG of 16 bytes" in faults[0]
     assert "bytes of local memory: {" in faults[1] and "'STL" in faults[1]
     assert "bytes of shared memory, ['BAR" in faults[2]
-    crowded = modulate._replace(gpu=modulate.gpu._replace(registers=16 * KB))
-    assert crowded.violations() == [f"room for {crowded.warps} warps, not {LEAST_WARPS}"]
+    crowded = replace(modulate, gpu=modulate.gpu._replace(registers=16 * KB))
+    assert crowded.violations() == [f"room for {crowded.warps} warps, not {TritonKernel.warps_needed}"]
 
 
 def test_each_gate_of_gconv_can_fail(of_gconv, processes):
     """Of what passes, one thing is made worse at a time."""
     of = {k.name: k for k in of_gconv if k.gpu.arch == "sm_80" and k.dtype != "double"}
     forward, grad_weight = of[FORWARD], of[GRAD_WEIGHT]
-    unaligned = grad_weight.launch._replace(attributes={})
-    not_rounded = forward.launch._replace(constants=forward.launch.constants | {"TF32": False})
-    faults = _faults(processes, [(unaligned, forward.gpu), (not_rounded, forward.gpu)])
+    not_rounded = forward.launch._replace(arguments=forward.launch.arguments | {"TF32": False})
+    faults = _faults(processes, [(_unaligned(grad_weight.launch), forward.gpu), (not_rounded, forward.gpu)])
     assert "LDGSTS of 16 bytes" in faults[0] and "moves in the main loop" in faults[0]
     assert "multiplies by no tensor cores, not HMMA" in faults[1]
     must_not_round = replace(forward.launch.configuration, strict=True)
-    rounded = forward._replace(launch=forward.launch._replace(configuration=must_not_round))
+    rounded = replace(forward, launch=forward.launch._replace(configuration=must_not_round))
     assert rounded.violations() == ["multiplies by ['HMMA'] tensor cores, not None"]
     loads_again = forward.code._replace(main_loop=forward.code.main_loop + ["LDG.E"] * 4)
-    assert "not 8 LDGSTS of 16 bytes" in " ".join(forward._replace(code=loads_again).violations())
-    shares_much = forward._replace(shared=forward.gpu.shared_per_block + 1)
-    assert shares_much.violations() == [f"room for 0 warps, not {LEAST_WARPS}"]
+    assert "not 8 LDGSTS of 16 bytes" in " ".join(replace(forward, code=loads_again).violations())
+    shares_much = replace(forward, shared=forward.gpu.shared_per_block + 1)
+    assert shares_much.violations() == [f"room for 0 warps, not {TritonKernel.warps_needed}"]
+
+
+def _unaligned(launch: Launch) -> Launch:
+    pointers = {name: Pointer(of.dtype, 4) for name, of in launch.arguments.items() if isinstance(of, Pointer)}
+    return launch._replace(arguments=launch.arguments | pointers, sizes=dict.fromkeys(launch.sizes, 17))
 
 
 def _faults(processes: Processes, at_fault: list) -> list[str]:
-    codes = zip(at_fault, processes.map(compiled, at_fault), strict=True)
-    return [" ".join(launch.configuration.of_kernel(gpu, *code, launch).violations()) for (launch, gpu), code in codes]
+    codes = processes.map(compiled, at_fault)
+    return [" ".join(kernel_of(*job, *code).violations()) for job, code in zip(at_fault, codes, strict=True)]
+
+
+def test_launches_are_bound_by_position_and_by_name():
+    """To the arguments of the kernel; sizes are told apart as Triton specialises on them."""
+    kernel = triton.jit(_kernel, do_not_specialize=["free"])
+    x, configuration = torch.empty(3, device="meta"), SPNConfiguration("float")
+    by_name = {"x_ptr": x, "one": 1, "many": 48, "odd": 3, "free": 32, "BLOCK": 64, "num_warps": 2}
+    launch = Launch.of(configuration, kernel, (), by_name)
+    assert launch.arguments == {"x_ptr": Pointer(DTYPES["float"]), "BLOCK": 64}
+    assert launch.sizes == {"one": 1, "many": 16, "odd": 17, "free": 17}
+    assert launch.options == {"num_warps": 2}
+    assert launch == Launch.of(configuration, kernel, (x, 1, 48, 3, 32), {"BLOCK": 64, "num_warps": 2})
+    assert launch == Launch.of(configuration, kernel, (x, 1, 16), {"odd": 5, "free": 1, "BLOCK": 64, "num_warps": 2})
+
+
+def _kernel(x_ptr, one, many, odd, free, BLOCK: triton.language.constexpr):
+    pass
 
 
 def test_a_compiler_that_dies_is_told_with_what_it_worked_on(processes):

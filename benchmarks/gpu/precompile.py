@@ -7,24 +7,20 @@ the cache afterwards is what a launch looks for. ``--arch 90`` needs no GPU.
 import argparse
 import multiprocessing
 import os
-import pkgutil
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack
-from importlib import import_module
+from contextlib import contextmanager
 from itertools import product
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
-from unittest.mock import patch
 
 import torch
 
-import pixnorm.ops
 from benchmarks.goals import BATCHES
 from benchmarks.gpu.processes import end_with_parent
 from benchmarks.ops import OPS
-from pixnorm.ops._dispatch import triton_obstacle
+from benchmarks.triton_code import PretendedGPU, in_place_of_launch
 from pixnorm.testing import DENSE_LAYOUTS, DTYPES, SPECS, Case, OpSpec, evaluate
 
 # Of x, beside those of the benchmarks: what the first checks and the tests of many things are called with.
@@ -60,24 +56,6 @@ def measured(spec: OpSpec) -> Iterator[Case]:
             yield Case((batch, *shape[1:]), "", head.options, sizes=head.sizes)
 
 
-class PretendedGPU:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_only(wrapped, grid, *arguments, **options) -> None:
     """In the place of ``launch``."""
     getattr(wrapped, "kernel", wrapped).run(*arguments, grid=grid, warmup=True, **options)
@@ -90,28 +68,15 @@ def compile_call(spec: OpSpec, case: Case, dtype, parameter_dtype, layout: str, 
     evaluate(spec, spec.call("triton"), tensors, case.options)
 
 
-def compiling(arch: int | None) -> ExitStack:
-    """While it lasts, ops in Triton call what launches their kernels, which compiles them instead."""
+@contextmanager
+def compiling(arch: int | None) -> Iterator[None]:
+    """While it lasts, ops in Triton compile their kernels and do not launch them."""
     if arch is not None:
         import triton
 
         triton.runtime.driver.set_active(PretendedGPU(arch))
-    if obstacle := triton_obstacle("meta"):  # imports the kernels
-        raise SystemExit(obstacle)
-    from pixnorm import triton_kernels
-
-    kernels, ops = (
-        [import_module(f"{package.__name__}.{entry.name}") for entry in pkgutil.iter_modules(package.__path__)]
-        for package in (triton_kernels, pixnorm.ops)
-    )
-    functions = {name: value for module in kernels for name, value in vars(module).items()}
-    stack = ExitStack()
-    for module in (module for module in kernels if hasattr(module, "launch")):
-        stack.enter_context(patch.object(module, "launch", compile_only))
-    for module in (module for module in ops if hasattr(module, "triton_ops")):
-        plain = {"new": lambda name: (functions[f"{name}_fwd"], functions[f"{name}_bwd"])}
-        stack.enter_context(patch.object(module, "triton_ops", **plain))
-    return stack
+    with in_place_of_launch(compile_only):
+        yield
 
 
 def work(queue: Queue, arch: int | None, counts: dict[str, int]) -> None:

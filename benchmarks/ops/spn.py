@@ -1,11 +1,221 @@
-"""SPN in the benchmarks."""
+"""SPN in the benchmarks: what is measured, its goals, and what the machine code of its kernels must look like."""
 
-from benchmarks import model
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import ClassVar
+
 from benchmarks.contenders import square_products
+from benchmarks.cuda_code import CudaKernel, Design
+from benchmarks.machine_code import STATISTICS, Moves, moves
+from benchmarks.model import GPU, WARP
 from benchmarks.registry import PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, in_layouts
+from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
 from pixnorm.networks import Generator
 from pixnorm.ops.spn import preferred
-from pixnorm.testing import SPN
+from pixnorm.testing import SPN, Case
+
+PROJECTION, FINISH = "spn_projection_kernel", "spn_bwd_finish_kernel"
+MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
+
+
+def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:
+    """Elements that each kernel reads and writes, as multiples of x."""
+    large = upsample**2
+    return {
+        STATISTICS: (2, 0),  # x and p
+        MODULATE: (2, large),  # x and p; y
+        REDUCE: (2 + large, 0),  # x, p and dy
+        # x, p and dy; dx and dp, and in NCHW a copy of x for the weight gradient's GEMM
+        APPLY: (2 + large, 2 + (not channels_last)),
+        # Triton only; forward also sums up the statistics.
+        f"{PROJECTION}, forward": (1, 1),  # x; p
+        f"{PROJECTION}, backward": (2, 1),  # dp and dx; dx
+    }
+
+
+def gemm_times(gpu: GPU, x: tuple[int, ...], itemsize: int) -> tuple[float, float]:
+    """Predicted seconds of the projection's GEMMs, forward and backward, for an x of that shape."""
+    forward, grad_input, grad_weight = (
+        max(passes * itemsize * prod(x) / gpu.copy, gpu.product_time(prod(x) * x[1], itemsize))
+        for passes in (2, 3, 2)  # x to p; dp onto dx; dp and x
+    )
+    return forward, grad_input + grad_weight
+
+
+def predicted_times(gpu: GPU, x: tuple[int, ...], itemsize: int, upsample: int) -> tuple[float, float]:
+    """Predicted seconds, forward and backward, of GEMMs and bytes, in channels_last."""
+    passes = kernel_passes(upsample, channels_last=True)
+    return tuple(
+        gemm + sum(sum(passes[name]) for name in names) * itemsize * prod(x) / gpu.copy
+        for gemm, names in zip(gemm_times(gpu, x, itemsize), ((STATISTICS, MODULATE), (REDUCE, APPLY)), strict=True)
+    )
+
+
+# ---- CUDA C++ ----
+
+SUMS = 38  # per channel, in backward
+
+
+def _moves(kernel: CudaKernel) -> Moves:
+    """Of a row: in NCHW a thread moves 16 bytes of y at once, in channels_last single elements."""
+    itemsize, up, name = kernel.itemsize, kernel.upsample, kernel.name
+    row = 16 if kernel.columns > 1 else up * itemsize  # of y, in NCHW
+    size, width = (kernel.columns * itemsize, itemsize) if kernel.channels_last else (row // up, 16)
+    load, store = moves("LDG", size, width), moves("STG", size, width)
+    load_y, store_y = moves("LDG", size * up, width, up), moves("STG", size * up, width, up)
+    if name == MODULATE:
+        return load + load + store_y
+    if name == REDUCE:  # in channels_last p is read twice, the second time from the L1 cache, for want of registers
+        return load + load + load_y + (load if kernel.channels_last and kernel.dtype != "double" else Counter())
+    return load + load + load_y + store + store + (Counter() if kernel.channels_last else store)
+
+
+def _numbers(kernel: CudaKernel) -> int:
+    """Of shared memory: taps and factors, what neighbouring warps exchange, sums."""
+    channels = WARP if kernel.channels_last else 1
+    warps = kernel.code.threads // WARP
+    table = (18 + 32 * kernel.upsample + 36) * channels
+    exchange = 4 * kernel.code.threads if kernel.channels_last else 0  # for each number that is exchanged
+    walk = table + 2 * kernel.upsample * exchange
+    return {
+        MODULATE: table + max(exchange, 6 * warps * channels),
+        REDUCE: max(walk, SUMS * (warps // 2 * WARP if kernel.channels_last else warps)),
+        APPLY: walk if kernel.channels_last else table + 4 + SUMS * warps,
+        FINISH: SUMS * warps,
+    }[kernel.name]
+
+
+CUDA = {
+    # 2 loads, 16 KB of reads; a third of its traffic is stores.
+    MODULATE: Design({"sm_86": 16, "sm_90": 16}, _moves, _numbers),
+    # 3 loads, 18 KB; more warps would cost the sums that it keeps in registers.
+    REDUCE: Design({"sm_86": 12, "sm_90": 12}, _moves, _numbers),
+    # 3 loads, 18 KB of reads; about half of its traffic is stores.
+    APPLY: Design({"sm_86": 12, "sm_90": 12}, _moves, _numbers),
+    FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),  # moves a few KB
+}
+
+
+# ---- Triton ----
+
+
+class Projection(TritonKernel):
+    @property
+    def name(self) -> str:
+        return f"{PROJECTION}, {'forward' if self.launch.arguments['STATISTICS'] else 'backward'}"
+
+    @property
+    def design(self) -> Moves:
+        """Weight and x, through shared memory."""
+        chunk, *outer = (self.launch.arguments[name] for name in ("CHUNK", "OUT", "PIXELS"))
+        weight, x = (moves("LDGSTS", chunk * size // self.code.threads * self.itemsize) for size in outer)
+        return weight + x
+
+    @property
+    def elements(self) -> float:
+        return self.launch.arguments["CHUNK"] * self.launch.arguments["PIXELS"] / self.code.threads
+
+    def work(self, x: tuple[int, ...], reads: int) -> float:
+        return prod(x)
+
+
+class Walk(TritonKernel):
+    """Gates of its own:
+
+    - Loads and stores are of 16 bytes of a row of y in NCHW, apart from the few bytes of neighbours.
+    - Threads never wait for each other: no barrier and no shared memory in the main loop, and in NCHW in the whole
+      kernel. Triton inserts them where the next tensor has another layout over the threads.
+    """
+
+    @property
+    def design(self) -> Moves:
+        """Without neighbours, and without what is one number per channel."""
+        name, itemsize = self.name, self.itemsize
+        row, sums = self.columns * itemsize, max(4, itemsize)
+        wide = itemsize if self.channels_last else 16
+        p = moves("LDG", row, 16 if self.one_mask else wide)  # one mask is one channel
+        found = moves("LDG", row, wide) + p
+        found += moves("STG" if name == MODULATE else "LDG", row * self.upsample, wide, self.upsample)  # y, dy
+        if name == REDUCE and self.one_mask:
+            found += moves("STG", self.columns * sums, sums if self.channels_last else 16)  # dm
+        elif name != MODULATE:
+            found += p  # again, for p̂ of the row above (the mask is of the row below); with one mask, the finished dp
+        if name == APPLY:
+            found += moves("STG", row, wide, 1 if self.one_mask else 2)
+        return found
+
+    def counts_rounds(self, kind: str, width: int) -> bool:
+        return kind == "STG"  # loads may be of neighbours
+
+    def may_move(self, beyond: Moves) -> bool:
+        return not any(kind == "STG" for kind, _ in beyond)
+
+    def violations(self) -> list[str]:
+        found = super().violations()
+        code = self.code.main_loop if self.channels_last else self.code.opcodes
+        waits = sorted({opcode for opcode in code if opcode.startswith(("BAR", "LDS", "STS"))})
+        if waits or (self.shared and not self.channels_last):
+            found.append(f"{self.shared} bytes of shared memory, {waits}")
+        return found
+
+
+@dataclass(frozen=True, order=True)
+class SPNConfiguration(Configuration):
+    kernels: ClassVar = {PROJECTION: Projection} | dict.fromkeys(WALKS, Walk)
+    spec = SPN
+
+    upsample: int = 1
+    relu: bool = False
+    kernel_size: int = 3
+    one_mask: bool = False
+
+    @property
+    def options(self) -> str:
+        taps = [f"k = {self.kernel_size}"] * (self.kernel_size != 3)
+        return ", ".join(["relu"] * self.relu + taps + ["one mask"] * self.one_mask)
+
+    @property
+    def modelled(self) -> bool:
+        return not self.one_mask
+
+    @property
+    def may_spill(self) -> bool:
+        return self.dtype == "double" or self.kernel_size == 5
+
+    def cases(self) -> Iterator[Case]:
+        options = {"upsample": self.upsample, "activation": "relu" if self.relu else None}
+        sizes = {"kernel_size": self.kernel_size} | ({"masks": 1} if self.one_mask else {})
+        # So few channels that the projection is our kernel, and so many that it is cuDNN's. In the first, statistics
+        # have so many parts that they are merged in two steps.
+        for shape in ((32, 64, 64, 64), (4, 256, 64, 64)):
+            yield Case(shape, "", options, sizes=sizes)
+
+    @classmethod
+    def selection(cls) -> list[Wanted]:
+        """Each row of the tables of block sizes, in float32 and in bfloat16, on one GPU.
+
+        A GPU has one of the four pairs of layout and upsampling in float32 and the opposite one in bfloat16, so every
+        walk in both, and the other kernels in one. Other walks, in NCHW, are on one GPU each. Half is as bfloat16.
+        """
+        pairs = [(last, upsample, upsample == 2) for last, upsample in product((False, True), (1, 2))]
+        found = []
+        for i, gpu in enumerate(TRITON_GPUS):
+            of_both = [cls("float", *pairs[i]), cls("BFloat16", *pairs[~i])]
+            found += [Wanted(of_both[i % 2], gpu), Wanted(of_both[1 - i % 2], gpu, WALKS)]
+        others = [cls("double"), cls("float", kernel_size=1), cls("float", kernel_size=5), cls("float", one_mask=True)]
+        return found + [Wanted(of, gpu, WALKS) for of, gpu in zip(others, TRITON_GPUS, strict=True)]
+
+    @classmethod
+    def everything(cls) -> list[Wanted]:
+        options = product(DTYPES, (False, True), (1, 2), (False, True), ((3, False), (3, True), (1, False), (5, False)))
+        configurations = [cls(*of_x, *of_parameters) for *of_x, of_parameters in options]
+        return [Wanted(*pair) for pair in product(configurations, TRITON_GPUS)]
+
+
+# ---- what is measured, and goals ----
 
 UP = Head("up → SPN → ReLU", {"upsample": 2, "activation": "relu"})
 
@@ -95,8 +305,11 @@ BENCHMARK = Op(
         small=4,
     ),
     products=square_products,
-    kernel_passes=model.kernel_passes,
-    predicted=model.spn_times,
+    kernel_passes=kernel_passes,
+    predicted=predicted_times,
+    gemm_times=gemm_times,
+    cuda=CUDA,
+    triton=SPNConfiguration,
     compiled=_compiled,
     auto=lambda x, options, tf32: preferred(x, options.get("upsample", 1)),
 )
