@@ -37,9 +37,10 @@ from benchmarks.triton_code import Processes, TritonKernel, triton_kernels
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ITEMSIZES = {"double": 8, "float": 4, "BFloat16": 2, "Half": 2}
 
-STATISTICS, MODULATE = "spn_statistics_kernel", "spn_fwd_modulate_kernel"
+STATISTICS, MODULATE = "statistics_kernel", "spn_fwd_modulate_kernel"
 REDUCE, APPLY = "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
 FINISH, RUNNING = "spn_bwd_finish_kernel", "update_running_kernel"
+FINISH_STATISTICS = "finish_statistics_kernel"
 
 # Warps that an SM must have room for. Memory answers after some 700 ns; in that time a copy moves 7 KB per SM of an RTX
 # 3090, and 23 KB per SM of an H200. A thread has a few loads of 16 bytes (or as many together) under way:
@@ -48,7 +49,8 @@ WARPS = {
     MODULATE: {"sm_86": 16, "sm_90": 16},  # 2 loads, 16 KB of reads; a third of its traffic is stores
     REDUCE: {"sm_86": 12, "sm_90": 12},  # 3 loads, 18 KB; more would cost it the sums that it keeps in registers
     APPLY: {"sm_86": 12, "sm_90": 12},  # 3 loads, 18 KB of reads; about half of its traffic is stores
-    FINISH: {"sm_86": 1, "sm_90": 1},  # these two move a few KB in all
+    FINISH: {"sm_86": 1, "sm_90": 1},  # these three move a few KB in all
+    FINISH_STATISTICS: {"sm_86": 1, "sm_90": 1},
     RUNNING: {"sm_86": 1, "sm_90": 1},
 }
 
@@ -112,6 +114,7 @@ class Kernel(NamedTuple):
             REDUCE: max(walk, sums * (warps // 2 * WARP if self.channels_last else warps)),
             APPLY: walk if self.channels_last else table + 4 + sums * warps,
             FINISH: sums * warps,
+            FINISH_STATISTICS: 3 * threads,
             RUNNING: 0,
         }
         static = max(0, self.code.shared - (KB if self.gpu.capability >= (9, 0) else 0))

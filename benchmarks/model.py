@@ -109,7 +109,8 @@ def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, in
     """How often each kernel must read and write as many elements as x has, by its name; for GConv, as u has."""
     large = upsample**2
     return {
-        "spn_statistics_kernel": (2, 0),  # x and p
+        "statistics_kernel": (2, 0),  # x and p
+        "spn_statistics_kernel": (2, 0),  # the same in Triton
         "spn_fwd_modulate_kernel": (2, large),  # x and p; y
         "spn_bwd_reduce_kernel": (2 + large, 0),  # x, p and dy
         # x, p and dy; dx and dp, and in NCHW x anew, for the GEMM of the weight's gradient
@@ -139,7 +140,7 @@ def kernel_bytes(shape: tuple[int, ...], itemsize: int, upsample: int, channels_
 def spn_times(gpu: GPU, shape: tuple[int, ...], itemsize: int, upsample: int) -> tuple[float, float]:
     """Predicted seconds of SPN, forward and backward, by its bytes and its products; ``shape`` is that of x."""
     moved = kernel_bytes(shape, itemsize, upsample, channels_last=True)
-    forward = moved["spn_statistics_kernel"] + moved["spn_fwd_modulate_kernel"]
+    forward = moved["statistics_kernel"] + moved["spn_fwd_modulate_kernel"]
     backward = moved["spn_bwd_reduce_kernel"] + moved["spn_bwd_apply_kernel"]
     products = gemm_times(gpu, shape, itemsize)
     return products[0] + forward / gpu.copy, products[1] + backward / gpu.copy

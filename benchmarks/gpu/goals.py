@@ -14,7 +14,7 @@ from benchmarks.test_spn import HEADS, label
 Goals = list[tuple[Target, str]]  # each goal, its ``median`` None where nothing was measured, and a remark
 # Least share of a measured copy's bandwidth: float32, bfloat16.
 SHARES = {
-    "spn_statistics_kernel": (0.90, 0.90),
+    "statistics_kernel": (0.90, 0.90),
     "spn_fwd_modulate_kernel": (0.88, 0.85),
     "spn_bwd_reduce_kernel": (0.85, 0.75),
     "spn_bwd_apply_kernel": (0.88, 0.82),

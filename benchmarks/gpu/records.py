@@ -95,7 +95,7 @@ class Records:
                 continue
             itemsize = PRECISIONS[precision][0].itemsize
             elements = torch.Size(map(int, entry["shape"].split("x"))).numel()
-            quarter = 4 if entry["head"] == "up" and kernel == "spn_statistics_kernel" else 1
+            quarter = 4 if entry["head"] == "up" and kernel.endswith("statistics_kernel") else 1
             share = share_of_copy(entry)
             if elements * itemsize // quarter >= LARGE and share:
                 found.append((entry, share))
