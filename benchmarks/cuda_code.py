@@ -113,6 +113,7 @@ SHARED = {
         lambda k: 2 * k.code.threads * k.columns if k.channels_last else k.block_warps,
         _loads_of_statistics,
     ),
+    "finish_statistics_kernel": Design({"sm_86": 1, "sm_90": 1}, numbers=lambda k: 3 * k.code.threads),
     "update_running_kernel": Design({"sm_86": 1, "sm_90": 1}),  # moves a few KB
 }
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "kernels"
 TOOLS = {"nvcc": "the CUDA toolkit", "nvdisasm": "Triton", "cuobjdump": "Triton", "c++filt": "binutils"}
 # First stage of the batch statistics, shared by several ops; one name in CUDA C++ and in Triton.
-STATISTICS = "spn_statistics_kernel"
+STATISTICS = "statistics_kernel"
 
 Moves = Counter[tuple[str, int]]  # LDG, LDGSTS or STG, and bytes
 

@@ -1,12 +1,12 @@
-// What follows a normalisation: nothing, or a leaky ReLU; ReLU is the one of slope 0. The arithmetic is in
-// activation_functions.h.
+// The activation after a normalisation: none, or leaky ReLU (ReLU has slope 0). activation_functions.h has the
+// arithmetic.
 #pragma once
 
 #include <optional>
 
 namespace pixnorm {
 
-// As ops tell it: none, or the slope for negative values.
+// From the op's `negative_slope` argument: None means no activation.
 struct Activation {
   bool on;
   double slope;

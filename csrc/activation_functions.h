@@ -1,14 +1,14 @@
-// The arithmetic of activation.h, for numbers and for vectors of them. To be included inside a namespace: vector code
-// must be compiled for one instruction set (cpu/vec.h), where this is as much a part of it as the rest.
+// Leaky ReLU and its gradient, for scalars and vectors. Included inside a namespace, not at global scope: CPU vector
+// code compiles this file once per instruction set (cpu/vec.h).
 
-// NaN stays; slope 0 makes 0 of infinity too.
+// NaN propagates. Slope 0 maps -inf to 0, not to NaN.
 template <class V, class A>
 PIXNORM_HOST_DEVICE PIXNORM_ALWAYS_INLINE void activate(V& value, A slope) {
   const V low = slope == A(0) ? V{} : V(value * slope);
   value = value < A(0) ? low : value;
 }
 
-// The gradient that it lets through, of the value before it. At 0 it is that of negative values, as in PyTorch.
+// Masks `gradient` by the pre-activation `value`. At 0 the slope is that of negative values, as in PyTorch.
 template <class V, class A>
 PIXNORM_HOST_DEVICE PIXNORM_ALWAYS_INLINE void activate_gradient(const V& value, V& gradient, A slope) {
   const V low = slope == A(0) ? V{} : V(gradient * slope);

@@ -1,4 +1,4 @@
-// The module pixnorm._C. Importing it registers the kernels of csrc/cpu; the schemas must have been defined.
+// The module pixnorm._C. Importing it registers the kernels of csrc/cpu; Python must have defined the schemas before.
 
 #include <torch/headeronly/version.h>
 

@@ -1,5 +1,5 @@
-// Checks of what a kernel is handed. The public functions have checked shapes and dtypes with better words; these guard
-// the ops against direct calls.
+// Argument checks in C++. The public Python functions check first, with better messages; these guard against direct
+// calls of the ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

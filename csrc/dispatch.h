@@ -1,4 +1,4 @@
-// The one switch over dtypes.
+// Dispatch over floating-point dtypes.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -14,7 +14,7 @@ using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 using torch::headeronly::ScalarType;
 
-// float16 and bfloat16 are computed and reduced in float32, float64 in float64.
+// The type that arithmetic and reductions use: half types are upcast to float32.
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -29,7 +29,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>{}) for the C++ type T of a floating-point dtype.
+// Calls f(Type<T>{}) with the C++ type T of the dtype.
 template <class F>
 auto dispatch_floating(ScalarType dtype, const F& f) {
   switch (dtype) {

@@ -1,8 +1,8 @@
 #pragma once
 
-// What the extension modules share. They are in Python's limited API as their kernels are in LibTorch's Stable ABI: one
-// build serves every version of both. (pybind11 has no limited API, and torch 2.11's refuses to stand beside the Stable
-// ABI.)
+// Shared by the extension modules. They use Python's limited API, and the kernels LibTorch's Stable ABI, so that one
+// build serves every version of both. pybind11 is not an option: it has no limited API, and the pybind11.h of
+// torch 2.11 does not compile with the Stable ABI.
 
 #include <Python.h>
 
@@ -17,7 +17,7 @@ inline PyObject* to_python(const std::string& text) {
   return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
 }
 
-// A dict of strings; nullptr, and Python's error is set, where there is no memory.
+// A dict of strings; on failure nullptr, with Python's error set.
 inline PyObject* to_python(std::initializer_list<std::pair<const char*, std::string>> entries) {
   PyObject* dict = PyDict_New();
   for (const auto& [key, text] : entries) {
@@ -29,7 +29,7 @@ inline PyObject* to_python(std::initializer_list<std::pair<const char*, std::str
   return dict;
 }
 
-// Calls `function()`; what it throws becomes Python's RuntimeError.
+// Calls function() and turns C++ exceptions into Python's RuntimeError.
 template <typename F>
 PyObject* or_runtime_error(F function) {
   try {

@@ -1,4 +1,4 @@
-// Scalar maths for host and device. (Not "math.h": in an include folder that name would hide the C library's.)
+// Scalar helpers for host and device. (Not called math.h: on the include path that would shadow <math.h>.)
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// What SPN's kernels on every device share: the sums of backward, and what follows from them.
+// The per-channel sums that SPN's backward reduces, shared by the CPU and CUDA kernels.
 #pragma once
 
 #include "scalar.h"
@@ -7,9 +7,9 @@ namespace pixnorm::spn {
 
 constexpr int kTaps = 9;
 
-// What backward reduce sums per channel. `of` is 0 for the sums of dγ = dy x̂ (gamma's), 1 for those of dβ = dy.
-// kWithMask + k: with the mask under tap k. The rest, over the output: all, and what a tap that reaches over an edge
-// misses.
+// Layout of the sums of one channel: kSumsOf sums of dγ = dy x̂ (of = 0), the same of dβ = dy (of = 1), then two for the
+// mask's batch norm. kWithMask + k weights the gradient with the mask under tap k. The others sum it over all outputs,
+// and over the border rows, columns and corners, which are padding to some taps.
 enum Sum {
   kWithMask = 0,
   kAll = kTaps,
@@ -25,7 +25,7 @@ enum Sum {
 };
 constexpr int kSumQ = 2 * kSumsOf, kSumQp = kSumQ + 1, kSums = kSumQp + 1;
 
-// Of one `of`: the sum over the outputs whose tap k lies inside the image.
+// The sum over the outputs whose tap k lies inside the image.
 template <class A>
 PIXNORM_HOST_DEVICE A sum_inside(const A* sum, int k) {
   const int ky = k / 3, kx = k % 3;

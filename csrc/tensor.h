@@ -1,4 +1,4 @@
-// What every backend asks of a tensor.
+// Tensor helpers for all devices.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -25,12 +25,14 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-// The layout that a 4-D tensor is worked on in: its own if it is dense in one of the two, else NCHW (at one copy).
+// The memory format that kernels use for a 4-D tensor: its own if it is dense. Otherwise NCHW, which costs a copy.
+// Tensors that are dense in both formats (C == 1) count as contiguous.
 inline MemoryFormat layout_of(const Tensor& t) {
   return !t.is_contiguous() && is_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// The tensor itself where it is so already (which PyTorch would find out too, at a microsecond a question).
+// The tensor in the given format, without a copy if it already is. (contiguous() would also notice, but that call takes
+// a microsecond.)
 inline Tensor dense(const Tensor& t, MemoryFormat layout = MemoryFormat::Contiguous) {
   const bool already = layout == MemoryFormat::ChannelsLast ? is_channels_last(t) : t.is_contiguous();
   return already ? t : torch::stable::contiguous(t, layout);

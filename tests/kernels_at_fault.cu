@@ -1,7 +1,7 @@
 // Kernels with the names of SPN's, each with a fault that a check must find; the last has none.
 
 template <class T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(256) spn_statistics_kernel(const float* x, float* sum, int count) {
+__global__ void __launch_bounds__(256) statistics_kernel(const float* x, float* sum, int count) {
   float mine = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += 16 * 256) {
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(32) spn_bwd_apply_kernel(const float* x, float
   for (int i = threadIdx.x; i < count; i += 32) y[i] = values[count - i];
 }
 
-template __global__ void spn_statistics_kernel<float, 4, false>(const float*, float*, int);
+template __global__ void statistics_kernel<float, 4, false>(const float*, float*, int);
 template __global__ void spn_fwd_modulate_kernel<float, 4, 1, false>(const int*, float*, int);
 template __global__ void spn_bwd_reduce_kernel<float, 4, 1, false, false>(const float*, float*, int);
 template __global__ void spn_bwd_apply_kernel<float, 4, 1, false>(const float*, float*, int);
-template __global__ void spn_statistics_kernel<float, 4, true>(const float*, float*, int);
+template __global__ void statistics_kernel<float, 4, true>(const float*, float*, int);

@@ -464,7 +464,7 @@ def lesser_capabilities():
     return names[: names.index(importlib.import_module("pixnorm._C").cpu_capability())]
 
 
-CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or test_two_runs"
+CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or test_two_runs or test_statistics.py"
 
 
 @pytest.mark.cpu
@@ -475,6 +475,7 @@ CORE = "(test_forward_and_gradients and not float16) or test_every_remainder or 
             capability,
             marks=pytest.mark.beside(
                 "tests/test_ops.py",
+                "tests/test_statistics.py",
                 "-x",
                 "-k",
                 f"({CORE}) and not native-cuda-emulated",

@@ -253,10 +253,10 @@ def _triton_over_native(head: str, mode: str, precision: str, machine: str) -> f
 def _share(gpu: str) -> dict[str, tuple[float, float]]:
     on_h200 = "H200" in gpu  # whose bandwidth outruns its instructions in bfloat16
     return {
-        "spn_statistics_kernel": (0.90, 0.90),
-        "spn_fwd_modulate_kernel": (0.88, 0.70 if on_h200 else 0.85),
-        "spn_bwd_reduce_kernel": (0.70, 0.45) if on_h200 else (0.85, 0.75),
-        "spn_bwd_apply_kernel": (0.85, 0.60) if on_h200 else (0.88, 0.82),
+        STATISTICS: (0.90, 0.90),
+        MODULATE: (0.88, 0.70 if on_h200 else 0.85),
+        REDUCE: (0.70, 0.45) if on_h200 else (0.85, 0.75),
+        APPLY: (0.85, 0.60) if on_h200 else (0.88, 0.82),
     }
 
 

@@ -1,5 +1,4 @@
-// Arrays between the storage type and the type that it is computed in. Vector code: included by the kernels' files,
-// once per instruction set.
+// Converts arrays between storage and accumulation type. Vector code, compiled once per instruction set.
 
 template <class T>
 void widen(const T* from, acc_t<T>* to, int64_t count) {

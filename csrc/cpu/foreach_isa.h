@@ -1,11 +1,11 @@
-// Compiles one file of vector code once per instruction set, so that one build runs anywhere and fast:
+// Compiles a file of vector code once per instruction set, and picks one at run time:
 //
 //   #define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
 //   #include "cpu/foreach_isa.h"
 //
 // gives pixnorm::baseline::f, pixnorm::avx2::f and pixnorm::avx512::f for each function f of that file;
-// PIXNORM_BY_ISA(f) is the one for this machine. That file may include other vector code, but no header: what one
-// defines would be compiled for the wrong machine.
+// PIXNORM_BY_ISA(f) selects one by CPU. The file may include other vector code but no ordinary headers: their inline
+// functions would be compiled for AVX-512, and the linker might keep that copy for all callers.
 
 #include <cstdint>
 #include <cstring>

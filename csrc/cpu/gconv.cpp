@@ -1,8 +1,8 @@
 // GConv's mixing on the CPU: y = u + W (s u) + b, and its gradients; the algebra is in pixnorm/ops/gconv.py.
 //
-// A few images at a time, so that what one pass leaves the next finds in the cache. Where a sample has as many pixels
-// as channels, its weights I + W diag(s) are made and one product does all. Where it has fewer, that would be more
-// numbers than u; then s u is made, and the product with W is one for all samples (in channels_last).
+// Images are processed in chunks that stay in cache from pass to pass. With at least as many pixels as channels, each
+// sample gets its own weight I + W diag(s), and y is one product. With fewer pixels that weight would be larger than u;
+// then s u is formed instead, and multiplied by W (in channels_last, in one product for all samples).
 
 #include <torch/csrc/stable/library.h>
 
@@ -29,7 +29,7 @@ struct Shape {
   int64_t image() const { return n * pixels; }
   bool weights_of_samples() const { return pixels >= n; }
 
-  // Of weights and images what the last-level cache holds: each thread can have some of the products.
+  // As many weights and images as the last-level cache holds, so that threads share the batched products.
   int64_t images_per_chunk(size_t element) const {
     constexpr int64_t kWeights = 1 << 22, kImages = 1 << 23;
     if (!weights_of_samples()) return pixnorm::images_per_chunk(images, image(), element);
@@ -41,19 +41,19 @@ struct Shape {
 Shape shape_of(const Tensor& u) {
   STD_TORCH_CHECK(u.dim() == 4, "pixnorm: u must have 4 dimensions");
   const int64_t pixels = u.size(2) * u.size(3);
-  // A single pixel is both; as channels_last it makes one product of all samples.
+  // One-pixel planes are dense in both formats; channels_last needs only one product for all samples.
   return {u.size(0), u.size(1), pixels, pixels == 1 || layout_of(u) == MemoryFormat::ChannelsLast};
 }
 
-constexpr int64_t kChannels = baseline::kMostSums;  // of channels_last that are worked on together: a cache line or two
+constexpr int64_t kChannels = baseline::kMostSums;  // per piece in channels_last: a cache line or two
 
-// Some channels of an image, as rows.
+// Some channels of an image, as a matrix: rows are channels in NCHW, pixels in channels_last.
 struct Piece {
   int64_t image, channel, rows, columns;
   int64_t at, stride;
 };
 
-// f(piece) of all pieces of some images, in parallel.
+// Calls f(piece) for all pieces of some images, in parallel.
 template <class F>
 void for_pieces(const Shape& s, int64_t images, const F& f) {
   constexpr int64_t kElements = 1 << 13;
@@ -75,7 +75,7 @@ void for_pieces(const Shape& s, int64_t images, const F& f) {
 #define PIXNORM_BY_LAYOUT(function, ...) \
   (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__) : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__))
 
-// I + W diag(s) of each image, (images, n, n).
+// I + W diag(s) per image, (images, n, n).
 template <class A>
 void make_weights(const Shape& s, int64_t images, const A* w, const A* scales, A* out) {
   constexpr int64_t kRows = 32;
@@ -89,7 +89,7 @@ void make_weights(const Shape& s, int64_t images, const A* w, const A* scales, A
   });
 }
 
-// Each image, or a run of its pixels, as a matrix: (n, pixels) in NCHW, (pixels, n) in channels_last.
+// A matrix per image (or per run of its pixels): (n, pixels) in NCHW, (pixels, n) in channels_last.
 template <class A>
 Matrices<A> by_image(const Shape& s, int64_t images, A* data, int64_t first, int64_t pixels) {
   if (s.channels_last) return {data + first * s.n, images, pixels, s.n, s.image(), s.n, 1};
@@ -101,7 +101,7 @@ Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
   return by_image(s, images, data, 0, s.pixels);
 }
 
-// Together what can be one product: in channels_last the pixels of all images.
+// All images in as few matrices as possible: one in channels_last.
 template <class A>
 Matrices<A> together(const Shape& s, int64_t images, A* data) {
   return matrices_of(data, images, s.n, s.pixels, s.channels_last);
@@ -114,20 +114,20 @@ void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m
   s.channels_last ? gemm(out, in, m.transposed(), beta) : gemm(out, m, in, beta);
 }
 
-// out = beta out + left rightᵀ, sums over pixels.
+// out = beta out + left rightᵀ, reduced over pixels.
 template <class A>
 void multiply_transposed(const Shape& s, const Matrices<A>& out, const Matrices<const A>& left,
                          const Matrices<const A>& right, double beta) {
   s.channels_last ? gemm(out, left.transposed(), right, beta) : gemm(out, left, right.transposed(), beta);
 }
 
-// (n, n) of each image, or one for all.
+// An (n, n) matrix per image, or one broadcast to all.
 template <class A>
 Matrices<const A> square(const Shape& s, const A* data, int64_t images, bool of_images) {
   return {data, images, s.n, s.n, of_images ? s.n * s.n : 0, s.n, 1};
 }
 
-// Numbers of the storage type in the type that they are computed in: themselves, or in the buffer.
+// `from` in the accumulation type: in place where that is the storage type, otherwise upcast into the buffer.
 template <class T>
 const acc_t<T>* widened(const T* from, const Buffer<acc_t<T>>& buffer, int64_t count) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
@@ -139,7 +139,7 @@ const acc_t<T>* widened(const T* from, const Buffer<acc_t<T>>& buffer, int64_t c
   }
 }
 
-// Where results are computed: in their place, or in the buffer; `narrowed` then puts them there.
+// Where to compute results: in place, or in the buffer, which `narrowed` then rounds and copies to `to`.
 template <class T>
 acc_t<T>* wide_place(T* to, const Buffer<acc_t<T>>& buffer) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
@@ -196,7 +196,7 @@ struct Gradients {
   std::vector<double> bias;
 };
 
-// From G = dY U^T of each image, (images, n, n): dW += G diag(s), ds = the columns' sums of G W.
+// From G = dY Uᵀ per image, (images, n, n): dW += G diag(s), and ds = column sums of G ⊙ W.
 template <class A>
 void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, const A* scales, A* dw, A* d_scales) {
   const int64_t of_image = s.n * s.n;
@@ -221,8 +221,7 @@ void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, cons
   });
 }
 
-// G = dY U^T of each image, (images, n, n). Sums over many pixels lose digits in float32: runs of them are added up in
-// double.
+// G = dY Uᵀ per image, (images, n, n). Long sums over pixels lose digits in float32, so runs are accumulated in double.
 template <class A>
 void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* u, A* g) {
   constexpr int64_t kRun = 1 << 10;
@@ -280,7 +279,7 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
       }
     }
     if (!gradients.bias.empty()) {
-      // One image after the other, so that each sum is one thread's.
+      // Images in turn, so that each sum belongs to one thread.
       for (int64_t i = 0; i < images; ++i) {
         for_pieces(s, 1, [&](const Piece& p) {
           PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + p.at, gradients.bias.data() + p.channel, p.rows, p.columns,

@@ -1,8 +1,8 @@
-// GConv's mixing outside the products. Vector code: included by gconv.cpp, once per instruction set.
+// GConv's mixing, except for the matrix products. Vector code, compiled once per instruction set.
 //
-// Arrays are rows of `count` numbers that lie `stride` apart. In NCHW a row is a channel of an image, and what belongs
-// to a channel (kPerRow) is one number for each row; in channels_last a row is a pixel, or some of its channels, and
-// there is one for each column.
+// Arrays are matrices with rows of `count` numbers, `stride` apart. In NCHW a row is a channel of an image, so
+// per-channel values are per row (kPerRow). In channels_last a row is (some channels of) a pixel, and they are per
+// column.
 
 #include "cpu/convert_kernels.h"
 
@@ -26,7 +26,7 @@ void scale(const A* u, const A* s, const A* b, A* y, A* su, int64_t rows, int64_
   }
 }
 
-// du = dy + s h, su = s u, ds = the sums of u h.
+// du = dy + s h, su = s u, ds = Σ u h over pixels.
 template <class A, bool kPerRow>
 void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* su, A* ds, int64_t rows, int64_t count,
                     int64_t stride) {
@@ -69,7 +69,7 @@ void add_bias(A* y, const A* b, int64_t rows, int64_t count, int64_t stride) {
   }
 }
 
-// sums += those of v; not more than kMostSums of them. Runs that are short enough for A are added up in double.
+// sums += Σ v over pixels, for at most kMostSums channels. Short runs are summed in A, and the runs in double.
 constexpr int64_t kMostSums = 1 << 5;
 
 template <class A, bool kPerRow>
@@ -111,7 +111,7 @@ void weights_of_sample(const A* w, const A* s, A* out, int64_t n, int64_t j0, in
   }
 }
 
-// to += a b, each of `count` numbers.
+// to += a b, elementwise.
 template <class A>
 void add_product(const A* a, const A* b, A* to, int64_t count) {
   int64_t i = 0;

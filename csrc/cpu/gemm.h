@@ -1,4 +1,4 @@
-// The library's matrix products (MKL, oneDNN through PyTorch) on plain memory.
+// PyTorch's matrix products (MKL or oneDNN) on raw memory.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -10,7 +10,7 @@
 
 namespace pixnorm {
 
-// A view of memory as a batch of matrices; a batch stride of 0 repeats one matrix.
+// A strided view of memory as a batch of matrices; batch stride 0 broadcasts one matrix.
 template <class A>
 struct Matrices {
   A* data;
@@ -20,7 +20,7 @@ struct Matrices {
   Matrices transposed() const { return {data, batch, columns, rows, batch_stride, column_stride, row_stride}; }
   Matrices at(int64_t i) const { return {data + i * batch_stride, 1, rows, columns, 0, row_stride, column_stride}; }
 
-  // 2-D for a batch of one, else 3-D.
+  // 2-D for a batch of one, otherwise 3-D.
   Tensor tensor() const {
     const std::array<int64_t, 3> sizes{batch, rows, columns}, strides{batch_stride, row_stride, column_stride};
     const size_t first = batch == 1, dims = 3 - first;
@@ -30,14 +30,14 @@ struct Matrices {
   }
 };
 
-// The activations of images as matrices: NCHW, a batch of (C, pixels); channels_last, one (pixels of all, C).
+// Activations as matrices: a batch of (C, pixels) in NCHW, one (images * pixels, C) in channels_last.
 template <class A>
 Matrices<A> matrices_of(A* data, int64_t images, int64_t channels, int64_t pixels, bool channels_last) {
   if (channels_last) return {data, 1, images * pixels, channels, 0, channels, 1};
   return {data, images, channels, pixels, channels * pixels, pixels, 1};
 }
 
-// out = beta * out + a b, for each of the batch.
+// out = beta * out + a b, batched.
 template <class A>
 void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, double beta) {
   const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();

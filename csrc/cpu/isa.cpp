@@ -16,7 +16,7 @@ Isa detect() {
 #if defined(__x86_64__)
   unsigned a, b, c = 0, d;
   __get_cpuid(1, &a, &b, &c, &d);
-  const bool f16c = c & bit_F16C;  // not every compiler's __builtin_cpu_supports knows it
+  const bool f16c = c & bit_F16C;  // __builtin_cpu_supports("f16c") is missing in some compilers
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -1,4 +1,4 @@
-// Tensors and buffers of the CPU kernels.
+// Tensors and workspace of the CPU kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,10 +19,9 @@
 
 namespace pixnorm {
 
-// A fresh large tensor costs as much in page faults as the kernel that fills it, and PyTorch keeps no CPU memory back:
-// 64 MB take 40 ms in pages of 4 KB and 8 ms in pages of 2 MB (EPYC 7003). So ask for those; but only for blocks that
-// malloc surely takes from the system and gives back whole (glibc: above 32 MB), since on its heap they cost more than
-// they save.
+// PyTorch does not cache CPU memory, so the page faults of a large new tensor cost as much as the kernel that fills it:
+// 64 MB take 40 ms in 4 KB pages and 8 ms in 2 MB pages (EPYC 7003). So ask for huge pages, but only in blocks that
+// malloc maps and unmaps as a whole (glibc: above 32 MB). On the heap they cost more than they save.
 inline void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2u << 20;
@@ -30,13 +29,13 @@ inline void use_huge_pages(void* data, size_t bytes) {
   if (bytes < kOwnMapping) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // best effort
 #else
   (void)data, (void)bytes;
 #endif
 }
 
-// An uninitialised array of A, aligned for vectors.
+// An uninitialised array of A, aligned for vector loads.
 template <class A>
 class Buffer {
  public:
@@ -63,7 +62,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
   return t;
 }
 
-// The numbers of a small tensor, and back.
+// Copies a small tensor to a vector, with conversion; copy_to is the inverse.
 template <class A>
 std::vector<A> to_vector(const Tensor& t) {
   const Tensor from = dense(t);
@@ -81,7 +80,7 @@ void copy_to(const std::vector<A>& from, const Tensor& to) {
   });
 }
 
-// Images whose activations are taken through a GEMM and the passes beside it while they are in the last-level cache.
+// How many images to take through a GEMM and the passes around it while they stay in the last-level cache.
 inline int64_t images_per_chunk(int64_t images, int64_t elements, size_t element) {
   constexpr int64_t kChunkBytes = 1 << 20;
   return std::clamp<int64_t>(kChunkBytes / (elements * static_cast<int64_t>(element)), 1, images);

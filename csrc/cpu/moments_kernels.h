@@ -1,7 +1,7 @@
-// Means and variances. Vector code: included by the kernels' files, once per instruction set.
+// Moments of activations. Vector code, compiled once per instruction set.
 
-// Of `count` values that lie side by side: two passes over runs that stay in L1, the second about the mean of the
-// first, which it also corrects. Stable for |mean| >> std.
+// Moments of `count` contiguous values. Two passes over runs that fit in L1: the first finds the run's mean, the second
+// sums deviations from it and corrects it. Stable for |mean| >> std.
 template <class T>
 Moments moments_of(const T* data, int64_t count) {
   using A = acc_t<T>;
@@ -42,7 +42,7 @@ Moments moments_of(const T* data, int64_t count) {
   return moments;
 }
 
-// Of each of C channels over `pixels` pixels [pixel][channel]; `scratch`: 3 C of A.
+// Moments of each channel of [pixel][channel], by the same two passes. `scratch` holds 3 * channels numbers.
 template <class T>
 void moments_by_channel(const T* data, int64_t pixels, int64_t channels, acc_t<T>* scratch, Moments* moments) {
   using A = acc_t<T>;

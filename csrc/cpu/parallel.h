@@ -1,4 +1,5 @@
-// Loops over PyTorch's threads. Work is cut by its size alone, so that results do not depend on how many there are.
+// Parallel loops on PyTorch's threads. Work is cut by its size alone, so that results do not depend on the number of
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +13,7 @@ using torch::stable::parallel_for;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(first, end) over runs of [0, count).
+// Calls f(first, end) for runs that cover [0, count).
 template <class F>
 void for_elements(int64_t count, const F& f) {
   constexpr int64_t kGrain = 1 << 15;

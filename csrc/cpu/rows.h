@@ -1,9 +1,9 @@
-// Rows of a block of channels as [pixel][channel], whatever the layout and the storage type. Vector code: included by
-// the kernels' files, once per instruction set.
+// Reads and writes rows of a block of channels as [pixel][channel], for any layout and storage type. Vector code,
+// compiled once per instruction set.
 
 using pixnorm::kBlock;
 
-// A block of channels of one image, wherever its pixels lie and whatever they are stored as; worked on as A.
+// A block of channels of one image in memory. Kernels see it as A, whatever the layout and the storage type.
 template <class A>
 struct Plane {
   void* data;
@@ -15,7 +15,7 @@ struct Plane {
   void (*write)(const Plane&, int64_t first, int64_t count, const A* from);
 };
 
-// Pixels [first, first + count) of a plane as [pixel][kBlock]; absent channels may read as anything.
+// Pixels [first, first + count) of a plane as [pixel][kBlock]; the lanes of absent channels are unspecified.
 template <class T>
 void read_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, acc_t<T>* to) {
   using A = acc_t<T>;
@@ -82,8 +82,8 @@ void write_pixels(const Plane<acc_t<T>>& plane, int64_t first, int64_t count, co
   }
 }
 
-// Of a tensor of `total` channels and `pixels` pixels per image: block `block` of image n. `tensor` is only written
-// through a RowWriter.
+// Block `block` of image n of a tensor with `total` channels and `pixels` pixels per image. Only a RowWriter writes to
+// `tensor`, in spite of the const_cast.
 template <class T>
 PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int64_t total, int64_t pixels, int64_t n,
                                         int64_t block) {
@@ -95,11 +95,11 @@ PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int
   return {image + c0 * pixels, 1, pixels, total * pixels, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
 }
 
-constexpr int64_t kBandPixels = 64;  // what a band holds at least: long enough runs of a channel to stream
+constexpr int64_t kBandPixels = 64;  // minimum of a band: runs long enough to stream from memory
 
 constexpr int64_t band_rows(int64_t width) { return width >= kBandPixels ? 1 : (kBandPixels + width - 1) / width; }
 
-// Scratch memory, handed out piece by piece.
+// A bump allocator over scratch memory.
 template <class A>
 struct Arena {
   A* next;
@@ -110,7 +110,7 @@ struct Arena {
   }
 };
 
-// Rows [.., end) of a plane, asked for from the top down.
+// Reads rows of a plane up to `end`, from the top down, a band of rows at a time.
 template <class A>
 class RowReader {
  public:
@@ -125,9 +125,9 @@ class RowReader {
     }
     return band_ + (h - begin_) * width_ * kBlock;
   }
-  // Fetches a cache line of the next band, or of the next image's first. To be called between computations, once per
-  // pixel: a block's pixels lie in many short runs that the hardware does not foresee, and read all at once they would
-  // make it wait.
+  // Prefetches a cache line of the next band, or of the next image's first band. Call it once per pixel, in between
+  // arithmetic: the pixels of a block lie in many short runs that the hardware prefetcher does not predict, and reading
+  // a band at once would stall.
   PIXNORM_INLINE void look_ahead() {
     constexpr int kLine = 64;
     const char* at = static_cast<const char*>(plane_.data);
@@ -145,11 +145,11 @@ class RowReader {
   const Plane<A> plane_;
   const int64_t width_, end_;
   int64_t begin_ = 0, stop_ = 0;  // the rows in the band
-  int64_t ahead_ = 0;             // lines fetched of the next
+  int64_t ahead_ = 0;             // lines of the next band prefetched so far
   A* band_;
 };
 
-// Rows [begin, end) of a plane, written from the top down: row(h), then done(h).
+// Writes rows [begin, end) of a plane from the top down: fill row(h), then call done(h).
 template <class A>
 class RowWriter {
  public:
@@ -170,7 +170,8 @@ class RowWriter {
   A* band_;
 };
 
-// Three consecutive rows of an image, `rows_each` x `width` pixels each with a zero pixel at either end; zero outside.
+// A ring buffer of three consecutive rows of an image. Each has `rows_each` sub-rows of `width` pixels with a zero
+// pixel of padding at either end; rows outside the image are zero.
 template <class A>
 class Ring {
  public:

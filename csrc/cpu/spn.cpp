@@ -1,7 +1,7 @@
-// SPN on the CPU: tensors, GEMMs, threads and the sums over tiles. The arithmetic per pixel is in spn_kernels.h.
+// SPN on the CPU: tensors, GEMMs, threads and the sums over tiles. spn_kernels.h has the arithmetic per pixel.
 //
-// Work is cut by shape alone (never by the number of threads), and partial sums are added in a fixed order, so results
-// do not depend on how many threads there are.
+// Work is cut by shape alone and partial sums are added in a fixed order, so results do not depend on the number of
+// threads.
 
 #include "cpu/spn.h"
 
@@ -29,7 +29,7 @@ namespace {
 
 // ---- cutting the work ----
 
-// Several small images, one image, or a part of a large one.
+// A tile is several small images, one image, or some rows of a large one.
 std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
   constexpr int64_t kTilePixels = 2048;
   std::vector<Tile> result;
@@ -43,7 +43,7 @@ std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
   return result;
 }
 
-// f(tile index, block, scratch) for every tile and block of channels.
+// Calls f(tile index, block, scratch) for every tile and block of channels.
 template <class F>
 void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_bytes, const F& f) {
   parallel_for(0, tiles.size() * s.blocks(), 1, [&](int64_t begin, int64_t end) {
@@ -52,7 +52,7 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
   });
 }
 
-// ---- the projection's GEMMs, on images [n, n + count) that start at a pointer ----
+// ---- the projection's GEMMs, on `count` images from a pointer ----
 
 template <class A>
 Matrices<A> as_matrices(A* data, const Shape& s, int64_t count) {
@@ -92,7 +92,7 @@ void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* 
 
 // ---- arguments ----
 
-// The parameters as the caller gave them, in the order of the schema.
+// Parameters as given, in the order of the schema.
 struct ParameterTensors {
   const Tensor &mask_projection, &mask_weight, &mask_bias;
   const Tensor* taps[4];
@@ -105,7 +105,7 @@ struct ParameterTensors {
   }
 };
 
-// The parameters and statistics, widened.
+// Parameters and statistics, upcast.
 template <class A>
 struct Values {
   std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
@@ -235,7 +235,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
 
 // ---- backward ----
 
-// The gradients of the parameters, and the means that centre the gradients of x̂ and q.
+// Gradients of the parameters, and the means that centre the gradients of x̂ and p̂.
 template <class A>
 struct Gradients {
   std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
@@ -246,9 +246,9 @@ struct Gradients {
     for (std::vector<A>* v : {&mean_g, &mean_gx, &mean_q, &mean_qp}) v->resize(s.c);
   }
 
-  // From the sums of one channel, kSums of them.
+  // From the kSums sums of one channel.
   void set(int64_t c, const double* sums, const Params<A>& params, double centre) {
-    double d_bn[2] = {0, 0};  // Σ dy γ x̂ and Σ dy γ, as the taps' gradients know them
+    double d_bn[2] = {0, 0};  // Σ dy γ x̂ and Σ dy γ, from the gradients of the taps
     for (int of = 0; of < 2; ++of) {
       const double* sum = sums + of * kSumsOf;
       for (int k = 0; k < kTaps; ++k) {
@@ -301,7 +301,7 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
   params.mean_q = gradients.mean_q.data();
   params.mean_qp = gradients.mean_qp.data();
 
-  // dp never exists whole: it is used up chunk by chunk, while it is in cache.
+  // dp is never stored whole: each chunk is consumed while it is in cache.
   const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
   const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
   const Buffer<A> dp(per_chunk * s.image());

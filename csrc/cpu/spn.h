@@ -1,4 +1,4 @@
-// What the two halves of SPN on the CPU share: spn.cpp (tensors, GEMMs, threads) and spn_kernels.h (vector code).
+// Shared by spn.cpp (tensors, GEMMs, threads) and spn_kernels.h (vector code).
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace pixnorm {
 
-constexpr int kBlock = 16;  // channels that are worked on together, as the lanes of one or more vectors
+constexpr int kBlock = 16;  // channels per block: the lanes of one or more vectors
 
 namespace spn {
 
@@ -24,14 +24,13 @@ struct Shape {
   int64_t blocks() const { return (c + kBlock - 1) / kBlock; }
 };
 
-// Per-channel inputs, widened. Of the four depthwise kernels, taps[0..3]: gamma, gamma_inv, beta, beta_inv, each (C,
-// 9).
+// Per-channel inputs, upcast. taps[0..3] are the depthwise weights gamma, gamma_inv, beta and beta_inv, each (C, 9).
 template <class A>
 struct Params {
   const A *mean, *rstd, *mask_mean, *mask_rstd, *mask_weight, *mask_bias;
   const A* taps[4];
-  // Backward apply: the means over a channel of dy γ, dy γ x̂, dq and dq p̂, by which batch norm's gradient is centred
-  // (zero when the statistics were given).
+  // Backward apply: per-channel means of dy γ, dy γ x̂, dq and dq p̂, which centre the gradients of the batch norms (zero
+  // for given statistics).
   const A *mean_g, *mean_gx, *mean_q, *mean_qp;
 };
 

@@ -1,10 +1,10 @@
-// The backward pass of SPN over a block of channels. Vector code: the second half of spn_kernels.h.
+// Backward of SPN over a block of channels. Vector code, included by spn_kernels.h.
 
-// Row by row: M(h), the mask and p̂; D(h), dβ = dy (under the activation's mask) and dγ = dy x̂, and where kApply the
-// gradient of x̂'s batch norm; Q(h), the gradient dq of the mask's batch norm's output.
+// Three stages per row h: make_mask, the mask and p̂; make_d, dβ = dy (masked by the activation) and dγ = dy x̂, and for
+// kApply dx through x̂'s batch norm; make_q, the gradient dq of the output of the mask's batch norm.
 //
-// The gradient of m at a pixel and the gradients of the taps share their operands: with z_k the sum of dγ over the
-// outputs whose tap k lies on this pixel, dm = Σ_k w_k z_k and dw_k = Σ m z_k.
+// dm and the gradients of the taps share operands: with z_k the sum of dγ over the outputs whose tap k falls on this
+// pixel, dm = Σ_k w_k z_k and dw_k = Σ m z_k.
 template <class Acc, int U, bool kApply>
 class BackwardBlock {
  public:
@@ -33,7 +33,7 @@ class BackwardBlock {
     make_mask(tile.h0 - 1);
   }
 
-  // To be called for h from h0 - 1 to h1: rows h0 - 1 and h1 lie outside the tile, but under its taps.
+  // Call for h from h0 - 1 to h1. Rows h0 - 1 and h1 are the halo of the tile.
   void step(int64_t h) {
     make_mask(h + 1);
     if (h >= 0 && h < s_.h) {
@@ -91,7 +91,7 @@ class BackwardBlock {
             store(d_beta + (w * U + i) * kBlock + c, d);
             store(d_gamma + (w * U + i) * kBlock + c, dx_hat);
             if constexpr (kApply) {
-              // Each of the U * U outputs of a pixel adds its part; the first subtracts the means.
+              // The U * U outputs of a pixel accumulate; the first also subtracts the means.
               if (i % U == 0) gradient[i / U] = a == 0 ? -mean_g - x_hat * mean_gx : Vec<A>{};
               gradient[i / U] += d * gamma[i];
             } else {
@@ -120,7 +120,7 @@ class BackwardBlock {
     if (kApply && own) dx_.done(h);
   }
 
-  // `row`: output row h, whose sum is `all`.
+  // `row` is output row h, and `all` its sum.
   PIXNORM_INLINE void add_borders(int of, int c, int64_t h, Vec<A> all, const A* row) {
     const int base = of * spn::kSumsOf;
     const Vec<A> left = load(row + c), right = load(row + (s_.w * U - 1) * kBlock + c);
@@ -139,7 +139,7 @@ class BackwardBlock {
     }
   }
 
-  // The rows of outputs whose tap row ky lies on row h; for U = 2 there are two, to be added.
+  // The rows of outputs whose tap row ky falls on row h. For U == 2 there are two, and the caller adds them.
   PIXNORM_INLINE static void rows_under(const Ring<A>& ring, int64_t h, int ky, const A* (&rows)[2]) {
     if constexpr (U == 1) {
       rows[0] = rows[1] = ring.row(h + 1 - ky);
@@ -149,7 +149,7 @@ class BackwardBlock {
     }
   }
 
-  // z_k of pixel w for the three taps of a tap row.
+  // z_k of pixel w, for the three taps of a tap row.
   PIXNORM_INLINE static void sums_under(const A* const (&rows)[2], int64_t w, int c, Vec<A> (&z)[3]) {
     if constexpr (U == 1) {
 #pragma GCC unroll 3
@@ -166,7 +166,7 @@ class BackwardBlock {
     }
   }
 
-  // dm of a row into d_mask_, and the sums of m z_k.
+  // Writes dm of row h to d_mask_, and accumulates Σ m z_k.
   PIXNORM_INLINE void reduce_taps(int64_t h, int c) {
     const A* mask = mask_.row(h);
     for (int ky = 0; ky < 3; ++ky) {

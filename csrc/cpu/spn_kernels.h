@@ -1,11 +1,11 @@
-// The vector code of SPN: lanes are channels, in both layouts. A block of kBlock channels of an image slides down its
-// rows with three rows of the mask (and in backward of dγ and dβ) in a scratch ring [pixel][channel] that stays in L1
-// or L2, so that borders are a matter of whole vectors and tiny planes cost no more per pixel than large ones.
-// Activations pass through bands of rows of the same form, transposed and widened on the way; working on channels_last
-// where it lies is slower, since its pixels are a power of two apart and crowd into a few sets of L1.
+// Vector code of SPN. Lanes are channels, in both layouts. A block of kBlock channels of an image is processed row by
+// row, with three rows of the mask (in backward also of dγ and dβ) in a ring buffer [pixel][channel] that stays in L1
+// or L2. So borders are whole vectors, and tiny planes cost no more per pixel than large ones. Activations are read and
+// written in bands of rows, transposed and upcast on the way. Reading channels_last in place is slower: its pixels are
+// often a power of two apart, and conflict in a few sets of L1.
 //
-// With p̂ the normalised projection: m = sigmoid(w p̂ + b), γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of
-// w_γ* that fall inside the image: one of nine values per channel. `1 - m` never exists.
+// With the normalised projection p̂: m = sigmoid(w p̂ + b) and γ = m ⊛ (w_γ - w_γ*) + K, where K sums the taps of w_γ*
+// inside the image, one of nine values per channel. 1 - m is never formed.
 
 #include "cpu/convert_kernels.h"
 #include "cpu/moments_kernels.h"
@@ -23,12 +23,13 @@ struct BlockParams {
   A mean[kBlock], rstd[kBlock], mask_mean[kBlock], mask_rstd[kBlock], mask_weight[kBlock], mask_bias[kBlock];
   A mean_g[kBlock], mean_gx[kBlock], mean_q[kBlock], mean_qp[kBlock];
   A tap[2][kTaps][kBlock];  // [gamma, beta]: w - w*
-  // K by which rows above (1) and below (2) exist: away from the left and right border, and what to add on either.
+  // K, indexed by whether there is a row above (1) and below (2): in the interior, and corrections at the left and
+  // right border.
   A inside[2][4][kBlock], at_left[2][4][kBlock], at_right[2][4][kBlock];
-  A phase[2][2][2][4][kBlock];  // [gamma, beta][row phase][column phase]: the taps that fall on each of 2x2 pixels of x
+  A phase[2][2][2][4][kBlock];  // [gamma, beta][row phase][column phase]: taps merged by pixel of x, 2x2
 
   void set(const Params<A>& params, int64_t c0, int channels, int64_t upsample) {
-    // Absent channels are all zero: their rstd too, so that nothing overflows.
+    // Absent channels are all zero, including rstd, so that nothing overflows.
     __builtin_memset(this, 0, sizeof(*this));
     const auto copy = [&](const A* from, A* to) {
       if (from) __builtin_memcpy(to, from + c0, channels * sizeof(A));
@@ -53,8 +54,8 @@ struct BlockParams {
         }
       }
       if (upsample == 2) {
-        // Output row 2h + a under tap row ky lies on row h + (a + ky - 1 >> 1) of x: of rows h - 1 + a and h + a, the
-        // first takes tap row 0 (a = 0) or 0 and 1 (a = 1), the second the rest.
+        // Tap row ky of output row 2h + a falls on row h + (a + ky - 1 >> 1) of x, that is on row h - 1 + a for tap row
+        // 0 (a = 0) or tap rows 0 and 1 (a = 1), and on row h + a for the others.
         for (int a = 0; a < 2; ++a) {
           for (int b = 0; b < 2; ++b) {
             for (int k = 0; k < kTaps; ++k) {
@@ -68,10 +69,10 @@ struct BlockParams {
   }
 };
 
-// Bit 0: there is a row before h; bit 1: there is one after it.
+// Bit 0: row h - 1 exists; bit 1: row h + 1 exists.
 PIXNORM_INLINE int neighbours(int64_t h, int64_t height) { return (h > 0) | (h < height - 1) << 1; }
 
-// body(n, w) over [0, width): groups of n pixels, then one by one.
+// Calls body(n, w) for groups of n pixels of [0, width), then for the remaining pixels one by one.
 template <int n, class Body>
 PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
   int64_t w = 0;
@@ -79,7 +80,7 @@ PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
   for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
 }
 
-// A row of m and, where kKeep, of p̂. Calls look_ahead() once per pixel.
+// Computes a row of m and, if kKeep, of p̂. Calls look_ahead() once per pixel.
 template <bool kKeep, class A, class LookAhead>
 PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t width, A* mask, A* p_hat,
                              const LookAhead& look_ahead) {
@@ -105,8 +106,8 @@ PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t w
   }
 }
 
-// γ and β of the kPixels * U outputs of output row U h + a that lie on pixels w, w + 1, ... of row h, for lanes c, ...
-// `mask`: rows h - 1, h, h + 1 of m.
+// γ and β of kPixels * U outputs: those of output row U h + a above pixels w, w + 1, ... of row h. Lanes are channels
+// c, c + 1, ... `mask` is rows h - 1, h, h + 1 of m.
 template <int U, int kPixels, class A>
 PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[3], int a, int64_t w, int64_t width,
                            int row_neighbours, int c, Vec<A> (&gamma)[kPixels * U], Vec<A> (&beta)[kPixels * U]) {
@@ -153,7 +154,7 @@ PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[
   }
 }
 
-// Block `block` of image n of a tensor that is `scale` times as high and wide as x.
+// Block `block` of image n, of a tensor `scale` times as high and wide as x.
 template <class T>
 PIXNORM_INLINE Plane<acc_t<T>> plane(const T* tensor, const Shape& s, int64_t scale, int64_t n, int64_t block) {
   return plane_of(tensor, s.channels_last, s.c, s.pixels() * scale * scale, n, block);
@@ -233,7 +234,7 @@ class ForwardBlock {
 
 #include "cpu/spn_backward_kernels.h"
 
-// ---- entry points: a tile of one block of channels, with `scratch` memory of block_scratch bytes ----
+// ---- entry points: one tile of one block of channels; `scratch` has block_scratch bytes ----
 
 template <class Block>
 int64_t block_scratch(const Shape& s) {
@@ -241,7 +242,8 @@ int64_t block_scratch(const Shape& s) {
   return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(BlockParams<A>);
 }
 
-// For each image of the tile, the Block that make(arena, block_params, n) returns takes `halo` rows more at either end.
+// Steps through the rows of each image of the tile, and `halo` rows more at either end, with the Block that make(arena,
+// block_params, n) returns.
 template <class A, class Make>
 PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Tile& tile, int64_t block, int halo,
                               void* scratch, const Make& make) {
@@ -263,7 +265,7 @@ void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, i
   });
 }
 
-// Adds to sums [kSums][kBlock].
+// Accumulates into sums [kSums][kBlock].
 template <class T, int U>
 void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                      const T* x, const T* p, const T* dy, acc_t<T>* sums) {
@@ -273,7 +275,7 @@ void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile&
   });
 }
 
-// dx and dp hold images [first_n, ...).
+// dx and dp begin with image first_n.
 template <class T, int U>
 void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                     const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {

@@ -1,5 +1,5 @@
-// Vectors of PIXNORM_VECTOR_BYTES bytes through the compiler's vector extensions: arithmetic operators work lane by
-// lane, and a*b+c is fused where the machine can. Included by foreach_isa.h inside a namespace per instruction set.
+// SIMD vectors of PIXNORM_VECTOR_BYTES bytes by the compiler's vector extensions. Operators work per lane, and a*b+c is
+// contracted to FMA where there is one. Included by foreach_isa.h inside a namespace per instruction set.
 
 template <class A>
 constexpr int kLanes = PIXNORM_VECTOR_BYTES / sizeof(A);
@@ -10,7 +10,7 @@ struct Lanes {
 template <class A>
 using Vec = typename Lanes<A, kLanes<A>>::type;
 
-// The integers that hold a float's bits.
+// Integers as wide as the float type.
 template <class A>
 using bits_t = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
@@ -29,7 +29,7 @@ PIXNORM_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
-// Any alignment.
+// Unaligned.
 template <class A>
 PIXNORM_INLINE Vec<A> load(const A* from) {
   Vec<A> v;
@@ -51,7 +51,7 @@ PIXNORM_INLINE A sum_lanes(Vec<A> v) {
   return sum;
 }
 
-// kLanes<acc_t<T>> elements of storage type T, widened.
+// Loads kLanes<acc_t<T>> elements of storage type T and upcasts them.
 template <class T>
 PIXNORM_INLINE Vec<acc_t<T>> load_as(const T* from) {
   constexpr int n = kLanes<acc_t<T>>;
@@ -76,7 +76,7 @@ PIXNORM_INLINE Vec<acc_t<T>> load_as(const T* from) {
   }
 }
 
-// The inverse: rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to storage type T (to nearest, ties to even; NaN stays NaN) and stores.
 template <class T>
 PIXNORM_INLINE void store_as(T* to, Vec<acc_t<T>> v) {
   constexpr int n = kLanes<acc_t<T>>;
@@ -101,7 +101,7 @@ PIXNORM_INLINE void store_as(T* to, Vec<acc_t<T>> v) {
   }
 }
 
-// Transposes kLanes vectors in place by exchanging off-diagonal halves, quarters, ...
+// Transposes a kLanes x kLanes tile in registers by exchanging off-diagonal halves, quarters, ...
 template <int kDistance, class V, int... j>
 PIXNORM_INLINE void exchange(V& a, V& b, std::integer_sequence<int, j...>) {
   constexpr int n = sizeof...(j);
@@ -133,9 +133,9 @@ PIXNORM_INLINE Vec<A> max_keep_nan(Vec<A> v, A limit) {
   return v < limit ? broadcast<A>(limit) : v;
 }
 
-// e^v, in place, for |v| within the exponent range of normal numbers; about 1 ulp. v = k ln 2 + r, |r| <= ln 2 / 2, and
-// the Taylor series of e^r, whose remainder is below half an ulp at these degrees. Several vectors take each step
-// together: one by one, the chain of dependent steps would fill the CPU's scheduler and starve its multipliers.
+// e^v in place, to about 1 ulp, for results in the range of normal numbers. v = k ln 2 + r with |r| <= ln 2 / 2, and a
+// Taylor series for e^r whose remainder is below half an ulp. n vectors are interleaved to hide the latency of the
+// chain of dependent FMAs.
 template <class A, int n>
 PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr bool kDouble = sizeof(A) == 8;
@@ -169,7 +169,7 @@ PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   for (int i = 0; i < n; ++i) v[i] = sum[i] * power[i];
 }
 
-// 1 / (1 + e^-v), in place; NaN stays NaN.
+// 1 / (1 + e^-v) in place; NaN stays NaN.
 template <class A, int n>
 PIXNORM_INLINE void sigmoid(Vec<A> (&v)[n]) {
   constexpr A kLimit = sizeof(A) == 8 ? A(708) : A(87);

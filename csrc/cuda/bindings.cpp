@@ -1,4 +1,5 @@
-// The module pixnorm._cuda. Importing it registers the kernels of csrc/cuda; the schemas must have been defined.
+// The module pixnorm._cuda. Importing it registers the kernels of csrc/cuda; Python must have defined the schemas
+// before.
 
 #include <cuda_runtime_api.h>
 #include <torch/headeronly/version.h>

@@ -1,4 +1,4 @@
-// Matrix products by cuBLAS, on PyTorch's handle (its stream, its workspace).
+// Matrix products by cuBLAS, on PyTorch's handle (and so its stream and workspace).
 #pragma once
 
 #include <climits>
@@ -6,7 +6,8 @@
 #include "cuda/launch.cuh"
 #include "dispatch.h"
 
-// The part of cuBLAS's interface that is used here. Toolkits come without its headers, PyTorch always with the library.
+// The two functions of cuBLAS that are used here, declared by hand: a toolkit may lack cuBLAS's headers, while PyTorch
+// always ships the library.
 extern "C" {
 int cublasGemmStridedBatchedEx(void* handle, int transa, int transb, int m, int n, int k, const void* alpha,
                                const void* a, int a_type, int lda, long long stride_a, const void* b, int b_type,
@@ -17,7 +18,7 @@ int cublasSetMathMode(void* handle, int mode);
 
 namespace pixnorm {
 
-// A view of memory as a batch of matrices; a batch stride of 0 repeats one matrix.
+// A strided view of memory as a batch of matrices; batch stride 0 broadcasts one matrix.
 struct Matrices {
   void* data;
   ScalarType dtype;
@@ -51,7 +52,7 @@ inline int to_int(int64_t value) {
   return static_cast<int>(value);
 }
 
-// As cuBLAS sees it: columns one after the other, so a matrix with rows one after the other is its own transpose.
+// cuBLAS is column-major, so to it a row-major matrix is the transpose.
 struct Operand {
   int operation, leading;
 };
@@ -65,13 +66,14 @@ inline Operand as_operand(const Matrices& m) {
 
 }  // namespace cublas
 
-// out = beta out + a b for each of the batch; the rows of out must be dense.
+// out = beta out + a b, batched; the rows of out must be dense.
 inline void gemm(const Matrices& out, const Matrices& a, const Matrices& b, double beta, bool allow_tf32) {
   using namespace cublas;
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  // PyTorch's flag for matrix products is in the handle's mode (and put there again whenever it asks for the handle).
-  // Ours follows the flag for convolutions, as the projection is one; and half precision is never added up in half.
+  // The handle's math mode carries PyTorch's TF32 flag of matrix products, and PyTorch sets it again whenever it takes
+  // the handle. The projection is a convolution, so here the flag of convolutions decides. Half types always accumulate
+  // in float32.
   const bool half = a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16;
   int status = cublasSetMathMode(handle, half ? kNoReducedPrecisionReduction : kDefaultMath);
   const bool wide = out.dtype == ScalarType::Double;

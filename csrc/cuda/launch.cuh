@@ -1,4 +1,4 @@
-// Launching kernels, and the memory that a block shares.
+// Kernel launches, and dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,11 +15,11 @@ namespace pixnorm {
 constexpr int kWarp = 32;
 
 inline void check_cuda(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();  // it is told here, and not to whoever asks next
+  if (error != cudaSuccess) cudaGetLastError();  // clear it, or a later call would report it again
   STD_TORCH_CHECK(error == cudaSuccess, "pixnorm: CUDA error: ", cudaGetErrorString(error));
 }
 
-// The stream that PyTorch works on now, on the device of a tensor.
+// PyTorch's current stream on the tensor's device.
 inline cudaStream_t current_stream(const torch::stable::Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
@@ -32,7 +32,7 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// All kernels are launched here.
+// The only place that launches kernels: <<<>>> would not compile in the emulation (tests/cuda_emulation).
 template <class... P>
 void launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
   cudaLaunchConfig_t config = {};
@@ -40,14 +40,14 @@ void launch(void (*kernel)(P...), const Launch& how, const P&... arguments) {
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
-  if (how.shared_bytes >= 48 << 10) {  // as much and more must be asked for
+  if (how.shared_bytes >= 48 << 10) {  // above that it is opt-in
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)));
   }
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// The block's dynamic shared memory.
+// The block's dynamic shared memory, aligned to 16 bytes.
 template <class A>
 __device__ __forceinline__ A* shared_memory() {
 #ifdef PIXNORM_CUDA_EMULATION

@@ -1,4 +1,4 @@
-// Sums over lanes and warps, always in the same order.
+// Sums over lanes and warps, in a fixed order.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -14,8 +14,8 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-// Sums over the block, in every thread. `scratch`: one A for each warp; all threads must have passed a barrier since
-// its last use.
+// The sum over the block, returned to every thread. `scratch` holds one A per warp; a barrier must separate this call
+// from its last use.
 template <class A>
 __device__ __forceinline__ A block_sum(A value, A* scratch) {
   value = warp_sum(value);
@@ -27,8 +27,8 @@ __device__ __forceinline__ A block_sum(A value, A* scratch) {
   return value;
 }
 
-// The sums of K values over the lanes of a warp, spread over the lanes: by halves, so that about K shuffles do, not 5
-// K. Afterwards values[i] of a lane, for i < count, is the sum number first + i, as scattered<K>(lane) says.
+// Reduce-scatter of K values over a warp by recursive halving: about K shuffles instead of 5 K. Afterwards values[i] of
+// a lane is sum number first + i, for i < count, where {first, count} = scattered<K>(lane).
 template <int K, int kOffset = kWarp / 2, class A>
 __device__ __forceinline__ void warp_sum_scatter(A* values) {
   if constexpr (kOffset > 0) {

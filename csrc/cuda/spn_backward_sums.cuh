@@ -1,4 +1,4 @@
-// The 38 sums of SPN's backward: how a block writes its own, how they are added up, and what follows from them.
+// The 38 sums per channel of SPN's backward: how blocks write partial sums, and how they are finished.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -16,16 +16,16 @@ struct BackwardCall : Call<T> {
   int splits;  // of reduce
   A* means;    // [C][4], see Means; channels_last
   A centre;    // 1 / (N H W), or 0 where the statistics were given
-  T *dx, *dp;  // dp (C, N, HW) in NCHW, for the product over all pixels
-  T* x_copy;   // x as dp
+  T *dx, *dp;  // for NCHW, dp is written as (C, N, HW): then dW is a single GEMM
+  T* x_copy;   // NCHW: x as (C, N, HW), for the same GEMM
   Gradient<T> d_mask_weight, d_mask_bias, d_taps[4];
 };
 
-// The means over a channel of dy γ, dy γ x̂, dq and dq p̂, by which the gradients of batch norm are centred.
+// Per-channel means of dy γ, dy γ x̂, dq and dq p̂, which centre the gradients of the batch norms.
 enum Mean { kMeanG, kMeanGx, kMeanQ, kMeanQp, kMeans };
 
-// By all threads of a block: the sums of a channel, the means that follow, and (if `write`) the gradients of its
-// parameters. `scratch`: kSums numbers for each warp. The means are there after the block's next barrier.
+// Adds up the partial sums of a channel; computes its means and, if `write`, the gradients of its parameters. Called by
+// all threads of a block. `scratch` holds kSums numbers per warp. `means` is valid after the next barrier.
 template <class T>
 __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, acc_t<T>* scratch, acc_t<T>* means) {
   using A = acc_t<T>;
@@ -42,9 +42,9 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, a
     for (int other = 1; other < warps; ++other) scratch[i] += scratch[other * kSums + i];
   }
   __syncwarp();
-  // Half a warp for gamma, half for beta; a lane for each tap.
+  // Half a warp for gamma and half for beta; one lane per tap.
   const int of = lane / 16, k = lane % 16;
-  A d_bn = 0;  // Σ dy γ x̂ and Σ dy γ, as the taps' gradients know them
+  A d_bn = 0;  // Σ dy γ x̂ and Σ dy γ, from the gradients of the taps
   if (k < kTaps) {
     const A* const sum = scratch + of * kSumsOf;
     const A inside = sum_inside(sum, k);
@@ -59,7 +59,7 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, a
   }
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2) d_bn += __shfl_xor_sync(kAllLanes, d_bn, offset);
-  // With given statistics nothing is centred, not even by a sum that is not a number.
+  // Given statistics: no centring, even if a sum is NaN.
   const auto mean = [&](A sum) { return call.centre == 0 ? A(0) : sum * call.centre; };
   if (k == 0) means[of == 0 ? kMeanGx : kMeanG] = mean(d_bn);
   if (lane == 0) {
@@ -72,12 +72,12 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, bool write, a
   }
 }
 
-// The sums of all threads of a block, to where finish_channel finds them.
+// Reduces the sums over the block and writes them where finish_channel reads them.
 template <class A, bool kChannelsLast>
 __device__ void write_sums(A (&sums)[kSums], int c, bool channel, A* scratch, A* to, int splits) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if constexpr (kChannelsLast) {
-    // A lane is a channel: over the warps.
+    // Lanes are channels: reduce over warps only.
     for (int half = warps / 2; half > 0; half /= 2) {
       A* const mine = scratch + (warp % half) * kSums * kWarp + lane;
       __syncthreads();

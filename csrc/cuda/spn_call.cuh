@@ -1,4 +1,4 @@
-// The host's side of SPN's kernels: arguments, instances, matrices.
+// Host side of SPN's kernels: arguments, choice of the template instance, matrices.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -22,7 +22,7 @@ namespace {
 inline Shape shape_of(const Tensor& x, int64_t upsample) {
   STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
   STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
-  // Offsets within an image of y, the number of strips and the sizes of matrices are 32-bit; nothing else is.
+  // Offsets within an image of y, the number of strips and matrix sizes are 32-bit; everything else is 64-bit.
   constexpr int64_t kMost = INT_MAX;
   STD_TORCH_CHECK(
       x.size(1) * x.size(2) * x.size(3) <= kMost / (upsample * upsample) && x.size(0) * x.size(2) * x.size(3) <= kMost,
@@ -31,7 +31,7 @@ inline Shape shape_of(const Tensor& x, int64_t upsample) {
           static_cast<int>(x.size(3))};
 }
 
-// The parameters in the order of the schema, dense.
+// Parameters in the order of the schema, dense.
 struct ParameterTensors {
   Tensor mask_projection, mask_weight, mask_bias, taps[4];
 
@@ -68,16 +68,16 @@ struct ParameterTensors {
   }
 };
 
-// A vector of statistics in the dtype that kernels reduce in.
+// A vector of statistics in the accumulation dtype.
 template <class A>
 Tensor statistic(const Tensor& t, const Shape& s) {
   check_sizes(t, "a statistic", {s.c});
   return dense(in_dtype(t, dtype_of<A>));
 }
 
-// ---- choosing an instance of a kernel ----
+// ---- choice of the template instance ----
 
-constexpr int kMaxSplits = 64;  // partial sums of a channel that a later kernel adds up
+constexpr int kMaxSplits = 64;  // partial sums per channel that a later kernel adds up
 
 template <bool kValue>
 using Bool = std::bool_constant<kValue>;
@@ -89,7 +89,7 @@ void dispatch_bool(bool value, const F& f) {
   value ? f(Bool<true>{}) : f(Bool<false>{});
 }
 
-// Columns of x that a thread owns: in NCHW, 16 bytes of y; else one, where the width or an address does not allow it.
+// Columns of x per thread: in NCHW 16 bytes of y, or one column where width or alignment rule that out.
 template <class T, int U, bool kChannelsLast>
 constexpr int kColumns = std::is_same_v<T, double> ? 1
                          : kChannelsLast           ? 4 / U
@@ -117,9 +117,9 @@ inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stre
   return {dim3(plan.blocks, plan.splits), dim3(plan.threads), shared_bytes, stream};
 }
 
-// ---- matrices of the projection's products ----
+// ---- operands of the projection's GEMMs ----
 
-// Activations as matrices: NCHW, a batch of (C, HW); channels_last, one (pixels, C).
+// Activations as matrices: a batch of (C, HW) in NCHW, one (N HW, C) in channels_last.
 inline Matrices as_matrices(const Tensor& t, const Shape& s, bool channels_last) {
   const int64_t pixels = s.pixels();
   if (channels_last) return {t.data_ptr(), t.scalar_type(), 1, s.n * pixels, s.c, 0, s.c, 1};

@@ -1,10 +1,10 @@
-// How SPN's kernels walk over an image, and what a thread does for a row.
+// How SPN's kernels walk over an image, and the work of a thread on a row.
 //
-// Both layouts run the same code. A thread owns V neighbouring columns of one channel and walks down the rows, so that
-// the 3x3 stencils find three rows of the mask in registers. What lies to the left and right comes from the thread
-// beside it: in NCHW that is the next lane, in channels_last, where a lane is a channel, the next warp.
+// Both layouts share the code. A thread owns V adjacent columns of one channel and walks down the rows with the three
+// rows of the mask that a 3x3 stencil needs in registers. The columns to the left and right come from the neighbouring
+// thread: the next lane in NCHW, the next warp in channels_last, where lanes are channels.
 //
-// Everything of an upsampled call that can stay at the resolution of x does: a thread owns V columns of x and 2V of y.
+// With upsampling, as much as possible stays at the resolution of x: a thread owns V columns of x and 2V of y.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 namespace pixnorm::spn {
 
-// ---- how threads lie over pixels ----
+// ---- mapping of threads to pixels ----
 
 struct Shape {
   int n, c, h, w;  // of x
@@ -26,34 +26,33 @@ struct Shape {
   int64_t numel() const { return int64_t{n} * c * h * w; }
 };
 
-// A strip is `rows` rows of x, as wide as `positions` threads side by side, V columns each: lanes of a warp in NCHW,
-// warps in channels_last. Where a row is wider than that, windows overlap: of the positions, `halo` at either end do
-// the work of their neighbours once more, to know what their inner neighbours need, and `own` of them own their
-// columns.
+// A strip is `rows` rows of x, and `positions` threads wide with V columns each. Positions are lanes of a warp in NCHW,
+// warps of a block in channels_last. Wider rows are cut into overlapping windows: `own` positions own their columns,
+// and `halo` positions at either end recompute columns of the next window.
 struct Plan {
-  int positions, groups;  // a block works on `groups` strips at once
+  int positions, groups;  // a block processes `groups` strips at a time
   int own, halo, windows;
   int rows, strips_down;
   int strips;                   // of one channel: n x strips_down x windows
   int channels;                 // of one block
   int threads, blocks, splits;  // the grid is (blocks of channels, splits of their strips)
 
-  // At most so many blocks in all, each with as many rounds as the others or one less.
+  // Sets `splits` for at most `most_blocks` blocks, whose numbers of rounds differ by at most one.
   void split(int most_blocks) {
     const int rounds = ceil_div(strips, groups), most = std::clamp(ceil_div(most_blocks, blocks), 1, rounds);
     splits = ceil_div(rounds, ceil_div(rounds, most));
   }
 };
 
-// A block is one warp or more, up to 4 in NCHW. In channels_last it is 8, or 16 where a row has work for them; of
-// double, which takes twice the registers and shared memory, never more than 8.
+// Warps per block: up to 4 in NCHW; in channels_last 8, or 16 if a row is wide enough. double needs twice the registers
+// and shared memory, and gets at most 8.
 template <class T, bool kChannelsLast>
 constexpr int kMostWarps = !kChannelsLast              ? 4
                            : std::is_same_v<T, double> ? 8
                                                        : 16;
 template <class T, bool kChannelsLast>
 constexpr int kMostThreads = kMostWarps<T, kChannelsLast> * kWarp;
-// Blocks that a multiprocessor shall hold at least: 16 warps, so at most 128 registers. (double goes without.)
+// Minimum resident blocks per SM: 16 warps, so at most 128 registers per thread. (No bound for double.)
 template <class T, bool kChannelsLast>
 constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 16 / kMostWarps<T, kChannelsLast>;
 
@@ -65,15 +64,15 @@ Plan make_plan(const Shape& s) {
   const int vectors = ceil_div(s.w, kColumns);
   plan.positions = 1;
   while (plan.positions < std::min(vectors, most)) plan.positions *= 2;
-  plan.halo = vectors <= most ? 0 : ceil_div(2, kColumns);  // dγ beside an owned column needs the mask beside that
+  plan.halo = vectors <= most ? 0 : ceil_div(2, kColumns);  // dγ beside an owned column, and the mask beside that
   plan.windows = ceil_div(vectors, most - 2 * plan.halo);
   plan.own = ceil_div(vectors, plan.windows);
 
   plan.channels = kChannelsLast ? kWarp : 1;
   plan.blocks = ceil_div(s.c, plan.channels);
   const int64_t threads_of_a_row = int64_t{s.n} * s.c * plan.windows * plan.positions;
-  // The rows at the ends of a strip are worked on twice, so as few strips as fill any GPU; but where strips are long,
-  // as many as fill it several times, so that the last ones do not leave most of it idle.
+  // Strips recompute the rows at their ends, so use no more strips than fill any GPU; but where strips are long, fill
+  // it several times, or the tail would leave most of it idle.
   const auto too_few = [&] {
     return threads_of_a_row * ceil_div(s.h, plan.rows) < (plan.rows > 32 ? 1 << 18 : 1 << 16);
   };
@@ -90,20 +89,20 @@ Plan make_plan(const Shape& s) {
   return plan;
 }
 
-// Where a thread is, within its block and then within a strip.
+// The position of a thread in its block and, after enter(), in a strip.
 template <int kColumns, bool kChannelsLast>
 struct Place {
-  int c;  // its channel, and whether there is such a one
+  int c;  // its channel; `channel`: whether c < C
   bool channel;
-  int lane_channel;  // number of its channel within the block
+  int lane_channel;  // index of c within the block
   int position, group;
 
   // Of the strip:
   int n, row;        // image; first row
   int column;        // first column
-  bool inside;       // are its columns (all or none) in the image
-  bool owns;         // and does it own them
-  bool first, last;  // is its first column that of the image, its last column that of the image
+  bool inside;       // its columns (all or none) are in the image
+  bool owns;         // and it owns them
+  bool first, last;  // its first (last) column is the first (last) of the image
 
   __device__ Place(const Shape& s, const Plan& plan) {
     const int thread = threadIdx.x;
@@ -128,7 +127,7 @@ struct Place {
     last = column + kColumns == s.w;
   }
 
-  // Of the image's or plane's first pixel, in a tensor `scale` times as high and wide as x.
+  // Offset of the first pixel of the plane, in a tensor `scale` times as high and wide as x.
   __device__ int64_t base(const Shape& s, int scale) const {
     const int64_t pixels = int64_t{s.pixels()} * scale * scale;
     return kChannelsLast ? int64_t{n} * s.c * pixels + c : (int64_t{n} * s.c + c) * pixels;
@@ -147,7 +146,7 @@ struct Row<T, N, true> {
   T at[N];
 };
 
-// `stride` is that between neighbouring pixels in channels_last.
+// `stride`: between adjacent pixels, for channels_last.
 template <class T, int N>
 __device__ __forceinline__ void load(Row<T, N, false>& row, const T* from, int) {
   load(row.vec, from);
@@ -184,9 +183,9 @@ __device__ __forceinline__ void store(T* to, const acc_t<T>* from, int stride) {
 
 // ---- the mask ----
 
-// The mask as a number v with m = kScale v + kShift; taps act on v, and kArgument is the factor by which q must be
-// scaled. v is m itself, from one exponential and one reciprocal; for bfloat16 it is tanh(q / 2), one instruction. (Its
-// error of 2^-11 would show in float16, where rounding leaves a saturated mask at 1.)
+// The mask m = sigmoid(q), represented by v with m = kScale v + kShift and v = value(kArgument q); taps are scaled to
+// act on v. For most types v = m, from one exponential and one reciprocal. For bfloat16 v = tanh(q / 2), one
+// instruction; its error of 2^-11 would be visible in float16, which rounds a saturated mask to 1.
 template <class T>
 struct Mask {
   static constexpr float kScale = 1, kShift = 0, kArgument = -1.4426950408889634f;  // -log2 e
@@ -210,7 +209,7 @@ struct Mask<double> {
 
 // ---- parameters ----
 
-// A parameter tensor: in x's dtype, or in float.
+// A parameter tensor, in x's dtype or in the accumulation type.
 template <class T>
 struct Parameter {
   const void* data;
@@ -238,7 +237,7 @@ struct Gradient {
 
 #include "activation_functions.h"
 
-// What both directions know of a call.
+// Arguments of both forward and backward.
 template <class T>
 struct Call {
   using A = acc_t<T>;
@@ -252,7 +251,7 @@ struct Call {
   Parameter<T> taps[4];  // gamma, gamma_inv, beta, beta_inv, each (C, 9)
 };
 
-// Statistics of a channel.
+// Statistics of a channel, and the affine map that they give the mask.
 template <class T>
 struct Channel {
   using A = acc_t<T>;
@@ -270,12 +269,11 @@ struct Channel {
   __device__ __forceinline__ A mask(A p) const { return Mask<T>::value(fma(scale, p - mask_mean, shift)); }
 };
 
-// Numbers of each channel in shared memory. For gamma (0; all of them times `gamma_factor`) and beta (1):
-// - the taps as they act on the mask's v;
-// - what the taps inside the image add whatever the mask is, for outputs at the first (1) and last (2) row and column,
+// Per-channel tables in shared memory, for gamma (of = 0, scaled by `gamma_factor`) and beta (of = 1):
+// - the taps that multiply the mask's v;
+// - the constant term, which sums the taps inside the image, for outputs in the first (1) or last (2) row and column,
 //   both (3) or neither (0);
-// - with upsampling, the taps that fall on the same pixel of x, merged: for the output's row and column within its
-//   2x2 block, the rows and columns of a 2x2 kernel.
+// - with upsampling, taps that fall on the same pixel of x, merged: a 2x2 kernel for each output of a 2x2 block.
 template <class T, int U, bool kChannelsLast>
 class Table {
  public:
@@ -286,7 +284,7 @@ class Table {
 
   __device__ Table(A* memory, int lane_channel) : raw_(memory + kEntries * kChannels), at_(memory + lane_channel) {}
 
-  // By all threads of a block; the numbers are there after its next barrier.
+  // Called by all threads of a block; the table is valid after the next barrier.
   __device__ void fill(const Call<T>& call, int lane_channel, A gamma_factor) {
     const int first = blockIdx.x * kChannels;
     for (int i = threadIdx.x; i < kRaw; i += blockDim.x) {
@@ -332,9 +330,9 @@ class Table {
   A *raw_, *at_;
 };
 
-// ---- what a thread does for a row ----
+// ---- the work of a thread on a row ----
 
-// The numbers that the threads to the left and right have at their near ends; 0 at the ends of the strip.
+// Exchanges edge values with the threads to the left and right; 0 beyond the ends of the strip.
 template <class A, int K, bool kChannelsLast>
 class Neighbours {
  public:
@@ -343,14 +341,14 @@ class Neighbours {
   __device__ Neighbours(A* memory, int position, int positions)
       : memory_(memory), position_(position), positions_(positions) {}
 
-  // All threads of the block (channels_last) or warp (NCHW) take part.
+  // Collective over the block (channels_last) or the warp (NCHW).
   template <int kCount>
   __device__ __forceinline__ void exchange(const A (&first)[kCount], const A (&last)[kCount], A (&left)[kCount],
                                            A (&right)[kCount]) {
     static_assert(kCount <= K);
     const bool has_left = position_ > 0, has_right = position_ < positions_ - 1;
     if constexpr (kChannelsLast) {
-      // Two halves in turn: a thread that is ahead writes where nobody reads.
+      // Double buffering: a thread that is ahead writes to the half that nobody reads.
       const int threads = blockDim.x, thread = threadIdx.x;
       A* const half = memory_ + turn_ * 2 * K * threads;
       turn_ ^= 1;
@@ -381,8 +379,8 @@ class Neighbours {
   int position_, positions_, turn_ = 0;
 };
 
-// gamma and beta of a row of x: kOf of the two, in U rows of U V columns, from three rows of the mask with a column
-// more on either side. The taps are in registers, or where these are needed for other things, in the table.
+// gamma (kOf = 0) or beta (kOf = 1) for a row of x, that is U rows of U V outputs, from three rows of the mask with one
+// column of halo on either side. Taps are in registers or, under register pressure, in the table.
 template <class T, int V, int U, bool kChannelsLast, bool kTapsInRegisters>
 struct Affine {
   using A = acc_t<T>;

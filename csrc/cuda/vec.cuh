@@ -1,4 +1,4 @@
-// Loads and stores of up to 16 bytes, conversions, and the instructions that C++ has no name for.
+// Vector loads and stores of up to 16 bytes, conversions, and instructions that take inline PTX.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@
 
 namespace pixnorm {
 
-// ---- N consecutive elements, moved by one instruction ----
+// ---- N consecutive elements in one load or store ----
 
 template <int kBytes>
 struct BitsOf;
@@ -43,7 +43,7 @@ struct Vec {
   Bits bits;
 };
 
-// As the hardware does, the emulation insists on it.
+// Hardware faults on misaligned vectors; so does the emulation.
 template <class T, int N>
 __device__ __forceinline__ void check_alignment([[maybe_unused]] const T* at) {
 #ifdef PIXNORM_CUDA_EMULATION
@@ -111,7 +111,7 @@ __device__ __forceinline__ void pack(Vec<T, N>& to, const acc_t<T>* from) {
 
 inline bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
-// ---- approximations by one instruction each; the errors are those of the PTX manual ----
+// ---- approximate instructions, with the error bounds of the PTX manual ----
 
 // 2^x, relative error 2^-22.
 __device__ __forceinline__ float ex2_approx(float x) {

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixnorm.ops.running import count_batch
+from pixnorm.ops.statistics import count_batch
 
 
 class Norm2d(nn.Module):

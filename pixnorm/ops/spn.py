@@ -44,7 +44,7 @@ from pixnorm.ops.common import (
     triton_ops,
     without_autocast,
 )
-from pixnorm.ops.running import update_running
+from pixnorm.ops.statistics import update_running
 
 
 def spn_reference(

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from pixnorm.testing import DENSE_LAYOUTS, SPECS, Case, evaluate, in_double
+from pixnorm.ops import statistics as statistics_ops
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPECS, Case, evaluate, in_double
 
 from . import emulated, set_seed
 from .build import environment
@@ -31,6 +32,21 @@ def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
                     assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("instance", [False, True], ids=["batch", "instance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (2, 3, 91, 100)], ids=str)
+def test_any_order_of_threads_gives_the_same_statistics(shape, layout, dtype, instance):
+    tensors = [LAYOUTS[layout](torch.randn(shape).to(dtype)) for _ in range(2)]
+    with emulated():
+        results = []
+        for seed in range(4):
+            set_seed(seed)
+            results.append(statistics_ops.statistics(tensors, instance))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @specs
 def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
     """The emulated cuBLAS rounds as a GPU would, which shows the mode that was requested."""
@@ -46,10 +62,12 @@ def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
 
 SHAPES = "2x3x5x7 or 3x2x1x5 or 2x5x6x17 or 2x17x7x10"
 VALUES = f"(forward_and_gradients and ({SHAPES}) and (float32-float32 or bfloat16-float32))"
-CHOSEN = f"native-cuda-emulated and ({VALUES} or (test_layouts and bfloat16) or empty_batch)"
+STATISTICS = f"(test_statistics.py and (opcheck or any_strides or of_nothing or (float32 and ({SHAPES}))))"
+CHOSEN = f"native-cuda-emulated and ({VALUES} or (test_layouts and bfloat16) or empty_batch or {STATISTICS})"
+FILES = ("tests/test_ops.py", "tests/test_statistics.py")
 
 
-@pytest.mark.beside("tests/test_ops.py", "-x", "-k", CHOSEN, environment=partial(environment, "sanitized"))
+@pytest.mark.beside(*FILES, "-x", "-k", CHOSEN, environment=partial(environment, "sanitized"))
 def test_under_the_sanitizers(beside):
     """No out-of-bounds access to tensors or shared memory, no misaligned vector, no overflow: small cases."""
     assert beside.returncode == 0 and " passed" in beside.stdout, beside.stdout[-4000:]
