@@ -110,6 +110,7 @@ def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, in
     large = upsample**2
     return {
         "spn_statistics_kernel": (2, 0),  # x and p
+        "statistics_kernel": (2, 0),  # the same in Triton
         "spn_fwd_modulate_kernel": (2, large),  # x and p; y
         "spn_bwd_reduce_kernel": (2 + large, 0),  # x, p and dy
         # x, p and dy; dx and dp, and in NCHW x anew, for the GEMM of the weight's gradient

@@ -102,12 +102,12 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     @classmethod
-    def of(cls, configuration: Configuration, kernel, arguments: tuple, options: dict[str, Any]) -> "Launch":
+    def of(cls, configuration: Configuration, kernel, arguments: dict[str, Any]) -> "Launch":
         """As Triton does: by what addresses and, if the kernel allows, sizes are multiples of 16, and sizes are 1."""
-        constants = {name: options[name] for name in kernel.arg_names if name in options}
+        constants = {param.name: arguments[param.name] for param in kernel.params if param.is_constexpr}
         signature, attributes = {}, {}
         for i, name in enumerate(kernel.arg_names):
-            value = 1 if name in constants else arguments[i]
+            value = 1 if name in constants else arguments[name]
             if isinstance(value, torch.Tensor):
                 signature[name] = IN_SIGNATURES[value.dtype]
             else:
@@ -117,7 +117,7 @@ class Launch(NamedTuple):
                 constants.setdefault(name, value)
             elif isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
                 attributes[i,] = [["tt.divisibility", 16]]
-        of_compiler = {name: value for name, value in options.items() if name not in constants}
+        of_compiler = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
         return cls(configuration, kernel.fn.__module__, kernel.__name__, signature, constants, attributes, of_compiler)
 
     def __str__(self) -> str:
@@ -135,9 +135,9 @@ def launches(configuration: Configuration) -> list[Launch]:
 
     found = {}
 
-    def record(wrapped, grid, *arguments, **options):
+    def record(wrapped, grid, **arguments):
         kernel = getattr(wrapped, "kernel", wrapped)
-        launch = Launch.of(configuration, kernel, arguments, options)
+        launch = Launch.of(configuration, kernel, arguments)
         # Calls of two shapes may have most of them, and differ in what their sizes can be divided by.
         found.setdefault(launch.key("signature", "attributes"), launch)
 

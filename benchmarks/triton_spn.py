@@ -21,7 +21,7 @@ from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKer
 from pixnorm import testing
 from pixnorm.testing import SPN, Case
 
-STATISTICS, PROJECTION = "spn_statistics_kernel", "spn_projection_kernel"
+STATISTICS, PROJECTION = "statistics_kernel", "spn_projection_kernel"
 MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
 # Of x: so few channels that the projection is a kernel of our own, and so many that it is not. In the first its
 # statistics have so many parts that they are added up in two steps.

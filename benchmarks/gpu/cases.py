@@ -178,7 +178,7 @@ def add_kernels(section: Section, call: Call, where: dict) -> None:
     for position, launches in enumerate(calls):
         mode = "forward"
         for launch in launches:
-            ours = re.search(r"(spn|gconv)_\w*kernel", launch.name)
+            ours = re.search(r"(spn|gconv)_\w*kernel|\w*statistics_kernel", launch.name)
             key = ours[0] if ours else launch.name[:120]
             if key.startswith("spn_bwd"):
                 mode = "backward"

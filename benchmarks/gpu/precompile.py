@@ -83,9 +83,9 @@ class PretendedGPU:
         return 0
 
 
-def compile_only(wrapped, grid, *arguments, **options) -> None:
+def compile_only(wrapped, grid, **arguments) -> None:
     """In the place of ``launch``."""
-    getattr(wrapped, "kernel", wrapped).run(*arguments, grid=grid, warmup=True, **options)
+    getattr(wrapped, "kernel", wrapped).run(grid=grid, warmup=True, **arguments)
 
 
 def compile_call(spec: OpSpec, case: Case, dtype, parameter_dtype, layout: str, tf32: bool) -> None:
