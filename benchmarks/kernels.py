@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from benchmarks import triton_code, triton_gconv, triton_spn
+from benchmarks import triton_code, triton_gconv, triton_spn, triton_statistics
 from benchmarks.machine_code import ROOT, Function, functions, listed, missing
 from benchmarks.model import GPU, GPUS, KB, WARP, gemm_times, kernel_bytes
 from benchmarks.triton_code import Processes, TritonKernel, triton_kernels
@@ -307,7 +307,7 @@ def main() -> None:
         print("\n## Predictions of the layer", layers(usual), sep="\n\n")
     if lacking := triton_code.missing():
         sys.exit(f"Triton's kernels cannot be compiled: {lacking}")
-    ops = (triton_spn, triton_gconv)
+    ops = (triton_spn, triton_gconv, triton_statistics)
     wanted = [one for op in ops for one in (op.everything() if arguments.all else op.selection())]
     with Processes() as processes:
         of_triton = triton_kernels(processes, wanted)

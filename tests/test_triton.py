@@ -1,6 +1,8 @@
 """The ops in Triton, as far as no GPU is needed. Their kernels' machine code is looked at in test_triton_code.py."""
 
 import builtins
+import dis
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -178,6 +180,28 @@ def test_pytorch_finds_the_kernels_of_the_ops():
     }.items():
         found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
         assert found == {f"{name}_kernel" for name in names}
+
+
+KERNELS = sorted(path.stem for path in (ROOT / "triton_kernels").glob("[!_]*.py"))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("module", KERNELS)
+def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
+    """It copies the source of a kernel, and of its globals only what it knows: functions of Triton, and constants."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as copied
+
+    assert _dispatch._find_triton_obstacle("meta", None) is None
+    functions = vars(importlib.import_module(f"pixnorm.triton_kernels.{module}")).items()
+    kernels = [value for name, value in functions if isinstance(value, triton.JITFunction) and name.endswith("_kernel")]
+    for kernel in kernels:
+        code = compile(copied(kernel), "copied", "exec")
+        functions = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        known = {"tl", *code.co_names, *vars(builtins)}
+        assert functions
+        for function in functions:
+            names = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+            assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
 @pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)

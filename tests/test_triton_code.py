@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from benchmarks import kernels as report
-from benchmarks import triton_gconv, triton_spn
+from benchmarks import triton_gconv, triton_spn, triton_statistics
 from benchmarks.model import KB
 from benchmarks.triton_code import (
     LEAST_WARPS,
@@ -17,8 +17,9 @@ from benchmarks.triton_code import (
     missing,
     triton_kernels,
 )
-from benchmarks.triton_gconv import FORWARD, GRAD_WEIGHT, KERNELS
-from benchmarks.triton_spn import APPLY, MODULATE, REDUCE, STATISTICS, WALKS, SPNConfiguration
+from benchmarks.triton_gconv import FORWARD, GRAD_WEIGHT, KERNELS, GConvKernel
+from benchmarks.triton_spn import APPLY, MODULATE, REDUCE, STATISTICS, WALKS, SPNConfiguration, SPNKernel
+from benchmarks.triton_statistics import StatisticsKernel
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -31,18 +32,19 @@ def processes():
 
 @pytest.fixture(scope="module")
 def all_found(processes):
-    return triton_kernels(processes, triton_spn.selection() + triton_gconv.selection())
+    ops = triton_spn, triton_gconv, triton_statistics
+    return triton_kernels(processes, [wanted for op in ops for wanted in op.selection()])
 
 
 @pytest.fixture(scope="module")
 def found(all_found):
     """SPN's."""
-    return [kernel for kernel in all_found if kernel.name not in KERNELS]
+    return [kernel for kernel in all_found if isinstance(kernel, SPNKernel)]
 
 
 @pytest.fixture(scope="module")
 def of_gconv(all_found):
-    return [kernel for kernel in all_found if kernel.name in KERNELS]
+    return [kernel for kernel in all_found if isinstance(kernel, GConvKernel)]
 
 
 def test_all_kernels_pass_the_gates(all_found):
@@ -68,6 +70,11 @@ def test_selection_has_every_kernel_of_gconv_for_every_gpu_and_on_all_kinds_of_c
     assert usual == set(product(KERNELS, ("float", "BFloat16"), (False, True)))
     assert {(k.name, k.small_planes) for k in of_gconv} == set(product(KERNELS, (False, True)))
     assert {k.multiplier for k in of_gconv} == {"HGMMA", "HMMA", "DMMA", None}
+
+
+def test_selection_has_statistics_of_instances_for_every_gpu(all_found):
+    found = {(k.gpu.arch, k.name) for k in all_found if isinstance(k, StatisticsKernel)}
+    assert found == set(product((gpu.arch for gpu in TRITON_GPUS), (STATISTICS, "finish_statistics_kernel")))
 
 
 def test_predictions_follow_from_bytes_and_instructions(found):
@@ -131,7 +138,7 @@ def _faults(processes: Processes, at_fault: list) -> list[str]:
     return [" ".join(launch.configuration.of_kernel(gpu, *code, launch).violations()) for (launch, gpu), code in codes]
 
 
-def test_a_compiler_that_dies_is_told_with_what_it_worked_on(processes):
+def test_the_message_names_what_a_compiler_died_on(processes):
     with pytest.raises(RuntimeError, match=r"^3 5: the compiler died"):
         processes.map(_exit, [(3, 5)])
     assert processes.map(divmod, [(7, 2)] * 3) == [(3, 1)] * 3

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixnorm.ops.common import dense, is_channels_last
 from pixnorm.triton_kernels.common import (
+    WARP,
     accumulator,
     launch,
     power_of_two_from,
@@ -174,11 +175,11 @@ def finish_statistics_kernel(
     group, channel = channels_of_group(C, CHANNELS)
     of_group = partials_ptr + group.to(tl.int64) * parts * 3 * C
     whole, mean, squares = merged(of_group, 0, parts, channel, C, PARTS)
-    if group >= groups:
+    tensor = group // groups
+    if tensor == 1:
         mean_ptr = other_mean_ptr
         var_ptr = other_var_ptr
-        group -= groups
-    at = group.to(tl.int64) * C + channel
+    at = (group - tensor * groups).to(tl.int64) * C + channel
     tl.store(mean_ptr + at, mean, mask=channel < C)
     tl.store(var_ptr + at, squares / whole, mask=channel < C)
 
@@ -212,8 +213,9 @@ def partial_statistics(tensors: list[Tensor], instance: bool = False) -> Tensor:
         columns = power_of_two_in(pixels, 16 // x.element_size())
         blocks, rows = c, n * (pixels // columns)
     rows_of_tile = tile // columns
-    if instance:  # no larger than small planes; for batch statistics the size of tiles decides the order of sums
-        rows_of_tile = min(rows_of_tile, power_of_two_from(rows))
+    if instance:  # small planes need smaller tiles, and fewer warps
+        rows_of_tile = min(rows_of_tile, max(WARP, power_of_two_from(rows)))
+    vectors = rows_of_tile * columns * x.element_size() // 16
     wanted = max(1, PROGRAMS // (blocks * groups * len(tensors)))
     tiles = max(LEAST_TILES, triton.cdiv(triton.cdiv(rows, rows_of_tile), wanted))
     parts = triton.cdiv(rows, rows_of_tile * tiles)
@@ -233,7 +235,7 @@ def partial_statistics(tensors: list[Tensor], instance: bool = False) -> Tensor:
         ROWS=rows_of_tile,
         COLUMNS=columns,
         LAST=channels_last,
-        num_warps=WARPS,
+        num_warps=max(1, min(WARPS, vectors // WARP)),
     )
     return partials
 
@@ -246,7 +248,8 @@ def finish_statistics(partials: Tensor) -> list[Tensor]:
     blocks = {"PARTS": 32, "CHANNELS": channels, "num_warps": WARPS}
     if parts > MOST_PARTS:
         fewer = triton.cdiv(parts, BLOCK)
-        merged_partials = partials.new_empty((tensors, groups, fewer, 3, c))
+        shape = tensors, groups, fewer, 3, c
+        merged_partials = torch.empty(shape, dtype=partials.dtype, device=partials.device)
         launch(
             wrap_triton(merge_statistics_kernel),
             (programs, fewer),
@@ -259,9 +262,10 @@ def finish_statistics(partials: Tensor) -> list[Tensor]:
             **blocks,
         )
         return finish_statistics(merged_partials)
-    # Allocate all four even for one tensor: what a kernel writes must not alias, as torch.compile may copy it.
+    # Allocate all four even for one tensor: what a kernel writes must not alias, as torch.compile may copy it. And by
+    # torch.empty, as torch.compile merges equal calls of new_empty into one.
     shape = (c,) if groups == 1 else (groups, c)
-    found = [partials.new_empty(shape) for _ in range(4)]
+    found = [torch.empty(shape, dtype=partials.dtype, device=partials.device) for _ in range(4)]
     names = ("mean_ptr", "var_ptr", "other_mean_ptr", "other_var_ptr")
     launch(
         wrap_triton(finish_statistics_kernel),

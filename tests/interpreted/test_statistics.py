@@ -17,7 +17,7 @@ both_groups = pytest.mark.parametrize("instance", [False, True], ids=["batch", "
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that a few pixels are several tiles and several parts, which are merged in two steps."""
+    """Tiles so small that a few pixels are several tiles and several parts, which are merged in two steps."""
     for name, value in {
         "TILE": 32,
         "TILE_OF_DOUBLE": 32,
@@ -43,9 +43,10 @@ def plain(tensors, instance, dtype):
 
 
 def check(tensors, instance):
-    """At most twice the error of PyTorch, and what rounding the numbers themselves would make of the result.
+    """At most twice the error of PyTorch, plus that of sums in the dtype.
 
-    PyTorch's CPU kernels sum up float32 in float64, so their error alone is that of one rounding.
+    PyTorch's CPU kernels sum float32 in float64 and round once, so twice their error is less than any sum in float32
+    can keep. What is added is the effect of some roundings of each number (the interpreter sums one after the other).
     """
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     found = statistics(tensors, instance)
@@ -58,7 +59,7 @@ def check(tensors, instance):
         assert ours.shape == (len(tensors), n if instance else 1, c)
         assert ours.dtype == dtype and ours.is_contiguous()
         error, allowed = ((of.double() - value).abs() for of in (ours, theirs))
-        allowed = 2 * allowed.max() + torch.finfo(dtype).eps / 2 * torch.stack(of_x).max()
+        allowed = 2 * allowed.max() + 16 * torch.finfo(dtype).eps * torch.stack(of_x).max()
         assert error.max() <= allowed, (error.max(), allowed)
 
 
@@ -95,10 +96,10 @@ def test_two_tensors(layout, instance):
 @both_layouts
 @pytest.mark.parametrize("count", [1, 2])
 def test_several_parts(small_tiles, count, layout, instance):
-    """Each number of steps: parts that are merged at once, in blocks, and in blocks of blocks."""
+    """Parts that are merged in blocks first."""
     x = numbers((3, 18, 8, 9), torch.float64, layout, mean=1000)
     tensors = [x, LAYOUTS[layout](x.square())][:count]
-    assert kernels.partial_statistics(tensors, instance).shape[2] > 4
+    assert kernels.partial_statistics(tensors, instance).shape[2] > kernels.MOST_PARTS
     check(tensors, instance)
 
 
@@ -119,8 +120,7 @@ def test_other_strides(layout, instance):
 
 @both_groups
 @both_layouts
-def test_a_group_knows_nothing_of_the_others(layout, instance):
-    """NaN in one sample spoils its channel in its group."""
+def test_nan_stays_in_its_group(layout, instance):
     x = numbers((3, 5, 4, 6), layout=layout)
     x[1, 2, 3, 4] = torch.nan
     for result in statistics([x], instance):
