@@ -122,7 +122,8 @@ def check_cuda(show_all: bool) -> list[str]:
 
 
 def check_triton(show_all: bool) -> list[str]:
-    wanted = [one for op in OPS.values() for one in (op.triton.everything if show_all else op.triton.selection)()]
+    configurations = [triton_code.StatisticsConfiguration, *(op.triton for op in OPS.values() if op.triton)]
+    wanted = [one for of in configurations for one in (of.everything if show_all else of.selection)()]
     with triton_code.Processes() as processes:
         found = triton_code.kernels(processes, wanted)
     faults = checked("Triton", found)
@@ -130,7 +131,7 @@ def check_triton(show_all: bool) -> list[str]:
     shown = {
         name: [kernel for kernel in found if isinstance(kernel.launch.configuration, op.triton)]
         for name, op in OPS.items()
-        if show_all or not op.cuda
+        if op.triton and (show_all or not op.cuda)
     }
     print("\n## Predictions of Triton's", predictions(shown), sep="\n\n")
     return faults

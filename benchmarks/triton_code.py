@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
@@ -56,6 +57,16 @@ class Configuration:
     def arguments(self, given: tuple) -> tuple:
         """Those of an op, from the ones that the harness gives."""
         return given
+
+    def run(self) -> None:
+        """Forward and backward of all cases in training, on meta tensors."""
+        parameters = torch.float32 if self.spec.float32_parameters and self.dtype != "double" else DTYPES[self.dtype]
+        layout = "channels_last" if self.channels_last else "contiguous"
+        for case in self.cases():
+            given = {"parameter_dtype": parameters, "layout": layout, "device": "meta"}
+            tensors = self.spec.inputs(case, DTYPES[self.dtype], **given)
+            for function, arguments in self.spec.kernel_calls("triton", tensors, case.options):
+                function(*self.arguments(arguments))
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "NCHW"
@@ -157,7 +168,7 @@ def import_kernels() -> None:
 
 
 def launches(configuration: Configuration) -> list[Launch]:
-    """Those of forward and backward in training."""
+    """Those of a configuration's calls."""
     found: dict[str, Launch] = {}
 
     def record(wrapped, grid, *arguments, **options) -> None:
@@ -165,14 +176,8 @@ def launches(configuration: Configuration) -> list[Launch]:
         constant = [name for name, size in launch.sizes.items() if size == 1]
         found.setdefault(repr(launch._replace(sizes=constant)), launch)  # once, whatever divides the sizes of a case
 
-    spec, dtype = configuration.spec, DTYPES[configuration.dtype]
-    parameters = torch.float32 if spec.float32_parameters and dtype != torch.float64 else dtype
-    layout = "channels_last" if configuration.channels_last else "contiguous"
     with in_place_of_launch(record):
-        for case in configuration.cases():
-            tensors = spec.inputs(case, dtype, parameter_dtype=parameters, layout=layout, device="meta")
-            for function, arguments in spec.kernel_calls("triton", tensors, case.options):
-                function(*configuration.arguments(arguments))
+        configuration.run()
     return list(found.values())
 
 
@@ -272,7 +277,7 @@ class TritonKernel(Kernel):
 class StatisticsKernel(TritonKernel):
     @property
     def design(self) -> Moves:
-        return moves("LDG", int(self.elements) * self.itemsize)
+        return moves("LDG", max(16, int(self.elements) * self.itemsize))
 
     @property
     def elements(self) -> float:
@@ -283,6 +288,41 @@ class StatisticsKernel(TritonKernel):
 
 
 SHARED = {STATISTICS: StatisticsKernel}  # kernels of several ops
+
+
+@dataclass(frozen=True, order=True)
+class StatisticsConfiguration(Configuration):
+    """Statistics of instances. Those of batches are compiled with the ops that launch them."""
+
+    kernels: ClassVar = {}
+    modelled = False
+
+    small_planes: bool = False
+
+    @property
+    def options(self) -> str:
+        return "instance" + ", small planes" * self.small_planes
+
+    def run(self) -> None:
+        from pixnorm.triton_kernels.statistics import statistics
+
+        # A plane of one tile; and so large that it has several parts, which are merged in one step.
+        shape = (64, 256, 8, 8) if self.small_planes else (4, 64, 256, 256)
+        formats = {"memory_format": torch.channels_last} if self.channels_last else {}
+        x = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").contiguous(**formats)
+        statistics([x], instance=True)
+
+    @classmethod
+    def selection(cls) -> list[Wanted]:
+        """Each kernel in both layouts and with both sizes of planes, on the GPUs in turn."""
+        usual = product(("float", "BFloat16"), (False, True), (False, True))
+        found = [Wanted(cls(*of), TRITON_GPUS[i % len(TRITON_GPUS)]) for i, of in enumerate(usual)]
+        return [*found, Wanted(cls("double"), TRITON_GPUS[0])]
+
+    @classmethod
+    def everything(cls) -> list[Wanted]:
+        configurations = [cls(*of) for of in product(DTYPES, (False, True), (False, True))]
+        return [Wanted(*pair) for pair in product(configurations, TRITON_GPUS)]
 
 
 def missing() -> str | None:

@@ -1,6 +1,8 @@
 """The ops in Triton, as far as no GPU is needed. Their kernels' machine code is looked at in test_triton_code.py."""
 
 import builtins
+import dis
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -67,6 +69,7 @@ def pretended_gpu(monkeypatch):
 
 
 BACKWARD = ["reduce", "finish", "apply"]  # of SPN
+STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 
 
 @pytest.mark.cpu
@@ -170,13 +173,35 @@ def test_pytorch_finds_the_kernels_of_the_ops():
     from torch._library.triton import get_triton_kernels_for_op
 
     for op, names in {
-        "spn_fwd_triton": ["projection", "statistics", "merge_statistics", "finish_statistics", "fwd_modulate"],
-        "spn_bwd_triton": ["projection", "bwd_reduce", "bwd_finish", "bwd_apply"],
-        "gconv_mix_fwd_triton": ["mix_fwd"],
-        "gconv_mix_bwd_triton": ["mix_bwd_input", "mix_bwd_weight"],
+        "spn_fwd_triton": ["spn_projection", "spn_fwd_modulate", *STATISTICS],
+        "spn_bwd_triton": ["spn_projection", "spn_bwd_reduce", "spn_bwd_finish", "spn_bwd_apply"],
+        "gconv_mix_fwd_triton": ["gconv_mix_fwd"],
+        "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
     }.items():
         found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
-        assert found == {f"{op.partition('_')[0]}_{name}_kernel" for name in names}
+        assert found == {f"{name}_kernel" for name in names}
+
+
+KERNELS = sorted(path.stem for path in (ROOT / "triton_kernels").glob("[!_]*.py"))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("module", KERNELS)
+def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
+    """It copies the source of a kernel, and of its globals only what it knows: functions of Triton, and constants."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as copied
+
+    assert _dispatch._find_triton_obstacle("meta", None) is None
+    functions = vars(importlib.import_module(f"pixnorm.triton_kernels.{module}")).items()
+    kernels = [value for name, value in functions if isinstance(value, triton.JITFunction) and name.endswith("_kernel")]
+    for kernel in kernels:
+        code = compile(copied(kernel), "copied", "exec")
+        functions = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        known = {"tl", *code.co_names, *vars(builtins)}
+        assert functions
+        for function in functions:
+            names = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+            assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
 @pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)

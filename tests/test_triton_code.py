@@ -19,6 +19,7 @@ from benchmarks.triton_code import (
     Launch,
     Pointer,
     Processes,
+    StatisticsConfiguration,
     TritonKernel,
     compiled,
     kernel_of,
@@ -41,11 +42,12 @@ def processes():
 @pytest.fixture(scope="module")
 def found(processes):
     """By op."""
-    selected = [wanted for op in OPS.values() for wanted in op.triton.selection()]
-    compiled_kernels = kernels(processes, selected)
+    configurations = {name: op.triton for name, op in OPS.items() if op.triton}
+    configurations["statistics"] = StatisticsConfiguration
+    all_found = kernels(processes, [wanted for of in configurations.values() for wanted in of.selection()])
     return {
-        name: [kernel for kernel in compiled_kernels if isinstance(kernel.launch.configuration, op.triton)]
-        for name, op in OPS.items()
+        name: [kernel for kernel in all_found if isinstance(kernel.launch.configuration, of)]
+        for name, of in configurations.items()
     }
 
 
@@ -56,12 +58,17 @@ def of_spn(found):
 
 @pytest.fixture(scope="module")
 def of_gconv(found):
-    return found["gconv"]
+    return found["gconv_mix"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "statistics"])
 def test_all_kernels_pass_the_gates(found, op):
     assert [f"{kernel}: {violation}" for kernel in found[op] for violation in kernel.violations()] == []
+
+
+def test_selection_has_statistics_of_instances_for_every_gpu(found):
+    names = (STATISTICS, "finish_statistics_kernel")
+    assert {(k.gpu.arch, k.name) for k in found["statistics"]} == set(product((g.arch for g in TRITON_GPUS), names))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,8 +1,9 @@
-"""What all Triton kernels share: launches, block sizes, and what the versions of Triton and PyTorch need.
+"""What all Triton kernels share: launches, the division of a tensor into lanes, and workarounds for Triton and PyTorch.
 
-Kernels are written for lanes: 1-D tensors with one element a thread. A lane owns V columns of a row of one channel, as
-a tuple of V such tensors, so that what it computes stays in its registers. Where pixels lie side by side in memory
-(NCHW) those V columns are one vector of up to 16 bytes; in channels_last neighbouring lanes are neighbouring channels.
+The SPN kernels are written per lane: a value is a 1-D tensor of LANES elements, one per thread. A lane owns V adjacent
+columns of one row of one channel and holds them as a tuple of V such tensors, so everything it computes stays in its
+own registers. In NCHW adjacent lanes own adjacent columns, and the V columns are one vector load of up to 16 bytes; in
+channels_last adjacent lanes own adjacent channels.
 """
 
 import contextlib
@@ -17,43 +18,44 @@ from torch.library import custom_op, triton_op
 from pixnorm.ops.common import is_channels_last
 
 GPUS = ("cuda", "xpu")
-# What kernels that take long to compile are not specialised on: one serves many shapes. They have hints instead.
+# Sizes on which the kernels that compile slowly are not specialised, so that one binary serves many shapes. What Triton
+# would infer from a size, these kernels say by hints (tl.multiple_of).
 SIZES = ["N", "C", "H", "W", "rows", "strips", "parts", "count"]
 WARP = 32
-# Lanes of a walk where there are enough rows for them: 16 warps for each of 132 multiprocessors, twice.
+# Target number of lanes in a walk over rows: 16 warps on each of 132 SMs, twice.
 LANES = 1 << 17
 LEAST_ROWS = 16
-# Under TRITON_INTERPRET=1 kernels are Python that runs on the CPU, for tests; read as they are defined.
+# With TRITON_INTERPRET=1 kernels run on the CPU as Python, for tests; Triton reads it when kernels are defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Then lanes cost nothing: programs have as many as this, those of several channels also in NCHW.
+# Lanes per program in the interpreter, where they cost nothing; a program then has several channels in NCHW too.
 LANES_OF_INTERPRETER = 1024 if INTERPRETED else 0
-# torch.compile sees through a triton_op to its kernels; those that are interpreted no graph can hold.
+# torch.compile traces through a triton_op to its kernels; interpreted kernels cannot be in a graph.
 op_of_kernels = custom_op if INTERPRETED else triton_op
 
 
 def wrap_triton(kernel):
-    """``torch.library.wrap_triton``. By this name, in what an op calls, PyTorch finds its kernels, and caches graphs by
-    their text."""
+    """``torch.library.wrap_triton``. PyTorch searches the source of an op for calls of this name to find its kernels;
+    their source is part of the key under which compiled graphs are cached."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run a wrapped kernel on the GPU of its first argument, whichever the current one is."""
-    device = arguments[0].device
+def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
+    """Launch a wrapped kernel on the device of its tensors, which need not be the current device."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     on_device = torch.accelerator.device_index(device.index) if device.type in GPUS else contextlib.nullcontext()
     with on_device:
-        kernel[grid](*arguments, **options)
+        kernel[grid](**arguments)
 
 
 class Walk(NamedTuple):
-    """How the lanes of a kernel lie over a tensor, and walk down its rows.
+    """How the lanes of a kernel are laid out over a tensor. Each lane walks down the rows of a strip.
 
     Attributes:
-        columns: of a lane.
-        lanes, channels: of a program.
-        rows: that a lane walks down.
-        strips: of a plane.
-        programs: in all.
+        columns: per lane.
+        lanes, channels: per program.
+        rows: per strip.
+        strips: per plane.
+        programs: in total.
     """
 
     columns: int
@@ -64,11 +66,13 @@ class Walk(NamedTuple):
     programs: int
 
     def parts(self, c: int) -> int:
-        """Programs for each of c channels."""
+        """Programs per channel, if there are c channels."""
         return self.programs // triton.cdiv(c, self.channels)
 
     def options(self, channels_last: bool) -> dict[str, int | bool]:
         return {
+            "rows": self.rows,
+            "strips": self.strips,
             "LAST": channels_last,
             "V": self.columns,
             "LANES": self.lanes,
@@ -78,11 +82,11 @@ class Walk(NamedTuple):
 
 
 def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
-    """The walk over x, cut by shape alone: the same sums on every GPU.
+    """The walk over x. It depends on the shape alone, so sums have the same order on every GPU.
 
     Args:
-        columns: of a lane, at most; as many as divide a row.
-        warps: of a program.
+        columns: per lane, at most; reduced to a power of two that divides the row.
+        warps: per program.
     """
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
@@ -91,7 +95,7 @@ def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
     if LANES_OF_INTERPRETER:
         lanes, channels = LANES_OF_INTERPRETER, min(WARP, power_of_two_from(c))
     across = w // columns
-    # Rows above and below a strip are worked on twice. Lanes enough for any GPU, unless strips would be short.
+    # Each strip recomputes the halo rows above and below it, so cut planes only as far as needed to fill a GPU.
     strips = max(1, min(LANES // max(1, n * c * across), h // LEAST_ROWS))
     rows = triton.cdiv(h, strips)
     strips = triton.cdiv(h, rows)
@@ -120,9 +124,22 @@ def power_of_two_from(size: int) -> int:
     return power
 
 
+@triton.constexpr_function
+def record(fields):
+    """A named tuple type, to be called in a kernel: ``record("N C")(N, C)``.
+
+    A class would be simpler, but Inductor copies the source of kernels, and of what it copies from their globals only
+    jitted functions, constexpr functions and constants. A tuple of compile-time constants must be assigned to a
+    ``tl.constexpr`` variable; assigned to any other, its constants become tensors.
+    """
+    from collections import namedtuple
+
+    return namedtuple("record", fields)
+
+
 @triton.jit
 def to_accumulator(value, pointer):
-    """A value, as it is summed up: in float64 for float64, else in float32."""
+    """The value in the dtype of sums: float64 if the pointer is to float64, else float32."""
     if pointer.dtype.element_ty == tl.float64:
         return value.to(tl.float64)
     else:
@@ -131,7 +148,7 @@ def to_accumulator(value, pointer):
 
 @triton.jit
 def activated(value, SLOPE: tl.constexpr):
-    """Leaky ReLU; ReLU is the one of slope 0. NaN stays, and slope 0 makes 0 of infinity too (csrc/activation.h)."""
+    """Leaky ReLU; ReLU is slope 0. NaN passes; with slope 0, -inf gives 0 and not NaN (as in csrc/activation.h)."""
     if SLOPE == 0.0:
         return tl.where(value < 0, tl.zeros_like(value), value)
     else:
@@ -140,7 +157,7 @@ def activated(value, SLOPE: tl.constexpr):
 
 @triton.jit
 def activation_gradient(value, gradient, SLOPE: tl.constexpr):
-    """What it lets through, of the value before it."""
+    """Backward of ``activated``; value is its input."""
     if SLOPE == 0.0:
         return tl.where(value <= 0, tl.zeros_like(gradient), gradient)
     else:
@@ -149,7 +166,7 @@ def activation_gradient(value, gradient, SLOPE: tl.constexpr):
 
 @triton.jit
 def columns_of(tile, V: tl.constexpr, LANES: tl.constexpr):
-    """The columns of a (LANES, V) tile, V a power of two; no lane's leave its thread."""
+    """The columns of a (LANES, V) tile, V a power of two. Each lane's elements are in one thread, and stay there."""
     if V == 1:
         return (tl.reshape(tile, [LANES]),)
     else:
@@ -164,7 +181,7 @@ def columns_of(tile, V: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def tile_of(columns, V: tl.constexpr, LANES: tl.constexpr):
-    """The (LANES, V) tile of these columns."""
+    """The inverse of ``columns_of``."""
     if V == 1:
         return tl.reshape(columns[0], [LANES, 1])
     else:
@@ -178,32 +195,38 @@ def tile_of(columns, V: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_columns(pointer, plane, at, pixel, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    """V pixels of a plane from `at` on, `pixel` elements apart; 0 where the mask is off. WIDE: side by side."""
-    offset = plane + at
+def load_columns(plane, at, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """V pixels from pixel ``at`` of a plane on; 0 where the mask is off.
+
+    Args:
+        plane: pointer to the tensor; offset of the plane; stride of a pixel.
+        WIDE: the stride is 1, and the pixels are one vector.
+    """
+    offset = plane.offset + at * plane.pixel
     if WIDE:
-        # A multiple of V, as rows and planes are. (A hint holds for what is computed here, not for an argument.)
+        # Rows and planes are multiples of V. Triton needs the hint here: it forgets hints on arguments of functions.
         o_v = tl.arange(0, V)
-        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
-        tile = to_accumulator(tl.load(pointers, mask=mask[:, None], other=0.0), pointer)
+        pointers = plane.pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        tile = to_accumulator(tl.load(pointers, mask=mask[:, None], other=0.0), plane.pointer)
         return columns_of(tile, V, LANES)
     else:
         columns = ()
         for j in tl.static_range(V):
-            value = tl.load(pointer + (offset + j * pixel), mask=mask, other=0.0)
-            columns = columns + (to_accumulator(value, pointer),)
+            value = tl.load(plane.pointer + (offset + j * plane.pixel), mask=mask, other=0.0)
+            columns = columns + (to_accumulator(value, plane.pointer),)
         return columns
 
 
 @triton.jit
-def store_columns(pointer, plane, at, pixel, columns, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
-    """The opposite of load_columns."""
-    offset = plane + at
+def store_columns(plane, at, columns, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+    """The inverse of ``load_columns``."""
+    offset = plane.offset + at * plane.pixel
+    dtype = plane.pointer.dtype.element_ty
     if WIDE:
-        # A multiple of V, as rows and planes are. (A hint holds for what is computed here, not for an argument.)
+        # See load_columns.
         o_v = tl.arange(0, V)
-        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
-        tl.store(pointers, tile_of(columns, V, LANES).to(pointer.dtype.element_ty), mask=mask[:, None])
+        pointers = plane.pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        tl.store(pointers, tile_of(columns, V, LANES).to(dtype), mask=mask[:, None])
     else:
         for j in tl.static_range(V):
-            tl.store(pointer + (offset + j * pixel), columns[j].to(pointer.dtype.element_ty), mask=mask)
+            tl.store(plane.pointer + (offset + j * plane.pixel), columns[j].to(dtype), mask=mask)

@@ -1,7 +1,7 @@
 """The products with the projection's weight: p = W x, and in backward dx += Wᵀ dp and dW = dp xᵀ.
 
-They are the library's, as convolutions: so they follow the flag that lets convolutions round to TF32. Where there are
-few channels the first two are a kernel of our own, which does on the way what would be passes over memory of their own.
+They are PyTorch's convolutions, so they follow the flag that allows convolutions to use TF32. With few channels the
+first two are a kernel of our own, which also computes the statistics, or adds to dx, without another pass over memory.
 """
 
 import torch
@@ -19,34 +19,33 @@ from pixnorm.triton_kernels.common import (
     power_of_two_in,
     wrap_triton,
 )
+from pixnorm.triton_kernels.statistics import store_part
 
-# A product with C channels does C / 4 operations per byte in float32 and C / 2 in half; an RTX 3090 does 37 and 74 in
-# the time that it moves one, an H200 92 and 184. Up to here its time is that of its bytes on both, and it is worth
-# saving those of the statistics (2 passes of 7) and of the sum onto dx (2 of 5).
+# Arithmetic intensity is C / 4 operations per byte in float32 and C / 2 in half precision. An RTX 3090 balances at 37
+# and 74, an H200 at 92 and 184. So up to here the product is memory-bound, and it pays to save the passes of the
+# statistics (2 of 7) and of the sum into dx (2 of 5).
 MOST_CHANNELS = 128
-# Pixels of a tile: its statistics take as many bytes as 6 of them. Outputs are in registers, at most 64 of a thread.
+# Pixels per tile; its statistics take as many bytes as 6 pixels. Outputs are in registers, at most 64 per thread.
 PIXELS, CHUNK, WARPS, STAGES = 128, 32, 8, 3
 
 
 @triton.jit
 def rounded_to_tf32(value):
-    """To the nearest; the multiplier by itself would cut off."""
+    """Rounds float32 to the nearest TF32; tensor cores by themselves truncate. Other dtypes pass."""
     if value.dtype == tl.float32:
         rounded = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(value == value, rounded, value)  # not a number has all bits set
+        return tl.where(value == value, rounded, value)  # the GPU's NaN has all bits set, and would overflow
     else:
         return value
 
 
 @triton.jit
-def store_statistics(to, value, valid, count, C, channel):
-    """Count, mean and sum of squares about it, over the pixels of a (channels, pixels) tile."""
+def store_statistics(partials_ptr, part, value, valid, count, channel, C):
+    """Stores the part that a (channels, pixels) tile is, in the format of statistics.py."""
     mean = tl.sum(tl.where(valid, value, 0.0), axis=1) / count
     d = tl.where(valid, value - mean[:, None], 0.0)
-    exists = channel < C
-    tl.store(to + channel, tl.zeros_like(mean) + count, mask=exists)
-    tl.store(to + C + channel, mean, mask=exists)
-    tl.store(to + 2 * C + channel, tl.sum(d * d, axis=1), mask=exists)
+    count = tl.zeros_like(mean) + count
+    store_part(partials_ptr, part, channel, C, count, mean, tl.sum(d * d, axis=1), channel < C)
 
 
 @triton.jit
@@ -55,9 +54,9 @@ def spn_projection_kernel(
     ADD: tl.constexpr, STATISTICS: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr,
     OUT: tl.constexpr, PIXELS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = weight in, or out += weight in, on a tile of pixels and all channels.
+    """out = weight in, or out += weight in, for a tile of pixels and all channels.
 
-    STATISTICS leaves those of the tile behind, of in and of out, in the form of statistics.py.
+    With STATISTICS also stores those of the tile, of in and of out, in the format of statistics.py.
     """
     tile = tl.program_id(0)
     o_pixel = tile * PIXELS + tl.arange(0, PIXELS)
@@ -86,8 +85,7 @@ def spn_projection_kernel(
         )
         total = tl.dot(rounded_to_tf32(weight), rounded_to_tf32(value), total, input_precision=PRECISION)
         if STATISTICS:
-            to = partials_ptr + tile.to(tl.int64) * 3 * C
-            store_statistics(to, value.to(tl.float32), valid[None, :], count, C, o_in)
+            store_statistics(partials_ptr, tile, value.to(tl.float32), valid[None, :], count, o_in, C)
     pointers = out_ptr + (o_out[:, None] * channel + start[None, :])
     mask = (o_out < C)[:, None] & valid[None, :]
     if ADD:
@@ -95,17 +93,16 @@ def spn_projection_kernel(
     rounded = total.to(out_ptr.dtype.element_ty)
     tl.store(pointers, rounded, mask=mask)
     if STATISTICS:
-        to = partials_ptr + (parts + tile).to(tl.int64) * 3 * C
-        store_statistics(to, rounded.to(tl.float32), valid[None, :], count, C, o_out)
+        store_statistics(partials_ptr, parts + tile, rounded.to(tl.float32), valid[None, :], count, o_out, C)
 
 
 def fits(x: Tensor, weight: Tensor, allow_tf32: bool) -> bool:
-    """Whether the kernel takes this product."""
+    """Whether this product is one for the kernel."""
     if weight.shape[0] != weight.shape[1] or x.shape[1] > MOST_CHANNELS or x.numel() == 0:
         return False
-    if x.dtype == torch.float32 and torch.version.hip:  # few of AMD's GPUs have TF32
+    if x.dtype == torch.float32 and torch.version.hip:  # few AMD GPUs have TF32
         return False
-    if x.dtype == torch.bfloat16 and INTERPRETED:  # NumPy has no bfloat16, and its products are wrong there
+    if x.dtype == torch.bfloat16 and INTERPRETED:  # the interpreter's bfloat16 products are wrong
         return False
     return x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and allow_tf32)
 
@@ -116,26 +113,43 @@ def _launch(weight: Tensor, strides: tuple[int, int], x: Tensor, out: Tensor, pa
     parts = triton.cdiv(n * h * w, PIXELS)
     vector = 1 if channels_last else power_of_two_in(h * w, 16 // x.element_size())
     launch(
-        wrap_triton(spn_projection_kernel), (parts,), weight, x, out, weight if partials is None else partials,
-        n, c, h * w, parts, *strides, ADD=partials is None, STATISTICS=partials is not None, LAST=channels_last,
-        VECTOR=vector, OUT=max(16, power_of_two_from(c)), PIXELS=PIXELS, CHUNK=CHUNK, num_warps=WARPS,
+        wrap_triton(spn_projection_kernel),
+        (parts,),
+        weight_ptr=weight,
+        in_ptr=x,
+        out_ptr=out,
+        partials_ptr=weight if partials is None else partials,
+        N=n,
+        C=c,
+        pixels=h * w,
+        parts=parts,
+        out_stride=strides[0],
+        in_stride=strides[1],
+        ADD=partials is None,
+        STATISTICS=partials is not None,
+        LAST=channels_last,
+        VECTOR=vector,
+        OUT=max(16, power_of_two_from(c)),
+        PIXELS=PIXELS,
+        CHUNK=CHUNK,
+        num_warps=WARPS,
         num_stages=STAGES,
-    )  # fmt: skip
+    )
 
 
 def project(x: Tensor, weight: Tensor, allow_tf32: bool, statistics: bool) -> tuple[Tensor, Tensor | None]:
-    """p = conv1x1(x), in x's layout; and, if wanted and had for nothing, the partial statistics of x and p."""
+    """p = conv1x1(x), in x's layout; and the partial statistics of x and p, if wanted and if our kernel runs."""
     if not (statistics and fits(x, weight, allow_tf32)):
         with without_autocast(x.device):
             p = F.conv2d(x, weight)
-        # The library has rules of its own for the layout of p, by that of the weight and by dtype.
+        # PyTorch chooses the layout of p by that of the weight, and by dtype.
         if p.shape[1] == 1:
             return p.as_strided(p.shape, (p[0].numel(), p[0].numel(), p.shape[3], 1)), None
         return dense(p, x), None
     n, c, h, w = x.shape
     p = dense_like(x)
     parts = triton.cdiv(n * h * w, PIXELS)
-    partials = torch.empty((2, parts, 3, c), dtype=accumulator(x), device=x.device)
+    partials = torch.empty((2, 1, parts, 3, c), dtype=accumulator(x), device=x.device)
     _launch(weight, (c, 1), x, p, partials)
     return p, partials
 

@@ -1,10 +1,10 @@
 """SPN on any GPU that Triton reaches: the ops ``pixnorm::spn_fwd_triton`` and ``pixnorm::spn_bwd_triton``.
 
-They have the schemas of ``spn_fwd`` and ``spn_bwd`` (pixnorm/ops/spn.py, where the equations are). torch.compile sees
-through them to the kernels and the products of the library. Backward is in spn_backward.py.
+They have the schemas of ``spn_fwd`` and ``spn_bwd`` (pixnorm/ops/spn.py, where the equations are). torch.compile traces
+through them to the kernels and to PyTorch's convolutions. Backward is in spn_backward.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,37 +22,34 @@ from pixnorm.triton_kernels.common import (
     load_columns,
     op_of_kernels,
     power_of_two_from,
+    record,
     store_columns,
-    to_accumulator,
     walk_of,
     wrap_triton,
 )
 from pixnorm.triton_kernels.projection import add_backward, grad_weight, project
 from pixnorm.triton_kernels.spn_backward import spn_bwd_apply_kernel, spn_bwd_finish_kernel, spn_bwd_reduce_kernel
 from pixnorm.triton_kernels.spn_rows import (
+    META_FIELDS,
+    PARAMETER_FIELDS,
+    SIZE_FIELDS,
     apply_stencil,
-    channel_value,
-    columns_around,
     inside_sums,
-    lanes_of,
-    mask_function,
     mask_row,
     masks_from,
-    planes_of,
-    reciprocal_std,
     rows_around,
-    stencil,
+    walk_over,
 )
 from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
 
 
 class Blocks(NamedTuple):
-    """Of a kernel, by layout (channels_last or not) and upsampling.
+    """Block sizes of a kernel, for a layout (channels_last or not) and upsampling.
 
     Attributes:
-        columns: of x that a lane has, where elements have 8, 4 and 2 bytes.
-        warps: of a program.
-        columns_of_five: the most that a lane has where k = 5.
+        columns: of x per lane, for elements of 8, 4 and 2 bytes.
+        warps: per program.
+        columns_of_five: columns per lane at most, for k = 5.
     """
 
     columns: dict[int, int]
@@ -61,18 +58,18 @@ class Blocks(NamedTuple):
 
 
 MODULATE = {
-    # NCHW: 16 bytes of y, a vector, and of x as many without upsampling.
+    # NCHW: vectors of 16 bytes, of y, and without upsampling of x.
     (False, 1): Blocks({8: 2, 4: 4, 2: 8}, warps=4, columns_of_five=2),
     (False, 2): Blocks({8: 1, 4: 2, 2: 4}, warps=4, columns_of_five=2),
-    # channels_last: neighbours are read again by each lane that needs them; four columns need two to six more.
+    # channels_last: each lane reads the neighbours that it needs itself, two to six for four columns of its own.
     (True, 1): Blocks({8: 2, 4: 4, 2: 4}, warps=4, columns_of_five=2),
     (True, 2): Blocks({8: 1, 4: 2, 2: 2}, warps=4, columns_of_five=2),
 }
 REDUCE = {
-    # One warp adds its sums up by shuffles alone. In double their registers leave room for one column.
+    # One warp reduces by shuffles alone. In float64 the registers for sums leave room for one column.
     (False, 1): Blocks({8: 1, 4: 4, 2: 8}, warps=1, columns_of_five=1),
     (False, 2): Blocks({8: 1, 4: 2, 2: 4}, warps=1, columns_of_five=1),
-    # Four warps of 32 channels each: of one, the partial sums would be a third of a pass over x.
+    # Four warps with 32 channels each: with one, writing partial sums would cost a third of a pass over x.
     (True, 1): Blocks({8: 1, 4: 4, 2: 4}, warps=4, columns_of_five=1),
     (True, 2): Blocks({8: 1, 4: 2, 2: 2}, warps=4, columns_of_five=1),
 }
@@ -91,45 +88,39 @@ def spn_fwd_modulate_kernel(
     EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
     LAST: tl.constexpr, ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y = γ x̂ + β. Lanes walk down the rows of x, the rows of the mask that a stencil needs in registers."""
+    """y = γ x̂ + β. Lanes walk down the rows of x, and keep the rows of the mask that a stencil needs in registers."""
     REACH: tl.constexpr = (K // 2 + U - 1) // U
-    c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
-    slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
-    rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
-    centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
-    columns = columns_around(w, W, V, REACH)
-
-    P_WIDE: tl.constexpr = ONE_MASK or not LAST
-    zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
-    masks = masks_from(
-        p_ptr, p_plane, p_pixel, h - REACH, w, H, W, live, columns, slope, shift, zero,
-        V, 2 * REACH, REACH, LANES, P_WIDE,
+    META: tl.constexpr = record(META_FIELDS)(
+        K=K, U=U, V=V, REACH=REACH, AROUND=0, HALO=REACH, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
+        ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
     )  # fmt: skip
+    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    parameters = record(PARAMETER_FIELDS)(
+        mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+    )  # fmt: skip
+    lane, x_plane, y_plane, mask, norm, taps = walk_over(x_ptr, y_ptr, p_ptr, parameters, size, META)
+    h = lane.h
+    masks = masks_from(mask, h - REACH, lane, size, META)
     for _ in range(0, rows):
-        row = mask_row(
-            p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, REACH, LANES, P_WIDE
-        )
-        masks = masks + (row,)
-        here = live & (h < H)
-        x = load_columns(x_ptr, plane, (h * W + w) * pixel, pixel, here, V, LANES, not LAST)
-        inside = rows_around(h, H, REACH)
-        gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
-        beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
+        masks = masks + (mask_row(mask, h + REACH, lane, size, META),)
+        here = lane.live & (h < H)
+        x = load_columns(x_plane, h * W + lane.w, here, V, LANES, not LAST)
+        inside = rows_around(h, H, META)
+        gamma_inside = inside_sums(taps.gamma_inverse, inside, META)
+        beta_inside = inside_sums(taps.beta_inverse, inside, META)
         for a in tl.static_range(U):
             y = ()
             for j in tl.static_range(V):
                 for b in tl.static_range(U):
-                    g = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
-                    value = apply_stencil(beta, beta_inside, masks, columns, a, b, j, K, U, V, REACH, REACH)
-                    value += g * (x[j] * rstd + centre)
+                    g = apply_stencil(taps.gamma, gamma_inside, masks, lane.columns, a, b, j, META)
+                    value = apply_stencil(taps.beta, beta_inside, masks, lane.columns, a, b, j, META)
+                    value += g * (x[j] * norm.rstd + norm.centre)
                     if ACTIVATED:
                         value = activated(value, SLOPE)
                     y = y + (value,)
-            at = ((h * U + a) * (W * U) + w * U) * pixel
-            store_columns(y_ptr, y_plane, at, pixel, y, here, V * U, LANES, not LAST)
+            at = (h * U + a) * (W * U) + lane.w * U
+            store_columns(y_plane, at, y, here, V * U, LANES, not LAST)
         h += 1
         masks = masks[1:]
 
@@ -138,16 +129,37 @@ def contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _options(
-    taps: Tensor, mask_weight: Tensor, c: int, eps: float, upsample: int, negative_slope: float | None
-) -> dict:
+def _arguments(
+    x: Tensor,
+    p: Tensor,
+    statistics: list[Tensor],
+    learnt: list[Tensor],
+    eps: float,
+    upsample: int,
+    negative_slope: float | None,
+) -> dict[str, Any]:
+    """What the kernels that walk over rows have in common.
+
+    Args:
+        statistics: mean, var, mask_mean, mask_var.
+        learnt: mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv.
+    """
+    n, c, h, w = x.shape
+    names = PARAMETER_FIELDS.value.split()
     return {
+        "x_ptr": x,
+        "p_ptr": p,
+        **{f"{name}_ptr": tensor for name, tensor in zip(names, (*statistics, *learnt), strict=True)},
+        "N": n,
+        "C": c,
+        "H": h,
+        "W": w,
         "EPS": eps,
-        "K": taps.shape[-1],
+        "K": learnt[2].shape[-1],
         "U": upsample,
         "ACTIVATED": negative_slope is not None,
         "SLOPE": negative_slope or 0.0,
-        "ONE_MASK": mask_weight.shape[0] != c,
+        "ONE_MASK": learnt[0].shape[0] != c,
     }
 
 
@@ -178,7 +190,7 @@ def spn_fwd(
     """The forward op of SPN, see pixnorm/ops/spn.py."""
     upsample = int(upsample)  # traced with dynamic shapes, it is not one
     x = dense(x, x)
-    n, c, h, w = x.shape
+    c = x.shape[1]
     y = dense_like(x, upsample)
     weight = mask_projection.contiguous().to(x.dtype)
     given = (mean, var, mask_mean, mask_var)
@@ -190,18 +202,20 @@ def spn_fwd(
     elif partials is not None:
         used = finish_statistics(partials)
     elif p.shape == x.shape:
-        used = finish_statistics(partial_statistics((x, p)))
+        used = finish_statistics(partial_statistics([x, p]))
     else:
-        used = finish_statistics(partial_statistics((x,))) + finish_statistics(partial_statistics((p,)))
+        used = finish_statistics(partial_statistics([x])) + finish_statistics(partial_statistics([p]))
     if x.numel() == 0:
         return y, p, *used
-    parameters = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     walk = _walk(MODULATE, x, upsample, gamma_weight.shape[-1])
     launch(
-        wrap_triton(spn_fwd_modulate_kernel), (walk.programs,), x, p, y, *used, *parameters, n, c, h, w,
-        walk.rows, walk.strips,
-        **_options(gamma_weight, mask_weight, c, eps, upsample, negative_slope), **walk.options(is_channels_last(x)),
-    )  # fmt: skip
+        wrap_triton(spn_fwd_modulate_kernel),
+        (walk.programs,),
+        y_ptr=y,
+        **_arguments(x, p, used, learnt, eps, upsample, negative_slope),
+        **walk.options(is_channels_last(x)),
+    )
     return y, p, *used
 
 
@@ -239,39 +253,68 @@ def spn_bwd(
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
     grad_y, p = (dense(t, x) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
-    options = _options(gamma_weight, mask_weight, c, eps, upsample, negative_slope)
-    one_mask, k = options["ONE_MASK"], options["K"]
+    arguments = {"dy_ptr": grad_y, **_arguments(x, p, used, learnt, eps, upsample, negative_slope)}
+    one_mask, k = arguments["ONE_MASK"], arguments["K"]
 
     walk = _walk(REDUCE, x, upsample, k)
     parts = walk.parts(c)
     sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
     dm = dense_like(x, dtype=used[0].dtype) if one_mask else x
-    # In double, and for 5 x 5 taps, the sums of a program are so many registers that it has half of them.
+    # In float64, and for 5 x 5 taps, all sums take too many registers: each is computed by one of two programs.
     halves = k == 5 or x.dtype == torch.float64
     launch(
-        wrap_triton(spn_bwd_reduce_kernel), (walk.programs, 2 if halves else 1), grad_y, x, p, *used, *learnt, sums, dm,
-        n, c, h, w, walk.rows, walk.strips, parts, HALVES=halves, **options, **walk.options(channels_last),
-    )  # fmt: skip
+        wrap_triton(spn_bwd_reduce_kernel),
+        (walk.programs, 2 if halves else 1),
+        sums_ptr=sums,
+        dm_ptr=dm,
+        parts=parts,
+        HALVES=halves,
+        **arguments,
+        **walk.options(channels_last),
+    )
     means = torch.empty((c, 4), dtype=used[0].dtype, device=x.device)
     launch(
-        wrap_triton(spn_bwd_finish_kernel), (c,), sums, *learnt[2:], *grads[2:], *grads[:2], means, parts, n * h * w,
-        K=k, TRAINING=training, ONE_MASK=one_mask, PARTS=32, SUMS=power_of_two_from(4 * k * k + 2), num_warps=4,
-    )  # fmt: skip
+        wrap_triton(spn_bwd_finish_kernel),
+        (c,),
+        sums_ptr=sums,
+        **{name: arguments[name] for name in ("gamma_ptr", "gamma_inv_ptr", "beta_ptr", "beta_inv_ptr")},
+        d_mask_weight_ptr=grads[0],
+        d_mask_bias_ptr=grads[1],
+        d_gamma_ptr=grads[2],
+        d_gamma_inv_ptr=grads[3],
+        d_beta_ptr=grads[4],
+        d_beta_inv_ptr=grads[5],
+        means_ptr=means,
+        parts=parts,
+        count=n * h * w,
+        K=k,
+        TRAINING=training,
+        ONE_MASK=one_mask,
+        PARTS=32,
+        SUMS=power_of_two_from(4 * k * k + 2),
+        num_warps=4,
+    )
     if one_mask:
         dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
     else:
         dp = dense_like(x)
     walk = _walk(APPLY, x, upsample, k)
     launch(
-        wrap_triton(spn_bwd_apply_kernel), (walk.programs,), grad_y, x, p, *used, *learnt, means, weight, dx, dp,
-        n, c, h, w, walk.rows, walk.strips, **options, **walk.options(channels_last),
-    )  # fmt: skip
+        wrap_triton(spn_bwd_apply_kernel),
+        (walk.programs,),
+        means_ptr=means,
+        projection_ptr=weight,
+        dx_ptr=dx,
+        dp_ptr=dp,
+        **arguments,
+        **walk.options(channels_last),
+    )
     d_weight = grad_weight(dp, x, weight) if one_mask else add_backward(dx, dp, x, weight, allow_tf32)
     return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads
 
 
 def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):
-    """From each channel's share of dm: the gradients of p, of its scale and of its shift. These are small tensors."""
+    """From each channel's share of dm: the gradients of p, of its scale and of its shift. All are small tensors."""
     dm = dm.sum(1, keepdim=True)
     rstd = (var + eps).rsqrt()
     p_hat = (p.to(dm.dtype) - mean) * rstd

@@ -1,98 +1,105 @@
 """SPN's backward: reduce (the sums of each channel), finish (what follows from them), apply (the gradients of x and p).
 
-Neither x̂, γ nor the mask are read: they come from x and p, as in forward. dβ is dy, where ReLU lets it through, and
-dγ = dy x̂; the mask's gradient dm gathers both through the stencils.
+x̂, γ and the mask are recomputed from x and p, as in forward. dβ is dy where the activation lets it through, and dγ is
+dβ x̂; the mask's gradient dm gathers both through the stencils. See spn_rows.py for the arguments META, size, lane, ...
 """
 
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import SIZES, activation_gradient, load_columns, store_columns, to_accumulator
+from pixnorm.triton_kernels.common import (
+    SIZES,
+    activation_gradient,
+    load_columns,
+    record,
+    store_columns,
+    to_accumulator,
+)
 from pixnorm.triton_kernels.spn_rows import (
+    META_FIELDS,
+    PARAMETER_FIELDS,
+    SIZE_FIELDS,
     apply_stencil,
     channel_value,
-    columns_around,
     inside_sums,
-    lanes_of,
     load_row,
-    mask_function,
     mask_row,
     masks_from,
-    planes_of,
     reciprocal_std,
     rows_around,
-    stencil,
+    walk_over,
+    zeros_of,
 )
 
 
 @triton.jit
-def gradients_of_row(
-    dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
-    rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
-    K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, AROUND: tl.constexpr, HALO: tl.constexpr,
-    ACTIVATED: tl.constexpr, SLOPE: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, P_WIDE: tl.constexpr,
-):  # fmt: skip
-    """x̂ and dβ ([a][column and b]) of row h, AROUND columns to either side included; dβ is 0 outside of the image.
+def same_plane(pointer, plane):
+    """The plane at the same place in another tensor of the same shape and layout."""
+    return record("pointer offset pixel")(pointer, plane.offset, plane.pixel)
+
+
+@triton.jit
+def gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META: tl.constexpr):
+    """x̂ and dβ ([a][column and b]) of row h, with AROUND columns to either side; dβ is 0 outside the image.
 
     Args:
-        masks: the 2 REACH rows up to row h + REACH, which is added to them.
+        masks: 2 REACH rows of the mask, the last of them row h + REACH - 1.
 
     Returns:
-        masks, x̂, dβ; which of the rows around are inside, whether this lane's is, and ``inside_sums`` of gamma.
+        masks: with row h + REACH.
+        x_hat, d_beta.
+        rows: of ``rows_around``.
+        here: whether the lane has this row.
+        gamma_inside: ``inside_sums`` of gamma.
     """
-    row = mask_row(
-        p_ptr, p_plane, p_pixel, h + REACH, w, H, W, live, columns, slope, shift, V, HALO, LANES, P_WIDE
-    )  # fmt: skip
+    V: tl.constexpr = META.V
+    U: tl.constexpr = META.U
+    AROUND: tl.constexpr = META.AROUND
+    row = mask_row(mask, h + META.REACH, lane, size, META)
     masks = masks + (row,)
-    inside = rows_around(h, H, REACH)
-    here = live & inside[REACH]
-    x = load_row(x_ptr, plane, (h * W + w) * pixel, pixel, here, columns, V, AROUND, HALO, 1, LANES, WIDE)
-    x_hat = normalised(x, rstd, centre, V + 2 * AROUND)
-    gamma_inside = inside_sums(gamma_inverse, inside, K, U, REACH)
-    beta_inside = inside_sums(beta_inverse, inside, K, U, REACH)
+    rows = rows_around(h, size.H, META)
+    here = lane.live & rows[META.REACH]
+    values = load_row(x, h * size.W + lane.w, here, lane.columns, AROUND, 1, META.WIDE, META)
+    x_hat = ()
+    for j in tl.static_range(V + 2 * AROUND):
+        x_hat = x_hat + (values[j] * norm.rstd + norm.centre,)
+    gamma_inside = inside_sums(taps.gamma_inverse, rows, META)
+    beta_inside = inside_sums(taps.beta_inverse, rows, META)
     d_beta = ()
     for a in tl.static_range(U):
-        at = ((h * U + a) * (W * U) + w * U) * pixel
-        values = load_row(dy_ptr, y_plane, at, pixel, here, columns, V, AROUND, HALO, U, LANES, WIDE)
-        if ACTIVATED:
+        at = (h * U + a) * (size.W * U) + lane.w * U
+        values = load_row(dy, at, here, lane.columns, AROUND, U, META.WIDE, META)
+        if META.ACTIVATED:
             passed = ()
             for j in tl.static_range(V + 2 * AROUND):
                 for b in tl.static_range(U):
-                    g = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j - AROUND, K, U, V, REACH, HALO)
-                    y = apply_stencil(beta, beta_inside, masks, columns, a, b, j - AROUND, K, U, V, REACH, HALO)
+                    g = apply_stencil(taps.gamma, gamma_inside, masks, lane.columns, a, b, j - AROUND, META)
+                    y = apply_stencil(taps.beta, beta_inside, masks, lane.columns, a, b, j - AROUND, META)
                     y += g * x_hat[j]
-                    passed = passed + (activation_gradient(y, values[j * U + b], SLOPE),)
+                    passed = passed + (activation_gradient(y, values[j * U + b], META.SLOPE),)
             values = passed
         d_beta = d_beta + (values,)
-    return masks, x_hat, d_beta, inside, here, gamma_inside
+    return record("masks x_hat d_beta rows here gamma_inside")(masks, x_hat, d_beta, rows, here, gamma_inside)
 
 
 @triton.jit
-def normalised(values, rstd, centre, COUNT: tl.constexpr):
-    found = ()
-    for j in tl.static_range(COUNT):
-        found = found + (values[j] * rstd + centre,)
-    return found
-
-
-@triton.jit
-def gather_mask_gradient(
-    dm, gamma, beta, d_beta, x_hat, K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr
-):
-    """What a row of dβ (and with it dγ) adds to the 2 REACH + 1 rows of dm around it."""
-    R: tl.constexpr = K // 2
+def gather_mask_gradient(dm, taps, d_beta, x_hat, META: tl.constexpr):
+    """Adds what a row of dβ (and with it dγ) contributes to the 2 REACH + 1 rows of dm around it."""
+    U: tl.constexpr = META.U
+    REACH: tl.constexpr = META.REACH
+    R: tl.constexpr = META.K // 2
     rows = ()
     for i in tl.static_range(-REACH, REACH + 1):
         row = ()
-        for column in tl.static_range(V):
+        for column in tl.static_range(META.V):
             total = dm[i + REACH][column]
             for a in tl.static_range(U):
                 if (a - R) // U <= i:
                     if i <= (a + R) // U:
                         for b in tl.static_range(U):
                             for j in tl.static_range((b - R) // U, (b + R) // U + 1):
-                                of_gamma = gamma[a][b][i - (a - R) // U][j - (b - R) // U]
-                                of_beta = beta[a][b][i - (a - R) // U][j - (b - R) // U]
+                                of_gamma = taps.gamma[a][b][i - (a - R) // U][j - (b - R) // U]
+                                of_beta = taps.beta[a][b][i - (a - R) // U][j - (b - R) // U]
                                 tap = of_gamma * x_hat[column - j + REACH] + of_beta
                                 total += tap * d_beta[a][(column - j + REACH) * U + b]
             row = row + (total,)
@@ -101,16 +108,20 @@ def gather_mask_gradient(
 
 
 @triton.jit
-def add_tap_sums(
-    sums, d, masks, rows, columns,
-    K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
-):  # fmt: skip
-    """For each tap: Σ d m and Σ d, m being the mask where the tap falls, both over the pixels where that is inside.
+def add_tap_sums(sums, d, masks, rows, columns, META: tl.constexpr):
+    """Adds a row to the sums of each tap, over the pixels where the tap falls inside the image: of d m, and of d.
 
     Args:
-        d: gradients of a row's own pixels, [a][column and b].
-        rows, columns: of ``rows_around`` and ``columns_around``.
+        d: gradients of the lane's own pixels in this row, [a][column and b].
+        masks: m, where the tap falls, is in these rows.
+        rows: of ``rows_around``.
+        columns: of the lane.
     """
+    K: tl.constexpr = META.K
+    U: tl.constexpr = META.U
+    V: tl.constexpr = META.V
+    REACH: tl.constexpr = META.REACH
+    HALO: tl.constexpr = META.HALO
     R: tl.constexpr = K // 2
     with_mask = ()
     with_inside = ()
@@ -137,7 +148,7 @@ def add_tap_sums(
 
 @triton.jit
 def sum_of_program(value, LANES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Over the lanes of each channel; a scalar where there is one."""
+    """Sums over the lanes of each channel; a scalar where there is one channel."""
     if CHANNELS == 1:
         return tl.sum(value, axis=0)
     else:
@@ -152,24 +163,25 @@ def spn_bwd_reduce_kernel(
     LAST: tl.constexpr, ONE_MASK: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
+    """Partial sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
 
-    With one mask for all channels the last two are left at 0, and each channel's share of dm is written out instead.
+    With one mask for all channels the last two are 0, and each channel's share of dm is written out instead.
     """
     REACH: tl.constexpr = (K // 2 + U - 1) // U
     HALO: tl.constexpr = 2 * REACH if ACTIVATED else REACH
-    c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
-    slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
-    mask_mean = channel_value(mask_mean_ptr, mask_channel)
-    rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
-    centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
-    columns = columns_around(w, W, V, HALO)
+    META: tl.constexpr = record(META_FIELDS)(
+        K=K, U=U, V=V, REACH=REACH, AROUND=REACH, HALO=HALO, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
+        ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
+    )  # fmt: skip
+    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    parameters = record(PARAMETER_FIELDS)(
+        mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+    )  # fmt: skip
+    lane, x, dy, mask, norm, taps = walk_over(x_ptr, dy_ptr, p_ptr, parameters, size, META)
+    mask_mean = channel_value(mask_mean_ptr, lane.mask_channel)
 
-    P_WIDE: tl.constexpr = ONE_MASK or not LAST
-    zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
+    zero = zeros_of(x_ptr, META)
     zeros = ()
     for _ in tl.static_range(V):
         zeros = zeros + (zero,)
@@ -183,23 +195,17 @@ def spn_bwd_reduce_kernel(
     of_beta = tl.program_id(1) == 1
     sum_q = zero
     sum_qp = zero
-    masks = masks_from(
-        p_ptr, p_plane, p_pixel, h - 2 * REACH, w, H, W, live, columns, slope, shift, zero,
-        V, 2 * REACH, HALO, LANES, P_WIDE,
-    )  # fmt: skip
+    h = lane.h
+    masks = masks_from(mask, h - 2 * REACH, lane, size, META)
     dm = ()
     for _ in tl.static_range(2 * REACH):
         dm = dm + (zeros,)
     h -= REACH
     for o in range(-REACH, rows + REACH):
-        # Row h of y and of dβ; with it row h - REACH of dm is complete.
-        found = gradients_of_row(
-            dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
-            rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
-            K, U, V, REACH, REACH, HALO, ACTIVATED, SLOPE, LANES, not LAST, P_WIDE,
-        )  # fmt: skip
-        masks, x_hat, d_beta, inside = found[:4]
-        dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
+        # Row h of y and of dβ completes row h - REACH of dm.
+        row = gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META)
+        masks = row.masks
+        dm = gather_mask_gradient(dm + (zeros,), taps, row.d_beta, row.x_hat, META)
 
         d_gamma = ()
         d_own = ()
@@ -208,27 +214,27 @@ def spn_bwd_reduce_kernel(
             betas = ()
             for j in tl.static_range(V):
                 for b in tl.static_range(U):
-                    d = tl.where((o >= 0) & (o < rows), d_beta[a][(j + REACH) * U + b], 0.0)
+                    d = tl.where((o >= 0) & (o < rows), row.d_beta[a][(j + REACH) * U + b], 0.0)
                     betas = betas + (d,)
                     if HALVES:
-                        gammas = gammas + (tl.where(of_beta, d, d * x_hat[j + REACH]),)
+                        gammas = gammas + (tl.where(of_beta, d, d * row.x_hat[j + REACH]),)
                     else:
-                        gammas = gammas + (d * x_hat[j + REACH],)
+                        gammas = gammas + (d * row.x_hat[j + REACH],)
             d_gamma = d_gamma + (gammas,)
             d_own = d_own + (betas,)
-        new_sums = (add_tap_sums(sums[0], d_gamma, masks, inside, columns, K, U, V, REACH, HALO),)
+        new_sums = (add_tap_sums(sums[0], d_gamma, masks, row.rows, lane.columns, META),)
         if not HALVES:
-            new_sums = new_sums + (add_tap_sums(sums[1], d_own, masks, inside, columns, K, U, V, REACH, HALO),)
+            new_sums = new_sums + (add_tap_sums(sums[1], d_own, masks, row.rows, lane.columns, META),)
         sums = new_sums
 
         above = h - REACH
-        own = live & (o >= REACH) & (above < H)
+        own = lane.live & (o >= REACH) & (above < H)
         if HALVES:
             own = own & of_beta
         if ONE_MASK:
-            store_columns(dm_ptr, plane, (above * W + w) * pixel, pixel, dm[0], own, V, LANES, not LAST)
+            store_columns(same_plane(dm_ptr, x), above * W + lane.w, dm[0], own, V, LANES, not LAST)
         else:
-            p = load_columns(p_ptr, p_plane, (above * W + w) * p_pixel, p_pixel, own, V, LANES, P_WIDE)
+            p = load_columns(mask.plane, above * W + lane.w, own, V, LANES, not LAST)
             for j in tl.static_range(V):
                 m = masks[0][j + HALO]
                 dq = tl.where(own, dm[0][j] * (m * (1.0 - m)), 0.0)
@@ -237,7 +243,7 @@ def spn_bwd_reduce_kernel(
         masks = masks[1:]
         dm = dm[1:]
         h += 1
-    sum_qp *= reciprocal_std(channel_value(mask_var_ptr, mask_channel), EPS)
+    sum_qp *= reciprocal_std(channel_value(mask_var_ptr, lane.mask_channel), META)
 
     SUMS: tl.constexpr = 4 * K * K + 2
     groups = tl.cdiv(C, CHANNELS)
@@ -270,10 +276,10 @@ def spn_bwd_finish_kernel(
     parts, count, K: tl.constexpr, TRAINING: tl.constexpr, ONE_MASK: tl.constexpr,
     PARTS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Of one channel: adds the parts up; writes the gradients of its parameters, and the means
-    [C][dy γ, dy γ x̂, dq, dq p̂] by which batch norm's backward centres; those are 0 where the statistics were given.
+    """One channel per program: adds its parts up; writes the gradients of its parameters, and the means
+    [C][dy γ, dy γ x̂, dq, dq p̂] that batch norm's backward subtracts (0 if the statistics were given).
 
-    Σ dy γ is <gamma taps, gradients of the beta taps>, and Σ dy γ x̂ <gamma taps, their gradients>.
+    Σ dy γ = <gamma taps, gradients of the beta taps>, and Σ dy γ x̂ = <gamma taps, their gradients>.
     """
     c = tl.program_id(0)
     o_part = tl.arange(0, PARTS)
@@ -310,7 +316,7 @@ def spn_bwd_finish_kernel(
         tl.store(means_ptr + (c * 4 + 1), g_x * centre)
         tl.store(means_ptr + (c * 4 + 2), q * centre)
         tl.store(means_ptr + (c * 4 + 3), q_p * centre)
-    else:  # not a product with 0, which NaN would survive
+    else:  # not means * 0, which would keep NaN
         tl.store(means_ptr + (c * 4 + tl.arange(0, 4)), tl.zeros([4], dtype=tl.float32))
 
 
@@ -324,79 +330,74 @@ def spn_bwd_apply_kernel(
 ):  # fmt: skip
     """dx of batch norm, dx = (dy γ - mean(dy γ) - x̂ mean(dy γ x̂)) rstd, and dp likewise from dq.
 
-    With one mask for all channels dp is known already, and Wᵀ dp, an outer product, is part of this dx.
+    With one mask for all channels dp is known already, and Wᵀ dp, an outer product, is added to dx here.
     """
     REACH: tl.constexpr = (K // 2 + U - 1) // U
-    # With one mask no gradient of the mask is needed here, and so none of its neighbours.
+    # With one mask the gradient of the mask is not needed here, so neither are the gradients of neighbours.
     AROUND: tl.constexpr = 0 if ONE_MASK else REACH
     HALO: tl.constexpr = REACH + AROUND if ACTIVATED else REACH
-    c, n, h, w, live = lanes_of(N, C, H, W, rows, strips, V, LANES, CHANNELS)
-    plane, y_plane, p_plane, pixel, p_pixel, mask_channel = planes_of(n, c, C, H, W, U, LAST, ONE_MASK)
-    slope, shift = mask_function(mask_channel, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr, EPS)
-    rstd = reciprocal_std(channel_value(var_ptr, c), EPS)
-    centre = -channel_value(mean_ptr, c) * rstd
-    gamma, gamma_inverse = stencil(gamma_ptr, gamma_inv_ptr, c, K, U, LANES, CHANNELS)
-    beta, beta_inverse = stencil(beta_ptr, beta_inv_ptr, c, K, U, LANES, CHANNELS)
-    columns = columns_around(w, W, V, HALO)
-    mean_g = channel_value(means_ptr, c * 4)
-    mean_gx = channel_value(means_ptr, c * 4 + 1)
-    mask_rstd = reciprocal_std(channel_value(mask_var_ptr, mask_channel), EPS)
-    mask_mean = channel_value(mask_mean_ptr, mask_channel)
-    scale = channel_value(mask_weight_ptr, mask_channel).to(mask_rstd.dtype) * mask_rstd
-    mean_q = channel_value(means_ptr, c * 4 + 2)
-    mean_qp = channel_value(means_ptr, c * 4 + 3)
+    META: tl.constexpr = record(META_FIELDS)(
+        K=K, U=U, V=V, REACH=REACH, AROUND=AROUND, HALO=HALO, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
+        ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
+    )  # fmt: skip
+    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    parameters = record(PARAMETER_FIELDS)(
+        mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+    )  # fmt: skip
+    lane, x, dy, mask, norm, taps = walk_over(x_ptr, dy_ptr, p_ptr, parameters, size, META)
+    mean_g = channel_value(means_ptr, lane.c * 4)
+    mean_gx = channel_value(means_ptr, lane.c * 4 + 1)
+    mask_rstd = reciprocal_std(channel_value(mask_var_ptr, lane.mask_channel), META)
+    mask_mean = channel_value(mask_mean_ptr, lane.mask_channel)
+    scale = channel_value(mask_weight_ptr, lane.mask_channel).to(mask_rstd.dtype) * mask_rstd
+    mean_q = channel_value(means_ptr, lane.c * 4 + 2)
+    mean_qp = channel_value(means_ptr, lane.c * 4 + 3)
+    dx_plane = same_plane(dx_ptr, x)
+    dp_plane = same_plane(dp_ptr, mask.plane)
 
-    P_WIDE: tl.constexpr = ONE_MASK or not LAST
-    zero = to_accumulator(tl.zeros([LANES], dtype=tl.float32), x_ptr)
+    zero = zeros_of(x_ptr, META)
     zeros = ()
     for _ in tl.static_range(V):
         zeros = zeros + (zero,)
-    masks = masks_from(
-        p_ptr, p_plane, p_pixel, h - REACH - AROUND, w, H, W, live, columns, slope, shift, zero,
-        V, 2 * REACH, HALO, LANES, P_WIDE,
-    )  # fmt: skip
+    h = lane.h
+    masks = masks_from(mask, h - REACH - AROUND, lane, size, META)
     dm = ()
     for _ in tl.static_range(2 * REACH):
         dm = dm + (zeros,)
     h -= AROUND
     for o in range(-AROUND, rows + AROUND):
-        found = gradients_of_row(
-            dy_ptr, x_ptr, p_ptr, plane, y_plane, p_plane, pixel, p_pixel, h, w, H, W, live, columns, slope, shift,
-            rstd, centre, gamma, gamma_inverse, beta, beta_inverse, masks,
-            K, U, V, REACH, AROUND, HALO, ACTIVATED, SLOPE, LANES, not LAST, P_WIDE,
-        )  # fmt: skip
-        masks, x_hat, d_beta = found[:3]
-        here, gamma_inside = found[4:]
-
-        own = here & (o >= 0) & (o < rows)
+        row = gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META)
+        masks = row.masks
+        own = row.here & (o >= 0) & (o < rows)
         dx = ()
         for j in tl.static_range(V):
             g = 0.0
             for a in tl.static_range(U):
                 for b in tl.static_range(U):
-                    value = apply_stencil(gamma, gamma_inside, masks, columns, a, b, j, K, U, V, REACH, HALO)
-                    g += value * d_beta[a][(j + AROUND) * U + b]
-            dx = dx + ((g - mean_g - x_hat[j + AROUND] * mean_gx) * rstd,)
+                    value = apply_stencil(taps.gamma, row.gamma_inside, masks, lane.columns, a, b, j, META)
+                    g += value * row.d_beta[a][(j + AROUND) * U + b]
+            dx = dx + ((g - mean_g - row.x_hat[j + AROUND] * mean_gx) * norm.rstd,)
         if ONE_MASK:
-            weight = channel_value(projection_ptr, c)
-            dp = load_columns(dp_ptr, p_plane, (h * W + w), 1, own, V, LANES, True)
+            weight = channel_value(projection_ptr, lane.c)
+            dp = load_columns(dp_plane, h * W + lane.w, own, V, LANES, True)
             with_mask = ()
             for j in tl.static_range(V):
                 with_mask = with_mask + (dx[j] + weight * dp[j],)
             dx = with_mask
-        store_columns(dx_ptr, plane, (h * W + w) * pixel, pixel, dx, own, V, LANES, not LAST)
+        store_columns(dx_plane, h * W + lane.w, dx, own, V, LANES, not LAST)
 
         if not ONE_MASK:
-            dm = gather_mask_gradient(dm + (zeros,), gamma, beta, d_beta, x_hat, K, U, V, REACH)
+            dm = gather_mask_gradient(dm + (zeros,), taps, row.d_beta, row.x_hat, META)
             above = h - REACH
-            complete = live & (o >= REACH) & (above < H)
-            p = load_columns(p_ptr, p_plane, (above * W + w) * pixel, pixel, complete, V, LANES, P_WIDE)
+            complete = lane.live & (o >= REACH) & (above < H)
+            p = load_columns(mask.plane, above * W + lane.w, complete, V, LANES, not LAST)
             dp = ()
             for j in tl.static_range(V):
                 m = masks[0][j + HALO]
                 dq = dm[0][j] * (m * (1.0 - m))
                 dp = dp + ((dq - mean_q - (p[j] - mask_mean) * (mask_rstd * mean_qp)) * scale,)
-            store_columns(dp_ptr, plane, (above * W + w) * pixel, pixel, dp, complete, V, LANES, P_WIDE)
+            store_columns(dp_plane, above * W + lane.w, dp, complete, V, LANES, not LAST)
             dm = dm[1:]
         masks = masks[1:]
         h += 1

@@ -1,60 +1,104 @@
-"""What SPN's kernels do for a row of one channel: where lanes are, the mask, the stencils.
+"""What SPN's kernels do for a row of one channel: the mask, the stencils, which neighbours are inside the image.
 
-All of it is at the resolution of x. With upsampling by U, y has U x U pixels for each of x, the phases (a, b). In phase
-a the tap ky of a k-row stencil falls on the row (a + ky - k // 2) // U below; taps that fall on one pixel are merged.
-So the stencil of phase a reaches from row (a - k // 2) // U to row (a + k // 2) // U, and no further than REACH.
+All of it is at the resolution of x. With upsampling by U, each pixel of x is U x U pixels of y, the phases (a, b). In
+phase a, row ky of a k x k stencil falls on the row (a + ky - k // 2) // U below this one, and taps that fall on the
+same pixel are merged. So the stencil of phase a covers the rows (a - k // 2) // U to (a + k // 2) // U, at most REACH
+away.
+
+Arguments that occur everywhere:
+    META: compile-time constants. K, U; V, LANES, CHANNELS (see ``Walk``); REACH; AROUND, the columns to either side
+        whose gradients are computed; HALO, those whose mask is; LAST, channels_last; ONE_MASK, whether p has one
+        channel; WIDE and P_WIDE, whether adjacent columns of x (y) and of p are adjacent in memory; ACTIVATED, SLOPE;
+        EPS.
+    size: N, C, H, W, and the rows and strips of the walk.
+    lane: its channel c and the mask's; sample n, first row h and first column w; live, whether it exists; columns,
+        whether each of the columns w - HALO to w + V + HALO - 1 is inside the image.
+    x, y, p: a plane of these tensors: pointer, offset, and stride of a pixel.
+    mask: the plane of p, and slope and shift of ``mask_row``.
+    norm: x̂ = x rstd + centre.
+    taps: of gamma and beta, as ``stencil`` merges them.
+    h: the row that is worked on.
 """
 
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import columns_of, load_columns, to_accumulator
+from pixnorm.triton_kernels.common import columns_of, load_columns, record, to_accumulator
+
+META_FIELDS = tl.constexpr("K U V REACH AROUND HALO LANES CHANNELS LAST ONE_MASK WIDE P_WIDE ACTIVATED SLOPE EPS")
+SIZE_FIELDS = tl.constexpr("N C H W rows strips")
+PARAMETER_FIELDS = tl.constexpr("mean var mask_mean mask_var mask_weight mask_bias gamma gamma_inv beta beta_inv")
 
 
 @triton.jit
-def lanes_of(N, C, H, W, rows, strips, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Channel, sample, first row and column of each lane, and whether there is such a place.
+def walk_over(x_ptr, y_ptr, p_ptr, parameters, size, META: tl.constexpr):
+    """What stays the same along a walk: lane, planes of x and y, mask, norm, taps.
 
-    The channel is a scalar where a program has one (CHANNELS == 1, NCHW); it always is one that exists. Programs count
-    channels first, then positions: a lane's columns, then strips of rows, then samples.
+    Args:
+        y_ptr: y or its gradient.
+        parameters: pointers to the statistics, the mask's affine parameters and the taps.
     """
-    groups = tl.cdiv(C, CHANNELS)
-    o_lane = tl.arange(0, LANES)
-    position = (tl.program_id(0) // groups) * (LANES // CHANNELS) + o_lane // CHANNELS
-    columns = W // V
-    w = (position % columns) * V
+    lane = lane_of(size, META)
+    x, y, p = planes_of(x_ptr, y_ptr, p_ptr, lane, size, META)
+    slope, shift = mask_function(lane.mask_channel, parameters, META)
+    rstd = reciprocal_std(channel_value(parameters.var, lane.c), META)
+    centre = -channel_value(parameters.mean, lane.c) * rstd
+    gamma, gamma_inverse = stencil(parameters.gamma, parameters.gamma_inv, lane.c, META)
+    beta, beta_inverse = stencil(parameters.beta, parameters.beta_inv, lane.c, META)
+    mask = record("plane slope shift")(p, slope, shift)
+    norm = record("rstd centre")(rstd, centre)
+    taps = record("gamma gamma_inverse beta beta_inverse")(gamma, gamma_inverse, beta, beta_inverse)
+    return lane, x, y, mask, norm, taps
+
+
+@triton.jit
+def lane_of(size, META: tl.constexpr):
+    """The lanes of a program.
+
+    The channel is clamped to one that exists; it is a scalar where a program has only one (CHANNELS == 1). Programs are
+    ordered by channel first, then by position: columns of a row, strips of a plane, samples.
+    """
+    CHANNELS: tl.constexpr = META.CHANNELS
+    groups = tl.cdiv(size.C, CHANNELS)
+    o_lane = tl.arange(0, META.LANES)
+    position = (tl.program_id(0) // groups) * (META.LANES // CHANNELS) + o_lane // CHANNELS
+    columns = size.W // META.V
+    w = (position % columns) * META.V
     strip = position // columns
-    h = (strip % strips) * rows
-    n = strip // strips
+    h = (strip % size.strips) * size.rows
+    n = strip // size.strips
     if CHANNELS == 1:
         c = tl.program_id(0) % groups
-        return c, n, h, w, n < N
+        live = n < size.N
     else:
-        c = (tl.program_id(0) % groups) * CHANNELS + o_lane % CHANNELS
-        return tl.minimum(c, C - 1), n, h, w, (n < N) & (c < C)
+        channel = (tl.program_id(0) % groups) * CHANNELS + o_lane % CHANNELS
+        c = tl.minimum(channel, size.C - 1)
+        live = (n < size.N) & (channel < size.C)
+    mask_channel = c
+    if META.ONE_MASK:
+        mask_channel = c * 0
+    inside = columns_around(w, size.W, META)
+    return record("c mask_channel n h w live columns")(c, mask_channel, n, h, w, live, inside)
 
 
 @triton.jit
-def plane_of(n, c, channels, pixels, LAST: tl.constexpr):
-    """Offset of a plane's first pixel."""
+def plane_of(pointer, n, c, channels, pixels, LAST: tl.constexpr):
+    """The plane of channel c of sample n."""
     if LAST:
-        return n.to(tl.int64) * channels * pixels + c
+        return record("pointer offset pixel")(pointer, n.to(tl.int64) * channels * pixels + c, channels)
     else:
-        return (n.to(tl.int64) * channels + c) * pixels
+        return record("pointer offset pixel")(pointer, (n.to(tl.int64) * channels + c) * pixels, 1)
 
 
 @triton.jit
-def planes_of(n, c, C, H, W, U: tl.constexpr, LAST: tl.constexpr, ONE_MASK: tl.constexpr):
-    """Where the planes of x, y and p begin, how far apart the pixels of x (and y) and of p are; the mask's channel."""
-    pixel = 1
-    if LAST:
-        pixel = C
-    plane = plane_of(n, c, C, H * W, LAST)
-    y_plane = plane_of(n, c, C, H * W * (U * U), LAST)
-    if ONE_MASK:
-        return plane, y_plane, plane_of(n, 0, 1, H * W, False), pixel, 1, c * 0
+def planes_of(x_ptr, y_ptr, p_ptr, lane, size, META: tl.constexpr):
+    pixels = size.H * size.W
+    x = plane_of(x_ptr, lane.n, lane.c, size.C, pixels, META.LAST)
+    y = plane_of(y_ptr, lane.n, lane.c, size.C, pixels * (META.U * META.U), META.LAST)
+    if META.ONE_MASK:
+        return x, y, plane_of(p_ptr, lane.n, 0, 1, pixels, False)
     else:
-        return plane, y_plane, plane, pixel, pixel, c
+        return x, y, plane_of(p_ptr, lane.n, lane.c, size.C, pixels, META.LAST)
 
 
 @triton.jit
@@ -63,101 +107,109 @@ def channel_value(pointer, c):
 
 
 @triton.jit
-def taps_of(pointer, c, COUNT: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
-    """The taps of each lane's channel."""
+def taps_of(pointer, c, META: tl.constexpr):
+    """The K x K taps of each lane's channel."""
+    COUNT: tl.constexpr = META.K * META.K
     taps = ()
-    if CHANNELS == 1:
+    if META.CHANNELS == 1:
         for tap in tl.static_range(COUNT):
             taps = taps + (channel_value(pointer, c * COUNT + tap),)
-    else:  # one load (Triton's compiler is slow where there are many), each lane's part of it in its registers
+    else:  # one load of a tile: Triton compiles slowly where there are many loads of tensors
         PADDED: tl.constexpr = 1 if COUNT == 1 else 16 if COUNT == 9 else 32
         o_tap = tl.arange(0, PADDED)
         tile = tl.load(pointer + (c[:, None] * COUNT + o_tap[None, :]), mask=(o_tap < COUNT)[None, :], other=0.0)
-        taps = columns_of(to_accumulator(tile, pointer), PADDED, LANES)
+        taps = columns_of(to_accumulator(tile, pointer), PADDED, META.LANES)
     return taps
 
 
 @triton.jit
-def reciprocal_std(variance, EPS: tl.constexpr):
-    return 1.0 / tl.sqrt(variance + EPS)
+def reciprocal_std(variance, META: tl.constexpr):
+    return 1.0 / tl.sqrt(variance + META.EPS)
 
 
 @triton.jit
-def mask_function(c, mask_mean, mask_var, mask_weight, mask_bias, EPS: tl.constexpr):
-    """slope and shift of the sigmoid of the normalised p, see ``mask_row``."""
-    mean = channel_value(mask_mean, c)
-    scale = channel_value(mask_weight, c).to(mean.dtype) * reciprocal_std(channel_value(mask_var, c), EPS)
-    shift = channel_value(mask_bias, c).to(mean.dtype) - mean * scale
+def mask_function(c, parameters, META: tl.constexpr):
+    """Slope and shift of ``mask_row``: normalisation, the mask's affine function and log2(e) in one."""
+    mean = channel_value(parameters.mask_mean, c)
+    rstd = reciprocal_std(channel_value(parameters.mask_var, c), META)
+    scale = channel_value(parameters.mask_weight, c).to(mean.dtype) * rstd
+    shift = channel_value(parameters.mask_bias, c).to(mean.dtype) - mean * scale
     return -1.4426950408889634 * scale, -1.4426950408889634 * shift
 
 
 @triton.jit
+def zeros_of(pointer, META: tl.constexpr):
+    """Zero in every lane, in the dtype of sums."""
+    return to_accumulator(tl.zeros([META.LANES], dtype=tl.float32), pointer)
+
+
+@triton.jit
 def load_row(
-    pointer, plane, at, pixel, row, columns, V: tl.constexpr, AROUND: tl.constexpr, HALO: tl.constexpr,
-    U: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    plane, at, row, columns, AROUND: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, META: tl.constexpr
 ):  # fmt: skip
-    """V columns of U pixels each, and AROUND such columns to either side; 0 outside of the image.
+    """V columns of U pixels each, and AROUND such columns to either side; 0 outside the image.
 
     Args:
-        at: of the first of the V columns, in the plane.
-        row: whether the row is inside of the image.
-        columns: of ``columns_around``, with HALO.
+        at: first pixel of the V columns.
+        row: whether the row is inside the image.
+        columns: of the lane.
     """
+    V: tl.constexpr = META.V
     values = ()
     for j in tl.static_range(AROUND):
-        inside = row & columns[HALO - AROUND + j]
-        values = values + load_columns(pointer, plane, at + ((j - AROUND) * U) * pixel, pixel, inside, U, LANES, WIDE)
-    values = values + load_columns(pointer, plane, at, pixel, row, V * U, LANES, WIDE)
+        inside = row & columns[META.HALO - AROUND + j]
+        values = values + load_columns(plane, at + (j - AROUND) * U, inside, U, META.LANES, WIDE)
+    values = values + load_columns(plane, at, row, V * U, META.LANES, WIDE)
     for j in tl.static_range(AROUND):
-        inside = row & columns[HALO + V + j]
-        values = values + load_columns(pointer, plane, at + ((V + j) * U) * pixel, pixel, inside, U, LANES, WIDE)
+        inside = row & columns[META.HALO + V + j]
+        values = values + load_columns(plane, at + (V + j) * U, inside, U, META.LANES, WIDE)
     return values
 
 
 @triton.jit
-def mask_row(
-    p_ptr, plane, pixel, h, w, H, W, live, columns, slope, shift,
-    V: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Row h of the mask m = 1 / (1 + 2^(slope p + shift)), HALO columns to either side included; 0 outside."""
-    row = live & (h >= 0) & (h < H)
-    p = load_row(p_ptr, plane, (h * W + w) * pixel, pixel, row, columns, V, HALO, HALO, 1, LANES, WIDE)
+def mask_row(mask, h, lane, size, META: tl.constexpr):
+    """Row h of the mask m = 1 / (1 + 2^(slope p + shift)) with its halo; 0 outside the image."""
+    HALO: tl.constexpr = META.HALO
+    row = lane.live & (h >= 0) & (h < size.H)
+    p = load_row(mask.plane, h * size.W + lane.w, row, lane.columns, HALO, 1, META.P_WIDE, META)
     masks = ()
-    for j in tl.static_range(V + 2 * HALO):
+    for j in tl.static_range(META.V + 2 * HALO):
         inside = row
         if j < HALO:
-            inside = row & columns[j]
-        if j >= HALO + V:
-            inside = row & columns[j]
-        masks = masks + (tl.where(inside, 1.0 / (1.0 + tl.exp2(p[j] * slope + shift)), 0.0),)
+            inside = row & lane.columns[j]
+        if j >= HALO + META.V:
+            inside = row & lane.columns[j]
+        masks = masks + (tl.where(inside, 1.0 / (1.0 + tl.exp2(p[j] * mask.slope + mask.shift)), 0.0),)
     return masks
 
 
 @triton.jit
-def masks_from(
-    p_ptr, plane, pixel, h, w, H, W, live, columns, slope, shift, zero,
-    V: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of the mask from row h on. (A loop: Triton's compiler is slow where there are many loads.)"""
+def masks_from(mask, h, lane, size, META: tl.constexpr):
+    """The first 2 REACH rows of the mask, from row h on. (A loop, as many loads compile slowly.)"""
+    ROWS: tl.constexpr = 2 * META.REACH
     masks = ()
     if ROWS > 0:
         outside = ()
-        for _ in tl.static_range(V + 2 * HALO):
-            outside = outside + (zero,)
+        for _ in tl.static_range(META.V + 2 * META.HALO):
+            outside = outside + (zeros_of(mask.plane.pointer, META),)
         for _ in tl.static_range(ROWS):
             masks = masks + (outside,)
         for i in range(0, ROWS):
-            row = mask_row(p_ptr, plane, pixel, h + i, w, H, W, live, columns, slope, shift, V, HALO, LANES, WIDE)
-            masks = masks[1:] + (row,)
+            masks = masks[1:] + (mask_row(mask, h + i, lane, size, META),)
     return masks
 
 
 @triton.jit
-def stencil(weight_ptr, inverse_ptr, c, K: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Merged taps [a][b][row][column] of w - w* and of w*: a stencil is m ⊛ (w - w*) + in ⊛ w*, in being 1 inside."""
+def stencil(weight_ptr, inverse_ptr, c, META: tl.constexpr):
+    """Taps w - w* and w*, merged by phase: [a][b][row][column].
+
+    A stencil is m ⊛ (w - w*) + in ⊛ w*, where ``in`` is 1 inside the image and 0 outside.
+    """
+    K: tl.constexpr = META.K
+    U: tl.constexpr = META.U
     R: tl.constexpr = K // 2
-    weight = taps_of(weight_ptr, c, K * K, LANES, CHANNELS)
-    inverse = taps_of(inverse_ptr, c, K * K, LANES, CHANNELS)
+    weight = taps_of(weight_ptr, c, META)
+    inverse = taps_of(inverse_ptr, c, META)
     differences = ()
     inverses = ()
     for a in tl.static_range(U):
@@ -190,31 +242,37 @@ def stencil(weight_ptr, inverse_ptr, c, K: tl.constexpr, U: tl.constexpr, LANES:
 
 
 @triton.jit
-def columns_around(w, W, V: tl.constexpr, HALO: tl.constexpr):
-    """Which of the columns w - HALO to w + V + HALO - 1 are inside of the image; the lane's own V always are."""
+def columns_around(w, W, META: tl.constexpr):
+    """Whether each of the columns w - HALO to w + V + HALO - 1 is inside the image; the lane's own V always are."""
+    HALO: tl.constexpr = META.HALO
     inside = ()
     for j in tl.static_range(HALO):
         inside = inside + (w + j >= HALO,)
-    for _ in tl.static_range(V):
+    for _ in tl.static_range(META.V):
         inside = inside + (w >= 0,)
     for j in tl.static_range(HALO):
-        inside = inside + (w + (V + j) < W,)
+        inside = inside + (w + (META.V + j) < W,)
     return inside
 
 
 @triton.jit
-def rows_around(h, H, REACH: tl.constexpr):
-    """Which of the rows h - REACH to h + REACH are inside of the image."""
+def rows_around(h, H, META: tl.constexpr):
+    """Whether each of the rows h - REACH to h + REACH is inside the image."""
     inside = ()
-    for i in tl.static_range(-REACH, REACH + 1):
+    for i in tl.static_range(-META.REACH, META.REACH + 1):
         inside = inside + ((h + i >= 0) & (h + i < H),)
     return inside
 
 
 @triton.jit
-def inside_sums(inverse, rows, K: tl.constexpr, U: tl.constexpr, REACH: tl.constexpr):
-    """Of in ⊛ w* in a row: sums [a][b][column] over the rows of the stencil that are inside of the image."""
-    R: tl.constexpr = K // 2
+def inside_sums(inverse, rows, META: tl.constexpr):
+    """Column sums of w* over the stencil rows that are inside the image, [a][b][column]: in ⊛ w*, but for its columns.
+
+    Args:
+        rows: of ``rows_around``.
+    """
+    U: tl.constexpr = META.U
+    R: tl.constexpr = META.K // 2
     phases = ()
     for a in tl.static_range(U):
         of_a = ()
@@ -223,7 +281,7 @@ def inside_sums(inverse, rows, K: tl.constexpr, U: tl.constexpr, REACH: tl.const
             for j in tl.static_range((b + R) // U - (b - R) // U + 1):
                 total = 0.0
                 for i in tl.static_range((a - R) // U, (a + R) // U + 1):
-                    total += tl.where(rows[i + REACH], inverse[a][b][i - (a - R) // U][j], 0.0)
+                    total += tl.where(rows[i + META.REACH], inverse[a][b][i - (a - R) // U][j], 0.0)
                 sums = sums + (total,)
             of_a = of_a + (sums,)
         phases = phases + (of_a,)
@@ -232,28 +290,29 @@ def inside_sums(inverse, rows, K: tl.constexpr, U: tl.constexpr, REACH: tl.const
 
 @triton.jit
 def apply_stencil(
-    difference, inside, masks, columns, a: tl.constexpr, b: tl.constexpr, column: tl.constexpr,
-    K: tl.constexpr, U: tl.constexpr, V: tl.constexpr, REACH: tl.constexpr, HALO: tl.constexpr,
+    difference, inside, masks, columns, a: tl.constexpr, b: tl.constexpr, column: tl.constexpr, META: tl.constexpr
 ):  # fmt: skip
     """m ⊛ w + (1 - m) ⊛ w* at phase (a, b) of a lane's column.
 
     Args:
-        difference: of ``stencil``.
-        inside: of ``inside_sums`` for this row.
-        masks: 2 REACH + 1 rows around this one, with HALO columns to either side.
-        columns: of ``columns_around``.
+        difference: w - w*, of ``stencil``.
+        inside: of ``inside_sums``, for this row.
+        masks: 2 REACH + 1 rows around this one, with their halos.
+        columns: of the lane.
     """
-    R: tl.constexpr = K // 2
+    U: tl.constexpr = META.U
+    R: tl.constexpr = META.K // 2
+    HALO: tl.constexpr = META.HALO
     value = 0.0
     for j in tl.static_range((b - R) // U, (b + R) // U + 1):
         constant = inside[a][b][j - (b - R) // U]
         if column + j < 0:
             constant = tl.where(columns[column + j + HALO], constant, 0.0)
-        if column + j >= V:
+        if column + j >= META.V:
             constant = tl.where(columns[column + j + HALO], constant, 0.0)
         value += constant
     for i in tl.static_range((a - R) // U, (a + R) // U + 1):
         for j in tl.static_range((b - R) // U, (b + R) // U + 1):
             tap = difference[a][b][i - (a - R) // U][j - (b - R) // U]
-            value += tap * masks[i + REACH][column + j + HALO]
+            value += tap * masks[i + META.REACH][column + j + HALO]
     return value

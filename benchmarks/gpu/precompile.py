@@ -56,9 +56,9 @@ def measured(spec: OpSpec) -> Iterator[Case]:
             yield Case((batch, *shape[1:]), "", head.options, sizes=head.sizes)
 
 
-def compile_only(wrapped, grid, *arguments, **options) -> None:
+def compile_only(wrapped, grid, **arguments) -> None:
     """In the place of ``launch``."""
-    getattr(wrapped, "kernel", wrapped).run(*arguments, grid=grid, warmup=True, **options)
+    getattr(wrapped, "kernel", wrapped).run(grid=grid, warmup=True, **arguments)
 
 
 def compile_call(spec: OpSpec, case: Case, dtype, parameter_dtype, layout: str, tf32: bool) -> None:

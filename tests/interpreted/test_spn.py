@@ -12,7 +12,7 @@ import triton.language as tl
 from test_ops import assert_same_bits, layout_of, name_of
 
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPN, Case, check_against_eager, evaluate
-from pixnorm.triton_kernels import common, projection, statistics
+from pixnorm.triton_kernels import common, projection
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
@@ -210,20 +210,6 @@ def test_strides_that_say_both_layouts(convert):
     expected = evaluate(SPN, SPN.reference, tensors | {"x": tensors["x"].contiguous()}, {})
     for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_many_parts_are_added_up_in_groups(monkeypatch):
-    monkeypatch.setattr(statistics, "MOST_PARTS", 1)
-    monkeypatch.setattr(statistics, "GROUP", 2)
-    monkeypatch.setattr(statistics, "TILE_OF_DOUBLE", 64)
-    monkeypatch.setattr(statistics, "LEAST_TILES", 1)
-    x = 1000 + SPN.inputs(Case((3, 5, 8, 9), ""), torch.float64)["x"]
-    partials = statistics.partial_statistics((x, 2 * x))
-    assert partials.shape[1] > 3
-    mean, var, mean_of_double, var_of_double = statistics.finish_statistics(partials)
-    torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-12, atol=0)
-    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), rtol=1e-9, atol=0)
-    assert torch.equal(mean_of_double, 2 * mean) and torch.equal(var_of_double, 4 * var)
 
 
 def test_not_a_number_spoils_its_channel_in_training():
