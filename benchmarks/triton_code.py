@@ -347,4 +347,4 @@ def kernels(processes: Processes, wanted: Sequence[Wanted]) -> list[TritonKernel
     slow_first = sorted(jobs.values(), key=lambda job: "reduce" not in job[0].kernel)
     codes = processes.map(compiled, slow_first)
     found = [kernel_of(*job, *code) for job, code in zip(slow_first, codes, strict=True)]
-    return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, kernel.launch.configuration))
+    return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, str(kernel.launch.configuration)))
