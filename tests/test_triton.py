@@ -69,6 +69,20 @@ def pretended_gpu(monkeypatch):
 
 
 BACKWARD = ["reduce", "finish", "apply"]  # of SPN
+# What each kernel writes. PyTorch copies all that a kernel may write, as far as it can tell from its code.
+WRITTEN = {
+    "statistics": "partials",
+    "merge_statistics": "merged",
+    "finish_statistics": "mean var other_mean other_var",
+    "spn_projection": "out partials",
+    "spn_fwd_modulate": "y",
+    "spn_bwd_reduce": "sums dm",
+    "spn_bwd_finish": "d_gamma d_gamma_inv d_beta d_beta_inv d_mask_weight d_mask_bias means",
+    "spn_bwd_apply": "dx dp",
+    "gconv_mix_fwd": "y",
+    "gconv_mix_bwd_input": "grad_u partials",
+    "gconv_mix_bwd_weight": "weights biases",
+}
 STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 
 
@@ -155,7 +169,11 @@ def test_the_compiler_sees_the_kernels(
         for node in nodes:
             # What is written is cloned, argument by argument: one tensor in two places would be written in one of them.
             arguments = node.kwargs.get("kwargs", {})
-            written = [arguments[name] for name in node.kwargs.get("tensors_to_clone", ())]
+            names = node.kwargs.get("tensors_to_clone", ())
+            if arguments:
+                kernel = name_of_kernel(node).removesuffix("_kernel")
+                assert {*names} <= {f"{name}_ptr" for name in WRITTEN[kernel].split()}, kernel
+            written = [arguments[name] for name in names]
             assert all(list(arguments.values()).count(tensor) == 1 for tensor in written), node
 
 
