@@ -1,4 +1,4 @@
-"""What the machine code of the Triton kernels shows, without a GPU: see benchmarks.triton_code."""
+"""Checks of the machine code of the Triton kernels, without a GPU: see benchmarks.triton_code."""
 
 import os
 from dataclasses import replace
@@ -38,7 +38,6 @@ def all_found(processes):
 
 @pytest.fixture(scope="module")
 def found(all_found):
-    """SPN's."""
     return [kernel for kernel in all_found if isinstance(kernel, SPNKernel)]
 
 
@@ -78,7 +77,7 @@ def test_selection_has_statistics_of_instances_for_every_gpu(all_found):
 
 
 def test_predictions_follow_from_bytes_and_instructions(found):
-    """Reading x and p of (64, 256, 32, 32) in float32, by hand: 128 MB at 4.3 TB/s."""
+    """By hand: reading x and p of shape (64, 256, 32, 32) in float32 is 128 MB at 4.3 TB/s."""
     (statistics,) = (kernel for kernel in found if (kernel.gpu.arch, kernel.name) == ("sm_90", STATISTICS))
     assert statistics.dtype == "float"
     by_bytes, by_instructions = statistics.seconds((64, 256, 32, 32))
@@ -88,7 +87,7 @@ def test_predictions_follow_from_bytes_and_instructions(found):
 
 
 def test_predictions_of_a_product(of_gconv):
-    """The same shape through GConv, by hand: 128 MB at 1.83 TB/s; 2 · 256 operations of each element at 125 TFLOP/s."""
+    """By hand, GConv of the same shape: 128 MB at 1.83 TB/s; 2 · 256 operations per element at 125 TFLOP/s."""
     (forward,) = (k for k in of_gconv if (k.gpu.arch, k.name) == ("sm_80", FORWARD))
     assert str(forward.launch.configuration) == "float, NCHW, TF32"
     by_bytes, by_instructions, by_products = forward.seconds((64, 256, 32, 32))
@@ -100,7 +99,7 @@ def test_predictions_of_a_product(of_gconv):
 
 
 def test_each_gate_can_fail(found, processes):
-    """Of what passes, one thing is made worse at a time."""
+    """Take kernels that pass, and make one thing worse at a time."""
     of = {k.name: k for k in found if k.walks and k.launch.configuration == SPNConfiguration("float")}
     modulate, reduce, apply = (of[name] for name in (MODULATE, REDUCE, APPLY))
     unaligned = modulate.launch._replace(attributes={})
@@ -116,7 +115,7 @@ def test_each_gate_can_fail(found, processes):
 
 
 def test_each_gate_of_gconv_can_fail(of_gconv, processes):
-    """Of what passes, one thing is made worse at a time."""
+    """Take kernels that pass, and make one thing worse at a time."""
     of = {k.name: k for k in of_gconv if k.gpu.arch == "sm_80" and k.dtype != "double"}
     forward, grad_weight = of[FORWARD], of[GRAD_WEIGHT]
     unaligned = grad_weight.launch._replace(attributes={})
