@@ -1,4 +1,4 @@
-"""The ops in Triton, as far as no GPU is needed. Their kernels' machine code is looked at in test_triton_code.py."""
+"""The Triton ops, as far as they can be tested without a GPU. Machine code is tested in test_triton_code.py."""
 
 import builtins
 import dis
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def versions(*packages):
-    """The first two numbers of each."""
+    """Major and minor version of each."""
     return [tuple(map(int, importlib.metadata.version(package).split(".")[:2])) for package in packages]
 
 
@@ -42,7 +42,7 @@ def versions(*packages):
 )
 @pytest.mark.beside("tests/interpreted", environment=lambda: {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 def test_kernels_under_the_interpreter(beside):
-    """Triton decides when it is imported whether its kernels are interpreted."""
+    """In a process of its own: whether kernels are interpreted is decided when they are imported."""
     assert beside.returncode == 0, beside.stdout[-6000:]
     assert " passed" in beside.stdout and "skipped" not in beside.stdout
 
@@ -51,7 +51,7 @@ def test_kernels_under_the_interpreter(beside):
 
 
 class PretendedGPU:
-    """What PyTorch and Triton ask of a driver before they compile."""
+    """The part of Triton's driver that PyTorch and Triton use before they compile."""
 
     def get_current_target(self):
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
@@ -62,13 +62,27 @@ class PretendedGPU:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """CPU tensors are taken for those of a GPU; kernels can be compiled, and cannot run."""
+    """Treats CPU tensors as GPU tensors. Kernels can be compiled, but not run."""
     assert _dispatch.find_triton_obstacle("meta", None) is None
     monkeypatch.setattr(_dispatch, "triton_obstacles", {("cpu", None): None})
     monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
 
 
 BACKWARD = ["reduce", "finish", "apply"]  # of SPN
+# What each kernel writes. PyTorch copies all that a kernel may write, as far as it can tell from its code.
+WRITTEN = {
+    "statistics": "partials",
+    "merge_statistics": "merged",
+    "finish_statistics": "mean var other_mean other_var",
+    "spn_projection": "out partials",
+    "spn_fwd_modulate": "y",
+    "spn_bwd_reduce": "sums dm",
+    "spn_bwd_finish": "d_gamma d_gamma_inv d_beta d_beta_inv d_mask_weight d_mask_bias means",
+    "spn_bwd_apply": "dx dp",
+    "gconv_mix_fwd": "y",
+    "gconv_mix_bwd_input": "grad_u partials",
+    "gconv_mix_bwd_weight": "weights biases",
+}
 STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 
 
@@ -124,7 +138,7 @@ STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 def test_the_compiler_sees_the_kernels(
     pretended_gpu, monkeypatch, spec, layout, options, sizes, allow_tf32, dynamic, forward, backward
 ):
-    """No graph break; forward and backward are kernels of ours and products of the library, and nothing opaque."""
+    """No graph break. The graphs contain our kernels and PyTorch's convolutions, and no opaque op."""
     torch.compiler.reset()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow_tf32)
     graphs = []
@@ -153,14 +167,18 @@ def test_the_compiler_sees_the_kernels(
         assert len(found) == len(wanted), found
         assert all(part in name for part, name in zip(wanted, found, strict=True)), found
         for node in nodes:
-            # What is written is cloned, argument by argument: one tensor in two places would be written in one of them.
+            # Written arguments are cloned one by one; if two were the same tensor, only one clone would be written.
             arguments = node.kwargs.get("kwargs", {})
-            written = [arguments[name] for name in node.kwargs.get("tensors_to_clone", ())]
+            names = node.kwargs.get("tensors_to_clone", ())
+            if arguments:
+                kernel = name_of_kernel(node).removesuffix("_kernel")
+                assert {*names} <= {f"{name}_ptr" for name in WRITTEN[kernel].split()}, kernel
+            written = [arguments[name] for name in names]
             assert all(list(arguments.values()).count(tensor) == 1 for tensor in written), node
 
 
 def name_of_kernel(node):
-    """The name of the kernel or of the convolution that a node of a graph is, if it is one."""
+    """The name of a graph node, if it is a kernel or a convolution."""
     if "kernel_idx" in node.kwargs:
         return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
     return "convolution" if node.op == "call_function" and "convolution" in str(node.target) else None
@@ -168,7 +186,7 @@ def name_of_kernel(node):
 
 @pytest.mark.cpu
 def test_pytorch_finds_the_kernels_of_the_ops():
-    """By their text it knows, after an upgrade, that a compiled graph in its cache is out of date."""
+    """Their source is part of the key of cached graphs, so an upgrade of pixnorm invalidates those."""
     assert _dispatch.find_triton_obstacle("meta", None) is None
     from torch._library.triton import get_triton_kernels_for_op
 
@@ -188,7 +206,7 @@ KERNELS = sorted(path.stem for path in (ROOT / "triton_kernels").glob("[!_]*.py"
 @pytest.mark.cpu
 @pytest.mark.parametrize("module", KERNELS)
 def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
-    """It copies the source of a kernel, and of its globals only what it knows: functions of Triton, and constants."""
+    """Inductor copies the source of a kernel. Of its globals it copies only functions of Triton and constants."""
     from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as copied
 
     assert _dispatch._find_triton_obstacle("meta", None) is None
@@ -219,7 +237,7 @@ def test_the_ops_have_the_schemas_of_the_native_ones(module):
 
 @pytest.mark.cpu
 def test_kernels_are_imported_only_when_needed():
-    """And the compiler, which takes longer to import than all else, when something is compiled."""
+    """torch._dynamo, the slowest import, is also not imported before something is compiled."""
     code = "import sys, torch, pixnorm\n"
     code += "assert not {'torch._dynamo', 'triton'} & sys.modules.keys()\n"
     code += "pixnorm.SPN2d(4)(torch.randn(2, 4, 3, 3)).sum().backward()\n"
@@ -309,7 +327,7 @@ def test_gpus_that_triton_does_not_reach(monkeypatch):
     ],
 )
 def test_auto_on_a_gpu(monkeypatch, nothing_known, native, refusal, on_triton, preferred, chosen):
-    """The faster one of those that can run: not a word about the other one; the reference only where neither can."""
+    """The preferred of the backends that can run, without a warning; the reference, with one, if none can."""
     monkeypatch.setattr(_dispatch, "missing", {"cuda": native} if native else {})
     monkeypatch.setattr(_dispatch, "gpu_obstacles", {0: None})
     monkeypatch.setattr(_dispatch, "triton_obstacles", {("cuda", 0): on_triton})
@@ -322,7 +340,7 @@ def test_auto_on_a_gpu(monkeypatch, nothing_known, native, refusal, on_triton, p
 
 
 def test_the_table_of_what_is_faster(monkeypatch):
-    """By GPU, dtype, layout and upsampling; where nothing is known, native."""
+    """Looked up by GPU, dtype, layout and upsampling; native if there is no entry."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     x = types.SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.bfloat16, is_contiguous=lambda **options: bool(options)
@@ -351,7 +369,7 @@ def test_what_32_bits_cannot_count_is_refused(shape, upsample):
 @pytest.mark.parametrize("native", [None, "not built"])
 @pytest.mark.parametrize("on_triton", [None, "too old"])
 def test_a_composite_op_needs_no_extension_on_a_gpu(monkeypatch, nothing_known, native, on_triton):
-    """What runs there are products of the library."""
+    """Its native backend there is PyTorch's matrix products."""
     monkeypatch.setattr(_dispatch, "missing", {"cuda": native, "cpu": native} if native else {})
     monkeypatch.setattr(_dispatch, "triton_obstacles", {("cuda", 0): on_triton})
     for preferred in ("native", "triton"):

@@ -1,4 +1,4 @@
-"""What the machine code of the Triton kernels shows, without a GPU: see benchmarks.triton_code."""
+"""Checks of the machine code of the Triton kernels, without a GPU: see benchmarks.triton_code."""
 
 import os
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_predictions_follow_from_bytes_and_instructions(of_spn):
 
 
 def test_predictions_of_a_product(of_gconv):
-    """The same shape through GConv, by hand: 128 MB at 1.83 TB/s; 2 · 256 operations of each element at 125 TFLOP/s."""
+    """By hand, GConv of the same shape: 128 MB at 1.83 TB/s; 2 · 256 operations per element at 125 TFLOP/s."""
     (forward,) = (k for k in of_gconv if (k.gpu.arch, k.name) == ("sm_80", FORWARD))
     assert str(forward.launch.configuration) == "float, NCHW, TF32"
     by_bytes, by_instructions, by_products = forward.seconds(SHAPE, OPS["gconv_mix"].kernel_passes)
@@ -141,7 +141,7 @@ def test_each_gate_can_fail(of_spn, processes):
 
 
 def test_each_gate_of_gconv_can_fail(of_gconv, processes):
-    """Of what passes, one thing is made worse at a time."""
+    """Take kernels that pass, and make one thing worse at a time."""
     of = {k.name: k for k in of_gconv if k.gpu.arch == "sm_80" and k.dtype != "double"}
     forward, grad_weight = of[FORWARD], of[GRAD_WEIGHT]
     not_rounded = forward.launch._replace(arguments=forward.launch.arguments | {"TF32": False})

@@ -131,6 +131,9 @@ def record(fields):
     A class would be simpler, but Inductor copies the source of kernels, and of what it copies from their globals only
     jitted functions, constexpr functions and constants. A tuple of compile-time constants must be assigned to a
     ``tl.constexpr`` variable; assigned to any other, its constants become tensors.
+
+    A function must not return pointers that are written to, or offsets, if it has other pointers as arguments. PyTorch
+    takes each result to depend on all arguments, and torch.compile copies every tensor that may be written.
     """
     from collections import namedtuple
 
@@ -195,38 +198,39 @@ def tile_of(columns, V: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_columns(plane, at, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+def load_columns(pointer, plane, at, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
     """V pixels from pixel ``at`` of a plane on; 0 where the mask is off.
 
     Args:
-        plane: pointer to the tensor; offset of the plane; stride of a pixel.
+        pointer: to the tensor.
+        plane: its offset in the tensor; the stride of a pixel.
         WIDE: the stride is 1, and the pixels are one vector.
     """
     offset = plane.offset + at * plane.pixel
     if WIDE:
         # Rows and planes are multiples of V. Triton needs the hint here: it forgets hints on arguments of functions.
         o_v = tl.arange(0, V)
-        pointers = plane.pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
-        tile = to_accumulator(tl.load(pointers, mask=mask[:, None], other=0.0), plane.pointer)
+        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        tile = to_accumulator(tl.load(pointers, mask=mask[:, None], other=0.0), pointer)
         return columns_of(tile, V, LANES)
     else:
         columns = ()
         for j in tl.static_range(V):
-            value = tl.load(plane.pointer + (offset + j * plane.pixel), mask=mask, other=0.0)
-            columns = columns + (to_accumulator(value, plane.pointer),)
+            value = tl.load(pointer + (offset + j * plane.pixel), mask=mask, other=0.0)
+            columns = columns + (to_accumulator(value, pointer),)
         return columns
 
 
 @triton.jit
-def store_columns(plane, at, columns, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
+def store_columns(pointer, plane, at, columns, mask, V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
     """The inverse of ``load_columns``."""
     offset = plane.offset + at * plane.pixel
-    dtype = plane.pointer.dtype.element_ty
+    dtype = pointer.dtype.element_ty
     if WIDE:
         # See load_columns.
         o_v = tl.arange(0, V)
-        pointers = plane.pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
+        pointers = pointer + (tl.multiple_of(offset, V)[:, None] + o_v[None, :])
         tl.store(pointers, tile_of(columns, V, LANES).to(dtype), mask=mask[:, None])
     else:
         for j in tl.static_range(V):
-            tl.store(plane.pointer + (offset + j * plane.pixel), columns[j].to(dtype), mask=mask)
+            tl.store(pointer + (offset + j * plane.pixel), columns[j].to(dtype), mask=mask)

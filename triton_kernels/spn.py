@@ -34,11 +34,13 @@ from pixnorm.triton_kernels.spn_rows import (
     PARAMETER_FIELDS,
     SIZE_FIELDS,
     apply_stencil,
+    functions_of,
     inside_sums,
+    lane_of,
     mask_row,
     masks_from,
+    planes_of,
     rows_around,
-    walk_over,
 )
 from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
 
@@ -99,13 +101,15 @@ def spn_fwd_modulate_kernel(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
         gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
     )  # fmt: skip
-    lane, x_plane, y_plane, mask, norm, taps = walk_over(x_ptr, y_ptr, p_ptr, parameters, size, META)
+    lane = lane_of(size, META)
+    x_plane, y_plane, p_plane = planes_of(lane, size, META)
+    mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     h = lane.h
     masks = masks_from(mask, h - REACH, lane, size, META)
     for _ in range(0, rows):
         masks = masks + (mask_row(mask, h + REACH, lane, size, META),)
         here = lane.live & (h < H)
-        x = load_columns(x_plane, h * W + lane.w, here, V, LANES, not LAST)
+        x = load_columns(x_ptr, x_plane, h * W + lane.w, here, V, LANES, not LAST)
         inside = rows_around(h, H, META)
         gamma_inside = inside_sums(taps.gamma_inverse, inside, META)
         beta_inside = inside_sums(taps.beta_inverse, inside, META)
@@ -120,7 +124,7 @@ def spn_fwd_modulate_kernel(
                         value = activated(value, SLOPE)
                     y = y + (value,)
             at = (h * U + a) * (W * U) + lane.w * U
-            store_columns(y_plane, at, y, here, V * U, LANES, not LAST)
+            store_columns(y_ptr, y_plane, at, y, here, V * U, LANES, not LAST)
         h += 1
         masks = masks[1:]
 

@@ -21,25 +21,23 @@ from pixnorm.triton_kernels.spn_rows import (
     SIZE_FIELDS,
     apply_stencil,
     channel_value,
+    functions_of,
     inside_sums,
+    lane_of,
     load_row,
     mask_row,
     masks_from,
+    planes_of,
     reciprocal_std,
     rows_around,
-    walk_over,
     zeros_of,
 )
 
 
 @triton.jit
-def same_plane(pointer, plane):
-    """The plane at the same place in another tensor of the same shape and layout."""
-    return record("pointer offset pixel")(pointer, plane.offset, plane.pixel)
-
-
-@triton.jit
-def gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META: tl.constexpr):
+def gradients_of_row(
+    x_ptr, x_plane, dy_ptr, y_plane, mask, norm, taps, masks, h, lane, size, META: tl.constexpr
+):  # fmt: skip
     """x̂ and dβ ([a][column and b]) of row h, with AROUND columns to either side; dβ is 0 outside the image.
 
     Args:
@@ -59,7 +57,7 @@ def gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META: tl.con
     masks = masks + (row,)
     rows = rows_around(h, size.H, META)
     here = lane.live & rows[META.REACH]
-    values = load_row(x, h * size.W + lane.w, here, lane.columns, AROUND, 1, META.WIDE, META)
+    values = load_row(x_ptr, x_plane, h * size.W + lane.w, here, lane.columns, AROUND, 1, META.WIDE, META)
     x_hat = ()
     for j in tl.static_range(V + 2 * AROUND):
         x_hat = x_hat + (values[j] * norm.rstd + norm.centre,)
@@ -68,7 +66,7 @@ def gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META: tl.con
     d_beta = ()
     for a in tl.static_range(U):
         at = (h * U + a) * (size.W * U) + lane.w * U
-        values = load_row(dy, at, here, lane.columns, AROUND, U, META.WIDE, META)
+        values = load_row(dy_ptr, y_plane, at, here, lane.columns, AROUND, U, META.WIDE, META)
         if META.ACTIVATED:
             passed = ()
             for j in tl.static_range(V + 2 * AROUND):
@@ -178,7 +176,9 @@ def spn_bwd_reduce_kernel(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
         gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
     )  # fmt: skip
-    lane, x, dy, mask, norm, taps = walk_over(x_ptr, dy_ptr, p_ptr, parameters, size, META)
+    lane = lane_of(size, META)
+    x_plane, y_plane, p_plane = planes_of(lane, size, META)
+    mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     mask_mean = channel_value(mask_mean_ptr, lane.mask_channel)
 
     zero = zeros_of(x_ptr, META)
@@ -203,7 +203,7 @@ def spn_bwd_reduce_kernel(
     h -= REACH
     for o in range(-REACH, rows + REACH):
         # Row h of y and of dβ completes row h - REACH of dm.
-        row = gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META)
+        row = gradients_of_row(x_ptr, x_plane, dy_ptr, y_plane, mask, norm, taps, masks, h, lane, size, META)
         masks = row.masks
         dm = gather_mask_gradient(dm + (zeros,), taps, row.d_beta, row.x_hat, META)
 
@@ -232,9 +232,9 @@ def spn_bwd_reduce_kernel(
         if HALVES:
             own = own & of_beta
         if ONE_MASK:
-            store_columns(same_plane(dm_ptr, x), above * W + lane.w, dm[0], own, V, LANES, not LAST)
+            store_columns(dm_ptr, x_plane, above * W + lane.w, dm[0], own, V, LANES, not LAST)
         else:
-            p = load_columns(mask.plane, above * W + lane.w, own, V, LANES, not LAST)
+            p = load_columns(p_ptr, p_plane, above * W + lane.w, own, V, LANES, not LAST)
             for j in tl.static_range(V):
                 m = masks[0][j + HALO]
                 dq = tl.where(own, dm[0][j] * (m * (1.0 - m)), 0.0)
@@ -345,7 +345,9 @@ def spn_bwd_apply_kernel(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
         gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
     )  # fmt: skip
-    lane, x, dy, mask, norm, taps = walk_over(x_ptr, dy_ptr, p_ptr, parameters, size, META)
+    lane = lane_of(size, META)
+    x_plane, y_plane, p_plane = planes_of(lane, size, META)
+    mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     mean_g = channel_value(means_ptr, lane.c * 4)
     mean_gx = channel_value(means_ptr, lane.c * 4 + 1)
     mask_rstd = reciprocal_std(channel_value(mask_var_ptr, lane.mask_channel), META)
@@ -353,8 +355,6 @@ def spn_bwd_apply_kernel(
     scale = channel_value(mask_weight_ptr, lane.mask_channel).to(mask_rstd.dtype) * mask_rstd
     mean_q = channel_value(means_ptr, lane.c * 4 + 2)
     mean_qp = channel_value(means_ptr, lane.c * 4 + 3)
-    dx_plane = same_plane(dx_ptr, x)
-    dp_plane = same_plane(dp_ptr, mask.plane)
 
     zero = zeros_of(x_ptr, META)
     zeros = ()
@@ -367,7 +367,7 @@ def spn_bwd_apply_kernel(
         dm = dm + (zeros,)
     h -= AROUND
     for o in range(-AROUND, rows + AROUND):
-        row = gradients_of_row(x, dy, mask, norm, taps, masks, h, lane, size, META)
+        row = gradients_of_row(x_ptr, x_plane, dy_ptr, y_plane, mask, norm, taps, masks, h, lane, size, META)
         masks = row.masks
         own = row.here & (o >= 0) & (o < rows)
         dx = ()
@@ -380,24 +380,24 @@ def spn_bwd_apply_kernel(
             dx = dx + ((g - mean_g - row.x_hat[j + AROUND] * mean_gx) * norm.rstd,)
         if ONE_MASK:
             weight = channel_value(projection_ptr, lane.c)
-            dp = load_columns(dp_plane, h * W + lane.w, own, V, LANES, True)
+            dp = load_columns(dp_ptr, p_plane, h * W + lane.w, own, V, LANES, True)
             with_mask = ()
             for j in tl.static_range(V):
                 with_mask = with_mask + (dx[j] + weight * dp[j],)
             dx = with_mask
-        store_columns(dx_plane, h * W + lane.w, dx, own, V, LANES, not LAST)
+        store_columns(dx_ptr, x_plane, h * W + lane.w, dx, own, V, LANES, not LAST)
 
         if not ONE_MASK:
             dm = gather_mask_gradient(dm + (zeros,), taps, row.d_beta, row.x_hat, META)
             above = h - REACH
             complete = lane.live & (o >= REACH) & (above < H)
-            p = load_columns(mask.plane, above * W + lane.w, complete, V, LANES, not LAST)
+            p = load_columns(p_ptr, p_plane, above * W + lane.w, complete, V, LANES, not LAST)
             dp = ()
             for j in tl.static_range(V):
                 m = masks[0][j + HALO]
                 dq = dm[0][j] * (m * (1.0 - m))
                 dp = dp + ((dq - mean_q - (p[j] - mask_mean) * (mask_rstd * mean_qp)) * scale,)
-            store_columns(dp_plane, above * W + lane.w, dp, complete, V, LANES, not LAST)
+            store_columns(dp_ptr, p_plane, above * W + lane.w, dp, complete, V, LANES, not LAST)
             dm = dm[1:]
         masks = masks[1:]
         h += 1

@@ -13,8 +13,8 @@ Arguments that occur everywhere:
     size: N, C, H, W, and the rows and strips of the walk.
     lane: its channel c and the mask's; sample n, first row h and first column w; live, whether it exists; columns,
         whether each of the columns w - HALO to w + V + HALO - 1 is inside the image.
-    x, y, p: a plane of these tensors: pointer, offset, and stride of a pixel.
-    mask: the plane of p, and slope and shift of ``mask_row``.
+    x_plane, y_plane, p_plane: the lane's plane of these tensors: offset, and stride of a pixel.
+    mask: pointer to p and plane of it, and slope and shift of ``mask_row``.
     norm: x̂ = x rstd + centre.
     taps: of gamma and beta, as ``stencil`` merges them.
     h: the row that is worked on.
@@ -31,24 +31,21 @@ PARAMETER_FIELDS = tl.constexpr("mean var mask_mean mask_var mask_weight mask_bi
 
 
 @triton.jit
-def walk_over(x_ptr, y_ptr, p_ptr, parameters, size, META: tl.constexpr):
-    """What stays the same along a walk: lane, planes of x and y, mask, norm, taps.
+def functions_of(p_ptr, p_plane, parameters, lane, META: tl.constexpr):
+    """mask, norm and taps.
 
     Args:
-        y_ptr: y or its gradient.
         parameters: pointers to the statistics, the mask's affine parameters and the taps.
     """
-    lane = lane_of(size, META)
-    x, y, p = planes_of(x_ptr, y_ptr, p_ptr, lane, size, META)
     slope, shift = mask_function(lane.mask_channel, parameters, META)
     rstd = reciprocal_std(channel_value(parameters.var, lane.c), META)
     centre = -channel_value(parameters.mean, lane.c) * rstd
     gamma, gamma_inverse = stencil(parameters.gamma, parameters.gamma_inv, lane.c, META)
     beta, beta_inverse = stencil(parameters.beta, parameters.beta_inv, lane.c, META)
-    mask = record("plane slope shift")(p, slope, shift)
+    mask = record("pointer plane slope shift")(p_ptr, p_plane, slope, shift)
     norm = record("rstd centre")(rstd, centre)
     taps = record("gamma gamma_inverse beta beta_inverse")(gamma, gamma_inverse, beta, beta_inverse)
-    return lane, x, y, mask, norm, taps
+    return mask, norm, taps
 
 
 @triton.jit
@@ -82,23 +79,24 @@ def lane_of(size, META: tl.constexpr):
 
 
 @triton.jit
-def plane_of(pointer, n, c, channels, pixels, LAST: tl.constexpr):
+def plane_of(n, c, channels, pixels, LAST: tl.constexpr):
     """The plane of channel c of sample n."""
     if LAST:
-        return record("pointer offset pixel")(pointer, n.to(tl.int64) * channels * pixels + c, channels)
+        return record("offset pixel")(n.to(tl.int64) * channels * pixels + c, channels)
     else:
-        return record("pointer offset pixel")(pointer, (n.to(tl.int64) * channels + c) * pixels, 1)
+        return record("offset pixel")((n.to(tl.int64) * channels + c) * pixels, 1)
 
 
 @triton.jit
-def planes_of(x_ptr, y_ptr, p_ptr, lane, size, META: tl.constexpr):
+def planes_of(lane, size, META: tl.constexpr):
+    """The planes of x, y and p; that of dx, for one, is that of x."""
     pixels = size.H * size.W
-    x = plane_of(x_ptr, lane.n, lane.c, size.C, pixels, META.LAST)
-    y = plane_of(y_ptr, lane.n, lane.c, size.C, pixels * (META.U * META.U), META.LAST)
+    x_plane = plane_of(lane.n, lane.c, size.C, pixels, META.LAST)
+    y_plane = plane_of(lane.n, lane.c, size.C, pixels * (META.U * META.U), META.LAST)
     if META.ONE_MASK:
-        return x, y, plane_of(p_ptr, lane.n, 0, 1, pixels, False)
+        return x_plane, y_plane, plane_of(lane.n, 0, 1, pixels, False)
     else:
-        return x, y, plane_of(p_ptr, lane.n, lane.c, size.C, pixels, META.LAST)
+        return x_plane, y_plane, x_plane
 
 
 @triton.jit
@@ -145,7 +143,7 @@ def zeros_of(pointer, META: tl.constexpr):
 
 @triton.jit
 def load_row(
-    plane, at, row, columns, AROUND: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, META: tl.constexpr
+    pointer, plane, at, row, columns, AROUND: tl.constexpr, U: tl.constexpr, WIDE: tl.constexpr, META: tl.constexpr
 ):  # fmt: skip
     """V columns of U pixels each, and AROUND such columns to either side; 0 outside the image.
 
@@ -158,11 +156,11 @@ def load_row(
     values = ()
     for j in tl.static_range(AROUND):
         inside = row & columns[META.HALO - AROUND + j]
-        values = values + load_columns(plane, at + (j - AROUND) * U, inside, U, META.LANES, WIDE)
-    values = values + load_columns(plane, at, row, V * U, META.LANES, WIDE)
+        values = values + load_columns(pointer, plane, at + (j - AROUND) * U, inside, U, META.LANES, WIDE)
+    values = values + load_columns(pointer, plane, at, row, V * U, META.LANES, WIDE)
     for j in tl.static_range(AROUND):
         inside = row & columns[META.HALO + V + j]
-        values = values + load_columns(plane, at + (V + j) * U, inside, U, META.LANES, WIDE)
+        values = values + load_columns(pointer, plane, at + (V + j) * U, inside, U, META.LANES, WIDE)
     return values
 
 
@@ -171,7 +169,7 @@ def mask_row(mask, h, lane, size, META: tl.constexpr):
     """Row h of the mask m = 1 / (1 + 2^(slope p + shift)) with its halo; 0 outside the image."""
     HALO: tl.constexpr = META.HALO
     row = lane.live & (h >= 0) & (h < size.H)
-    p = load_row(mask.plane, h * size.W + lane.w, row, lane.columns, HALO, 1, META.P_WIDE, META)
+    p = load_row(mask.pointer, mask.plane, h * size.W + lane.w, row, lane.columns, HALO, 1, META.P_WIDE, META)
     masks = ()
     for j in tl.static_range(META.V + 2 * HALO):
         inside = row
@@ -191,7 +189,7 @@ def masks_from(mask, h, lane, size, META: tl.constexpr):
     if ROWS > 0:
         outside = ()
         for _ in tl.static_range(META.V + 2 * META.HALO):
-            outside = outside + (zeros_of(mask.plane.pointer, META),)
+            outside = outside + (zeros_of(mask.pointer, META),)
         for _ in tl.static_range(ROWS):
             masks = masks + (outside,)
         for i in range(0, ROWS):

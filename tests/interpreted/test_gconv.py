@@ -1,4 +1,4 @@
-"""The Triton kernels of GConv's mixing as Python, on the CPU; see test_spn.py."""
+"""GConv's Triton kernels in the interpreter; see test_spn.py."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from pixnorm.triton_kernels import gconv
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
-# The interpreter's time goes by tiles, a twentieth of a second each.
+# The interpreter takes a twentieth of a second per tile.
 SMALL = [case for case in GCONV_MIX.cases if torch.Size(case.shape).numel() <= 5000]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that a few pixels and channels are several tiles, several chunks of a sum, and several parts of a gradient."""
+    """Blocks so small that few pixels and channels make several tiles, chunks and partial sums."""
     blocks = gconv.Blocks(rows=32, columns=16, chunk=16, warps=4, stages=1)
     for name in ("TENSOR_CORES", "TENSOR_CORES_CROWDED", "PLAIN", "DOUBLE"):
         monkeypatch.setattr(gconv, name, blocks)
@@ -25,14 +25,14 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("case, layout", [(case, DENSE_LAYOUTS[i % 2]) for i, case in enumerate(SMALL)], ids=str)
 def test_in_double(case, layout):
-    """There is nothing to tolerate: what is wrong shows."""
+    """With hardly any rounding to tolerate, every mistake shows."""
     check_against_eager(GCONV_MIX, "triton", case, torch.float64, layout=layout)
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 40, 5, 9), (7, 18, 3, 3), (40, 20, 1, 1)], ids=str)
 def test_several_tiles(small_tiles, shape, layout):
-    """45 pixels: two tiles of a sample. 9: two samples of 16 in a tile. One: a tile of 32 samples."""
+    """45 pixels: two tiles per sample. 9 pixels: two samples per tile, padded to 16. 1 pixel: 32 samples per tile."""
     check_against_eager(GCONV_MIX, "triton", Case(shape, ""), torch.float64, layout=layout)
 
 
@@ -44,7 +44,7 @@ def test_other_dtypes(dtype, shape, layout):
 
 
 def test_tf32(monkeypatch):
-    """Operands are rounded, what is added is not: where nothing is mixed, u comes out as it went in."""
+    """Operands of the product are rounded to TF32; u, which is added, is not: with zero weights y equals u."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     tensors = GCONV_MIX.inputs(Case((2, 20, 5, 8), "", sizes={"bias": 0}))
     actual, expected = (evaluate(GCONV_MIX, GCONV_MIX.call(impl), tensors, {}) for impl in ("triton", "reference"))
@@ -64,7 +64,7 @@ def test_gradcheck(shape):
 
 
 def test_opcheck():
-    """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
+    """Schemas and fakes (shapes, dtypes, strides) match the kernels."""
     for layout in DENSE_LAYOUTS:
         tensors = GCONV_MIX.inputs(Case((2, 3, 2, 4), ""), torch.float16, layout=layout)
         for op, args in GCONV_MIX.kernel_calls("triton", tensors, {}):
@@ -73,7 +73,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_layouts(layout):
-    """Any strides, of u and of the gradient; results in the layout of u."""
+    """Inputs and gradients may have any strides; results have the layout of u."""
     tensors = GCONV_MIX.inputs(Case((2, 3, 2, 4), ""), torch.float64, layout=layout)
     actual, expected = (evaluate(GCONV_MIX, GCONV_MIX.call(impl), tensors, {}) for impl in ("triton", "native"))
     for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
@@ -102,7 +102,7 @@ def test_not_a_number_stays_in_its_pixel():
 
 
 def test_both_layers():
-    """A convolution and a fully connected layer on the kernels, through autograd."""
+    """gconv2d and glinear, with gradients."""
     torch.manual_seed(0)
     x, z, s, w = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 4, 5), (2, 2), (4, 5), (4, 4)))
     for function, given, weight in (

@@ -1,6 +1,6 @@
-"""The Triton kernels as Python, on the CPU: what test_ops.py asks of a kernel, on shapes that do not take minutes.
+"""SPN's Triton kernels in Triton's interpreter, on the CPU: the checks of test_ops.py, for small shapes.
 
-``TRITON_INTERPRET=1 python -m pytest tests/interpreted``; test_triton.py runs it so, in a process of its own.
+``TRITON_INTERPRET=1 python -m pytest tests/interpreted``; test_triton.py runs this in a process of its own.
 """
 
 import math
@@ -17,8 +17,8 @@ from pixnorm.triton_kernels import common, projection
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 HEADS = [{}, {"upsample": 2, "activation": "relu"}]
-# The interpreter's time goes by rows, seconds for a few. So these are the smaller ones, others are made smaller, and
-# each runs in one layout, the next one in the other.
+# The interpreter takes time per row, seconds for a few rows. So take the small cases, shrink others, and alternate
+# between layouts.
 SMALL = [case for case in SPN.cases if math.prod(case.shape) <= 450]
 SMALL += [
     Case((3, 6, 3, 4), case.why, case.options, case.values)
@@ -37,7 +37,7 @@ def test_kernels_are_interpreted():
 
 @pytest.mark.parametrize("case, layout", [(case, DENSE_LAYOUTS[i % 2]) for i, case in enumerate(SMALL)], ids=str)
 def test_in_double(case, layout):
-    """There is nothing to tolerate: what is wrong shows."""
+    """With hardly any rounding to tolerate, every mistake shows."""
     check_against_eager(SPN, "triton", case, torch.float64, layout=layout)
 
 
@@ -60,7 +60,7 @@ def test_other_dtypes(dtype, parameter_dtype, options, layout):
 @pytest.mark.parametrize("shape, layout", [((9, 2, 4, 8), "contiguous"), ((3, 33, 4, 4), "channels_last")], ids=str)
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_programs_as_on_a_gpu(monkeypatch, shape, options, layout):
-    """As many lanes as there, one channel each in NCHW, and two strips; so several programs add their sums up."""
+    """As many lanes per program as on a GPU, in NCHW of one channel, and two strips: several programs share a sum."""
     monkeypatch.setattr(common, "LANES_OF_INTERPRETER", 0)
     monkeypatch.setattr(common, "LEAST_ROWS", 2)
     tensors = SPN.inputs(Case(shape, ""), layout=layout)
@@ -71,7 +71,7 @@ def test_programs_as_on_a_gpu(monkeypatch, shape, options, layout):
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 40])
 def test_projection_with_statistics(monkeypatch, channels, layout):
-    """The product of our own: p, the statistics of x and p, and Wᵀ dp added to dx; in float16, and with TF32."""
+    """spn_projection_kernel: p with the statistics of x and p, and dx += Wᵀ dp; in float16, and with TF32."""
     calls = []
     launch = projection.launch
     monkeypatch.setattr(
@@ -99,17 +99,17 @@ def round_kernel(x_ptr):
 
 
 def test_rounding_to_tf32():
-    """To the nearest of 10 bits of fraction, as cuDNN does; the multiplier would cut the others off."""
+    """To nearest, 10 bits of mantissa, as cuDNN does; tensor cores would truncate."""
 
     x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 + 2**-20, -(1 + 2**-12), torch.inf, -torch.inf, torch.nan, torch.nan])
-    x.view(torch.int32)[-1] = 0x7FFFFFFF  # how a GPU writes it
+    x.view(torch.int32)[-1] = 0x7FFFFFFF  # a GPU's NaN
     expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -1.0, torch.inf, -torch.inf, torch.nan, torch.nan])
     round_kernel[(1,)](x)
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gradcheck():
-    """Numerical derivatives along random directions."""
+    """Against numerical derivatives in random directions (fast_mode)."""
     options = {"upsample": 2}
     tensors = SPN.inputs(Case((2, 2, 2, 2), ""), torch.float64)
     leaves = [tensors[name].requires_grad_() for name in SPN.differentiable]
@@ -122,7 +122,7 @@ def test_gradcheck():
 
 
 def test_gradients_can_be_differentiated():
-    """By way of the reference; their values are those of the kernel."""
+    """Through the reference; the first gradients are the kernel's."""
     tensors = SPN.inputs(Case((2, 2, 3, 2), ""), torch.float64)
     leaves = [tensors[name].requires_grad_() for name in SPN.differentiable]
     y = spn(*leaves)
@@ -137,7 +137,7 @@ def test_gradients_can_be_differentiated():
 
 @pytest.mark.parametrize("sizes", [{}, {"masks": 1}], ids=str)
 def test_opcheck(sizes):
-    """Schemas, and the fakes' shapes, dtypes and strides, are true of the kernels."""
+    """Schemas and fakes (shapes, dtypes, strides) match the kernels."""
     case = Case((2, 3, 2, 4), "", sizes=sizes)
     tensors = SPN.inputs(case, torch.bfloat16, parameter_dtype=torch.float32, layout="channels_last")
     for op, args in SPN.kernel_calls("triton", tensors, {"upsample": 2}):
@@ -146,7 +146,7 @@ def test_opcheck(sizes):
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - set(DENSE_LAYOUTS)))
 def test_layouts(layout):
-    """Any strides, of x and of the gradient; results in the layout of x."""
+    """Inputs and gradients may have any strides; results have the layout of x."""
     tensors = SPN.inputs(Case((2, 3, 2, 4), ""), torch.float64, layout=layout)
     for actual, expected in zip(
         *(evaluate(SPN, SPN.call(impl), tensors, {}).named() for impl in ("triton", "reference")), strict=True
@@ -203,7 +203,7 @@ def test_not_a_number_in_the_gradient_stays_where_it_is_in_inference():
     ids=["weight of a channels_last model", "one image, its channels last"],
 )
 def test_strides_that_say_both_layouts(convert):
-    """The library's convolution has an opinion of its own of the layout of p (and a wrong gradient of the image)."""
+    """PyTorch's convolution chooses p's layout by these strides (and gets the image's gradient wrong)."""
     tensors = SPN.inputs(Case((2, 3, 4, 8), ""), torch.float64)
     tensors["x"], tensors["mask_projection"] = convert(tensors["x"], tensors["mask_projection"])
     actual = evaluate(SPN, spn, tensors, {})

@@ -1,4 +1,4 @@
-"""The Triton kernels for statistics as Python, on the CPU; see test_spn.py."""
+"""The Triton kernels for statistics in the interpreter; see test_spn.py."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def numbers(shape, dtype=torch.float32, layout="contiguous", mean=0.0):
 
 
 def plain(tensors, instance, dtype):
-    """By PyTorch, (T, G, C), computed in that dtype."""
+    """The same of PyTorch, (T, G, C), computed in that dtype."""
     dim = (2, 3) if instance else (0, 2, 3)
     both = [torch.var_mean(t.to(dtype), dim, correction=0) for t in tensors]
     shape = len(tensors), -1, tensors[0].shape[1]
