@@ -324,4 +324,6 @@ def triton_kernels(processes: Processes, wanted: Iterable[Wanted]) -> list[Trito
     codes = processes.map(compiled, slow_first)
     compiled_jobs = zip(slow_first, codes, strict=True)
     found = [launch.configuration.of_kernel(gpu, *code, launch) for (launch, gpu), code in compiled_jobs]
-    return sorted(found, key=lambda kernel: (kernel.gpu, kernel.name, kernel.launch.configuration))
+    return sorted(
+        found, key=lambda kernel: (kernel.gpu, kernel.name, type(kernel).__name__, kernel.launch.configuration)
+    )

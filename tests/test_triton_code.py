@@ -71,9 +71,10 @@ def test_selection_has_every_kernel_of_gconv_for_every_gpu_and_on_all_kinds_of_c
     assert {k.multiplier for k in of_gconv} == {"HGMMA", "HMMA", "DMMA", None}
 
 
-def test_selection_has_statistics_of_instances_for_every_gpu(all_found):
-    found = {(k.gpu.arch, k.name) for k in all_found if isinstance(k, StatisticsKernel)}
-    assert found == set(product((gpu.arch for gpu in TRITON_GPUS), (STATISTICS, "finish_statistics_kernel")))
+def test_selection_has_statistics_of_instances(all_found):
+    """Those of large planes in NCHW may be the same code as batch norm's, and then are SPN's."""
+    found = {(k.channels_last, k.small_planes) for k in all_found if isinstance(k, StatisticsKernel)}
+    assert found >= {(True, False), (False, True), (True, True)}
 
 
 def test_predictions_follow_from_bytes_and_instructions(found):
