@@ -78,8 +78,6 @@ GCONV_MIX = OpSpec(
     options={},
     variants=({},),
     inference={},
-    library_sums=("mix_weight", "s"),
-    weight_of_product="mix_weight",
     float32_parameters=False,
     cuda_kernels=False,
 )

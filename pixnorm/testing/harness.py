@@ -204,8 +204,6 @@ class OpSpec:
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
         inference: the keyword arguments of a call that is not training, if that is another one.
-        library_sums: arguments whose gradients are sums of the library's products, whose order is its own.
-        weight_of_product: the argument by which those products multiply.
         float32_parameters: whether parameters may be float32 where x is not; autocast then changes nothing inside.
         cuda_kernels: whether there are any in CUDA C++.
     """
@@ -225,8 +223,6 @@ class OpSpec:
     options: Mapping[str, tuple]
     variants: tuple[Mapping[str, Any], ...]
     inference: Mapping[str, Any]
-    library_sums: tuple[str, ...]
-    weight_of_product: str
     float32_parameters: bool
     cuda_kernels: bool
 

@@ -168,8 +168,6 @@ SPN = OpSpec(
     options={"training": (True, False), "upsample": (1, 2), "activation": (None, "leaky_relu")},
     variants=({}, {"upsample": 2, "activation": "relu"}),
     inference={"training": False},
-    library_sums=("mask_projection",),
-    weight_of_product="mask_projection",
     float32_parameters=True,
     cuda_kernels=True,
 )
