@@ -234,7 +234,6 @@ def test_activations_share_a_layout(layout):
         ({"integers": ("labels", "regions", "noise")}, "noise"),
         ({"buffers": ("labels",)}, "labels cannot be both"),
         ({"differentiable": ("gamma", "x")}, "x must be differentiable, and come first"),
-        ({"product_gradients": ("table",)}, "which product"),
     ],
     ids=str,
 )

@@ -1,15 +1,19 @@
-// Runs SPN's vector code with vectors of 16 and of 64 bytes on the same inputs: the arithmetic is the same lane by
-// lane, so the results must be bitwise equal. This tests the width of AVX-512 on machines without it.
+// Runs SPN's vector code and that of matrix products with vectors of 16 and of 64 bytes on the same inputs: the
+// arithmetic is the same lane by lane, so the results must be bitwise equal. This tests the width of AVX-512 on machines
+// without it.
 
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
+#include "cpu/gemm.h"
 #include "cpu/moments.h"
 #include "cpu/spn.h"
 #include "dispatch.h"
@@ -24,6 +28,8 @@ namespace pixnorm::short_vectors {
 #include "cpu/vec.h"
 // in this order
 #include "cpu/spn_kernels.h"
+// and the products
+#include "cpu/gemm_kernels.h"
 }  // namespace pixnorm::short_vectors
 #undef PIXNORM_VECTOR_BYTES
 #define PIXNORM_VECTOR_BYTES 64
@@ -31,6 +37,8 @@ namespace pixnorm::long_vectors {
 #include "cpu/vec.h"
 // in this order
 #include "cpu/spn_kernels.h"
+// and the products
+#include "cpu/gemm_kernels.h"
 }  // namespace pixnorm::long_vectors
 
 namespace pixnorm {
@@ -99,11 +107,78 @@ bool same_bits(bool channels_last, int64_t c, int64_t h, int64_t w) {
   return different == 0;
 }
 
+// A matrix by its rows or by its columns, with gaps between them.
+template <class A>
+struct Matrix {
+  int64_t stride, depth_stride;
+  std::vector<A> data;
+
+  Matrix(int64_t count, int64_t depth, bool by_depth)
+      : stride(by_depth ? 1 : depth + 2),
+        depth_stride(by_depth ? count + 3 : 1),
+        data(random_values<A>((count - 1) * stride + (depth - 1) * depth_stride + 1)) {}
+
+  A at(int64_t i, int64_t k) const { return data[i * stride + k * depth_stride]; }
+  Operand<A> operand(bool in_place) const {
+    return {data.data(), stride, depth_stride, 7, 7 * depth_stride, in_place ? Use::kInPlace : Use::kPack};
+  }
+};
+
+// A product by short and by long vectors has the same bits, and is right: also where 0 meets infinity, where out holds
+// NaN and is not to be read, and beside its last column.
+template <class A>
+bool product(int64_t rows, int64_t columns, int64_t depth) {
+  const auto coin = [] { return std::rand() % 2 == 0; };
+  Matrix<A> a(rows, depth, coin()), b(columns, depth, coin());
+  a.data[0] = 0;
+  if (coin()) b.data[0] = std::numeric_limits<A>::infinity();
+  const bool add = coin(), b_in_place = b.stride == 1 && columns % long_vectors::kLanes<A> == 0 && coin();
+  const Operand<A> left = a.operand(coin()), right = b.operand(b_in_place);
+  const GemmBlock whole{0, rows, 0, columns, 0, depth};
+  const int64_t out_stride = columns + 1;
+  std::vector<A> before = random_values<A>(rows * out_stride), out[2];
+  if (!add) before.assign(before.size(), std::numeric_limits<A>::quiet_NaN());
+  static std::vector<A> scratch(1 << 20);
+  for (int i = 0; i < 2; ++i) {
+    out[i] = before;
+    const auto multiply = i ? long_vectors::multiply_block<A> : short_vectors::multiply_block<A>;
+    multiply(whole, left, right, out[i].data(), out_stride, add, scratch.data());
+  }
+  int64_t wrong = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = add ? before[r * out_stride + c] : 0, size = std::abs(sum);
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = static_cast<double>(a.at(r, k)) * b.at(c, k);
+        sum += term;
+        size += std::abs(term);
+      }
+      const double is = out[0][r * out_stride + c], error = std::abs(is - sum);
+      wrong += std::isfinite(sum) ? !(error <= 8 * std::numeric_limits<A>::epsilon() * size)
+                                  : !(std::isnan(sum) ? std::isnan(is) : is == sum);
+    }
+    wrong += std::memcmp(&out[0][r * out_stride + columns], &before[r * out_stride + columns], sizeof(A)) != 0;
+  }
+  const int64_t different = differences(out[0], out[1]);
+  if (wrong || different)
+    std::printf("product %ld x %ld x %ld: %ld wrong, %ld differ\n", long(rows), long(columns), long(depth), long(wrong),
+                long(different));
+  return !wrong && !different;
+}
+
 }  // namespace
 }  // namespace pixnorm
 
 int main() {
   bool same = true;
+  for (int64_t rows = 1; rows <= 14; ++rows) {
+    for (const int64_t columns : {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100}) {
+      for (const int64_t depth : {1, 2, 7, 16, 33, 600}) {
+        same = pixnorm::product<float>(rows, columns, depth) && same;
+        same = pixnorm::product<double>(rows, columns, depth) && same;
+      }
+    }
+  }
   for (const bool channels_last : {false, true}) {
     for (const int64_t c : {3, 16, 20, 40}) {
       for (const int64_t w : {1, 7, 16, 33}) {

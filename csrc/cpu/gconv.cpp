@@ -107,18 +107,18 @@ Matrices<A> together(const Shape& s, int64_t images, A* data) {
   return matrices_of(data, images, s.n, s.pixels, s.channels_last);
 }
 
-// out = beta out + M in.
+// out (+)= M in.
 template <class A>
 void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in,
-              double beta = 0) {
-  s.channels_last ? gemm(out, in, m.transposed(), beta) : gemm(out, m, in, beta);
+              bool add = false) {
+  s.channels_last ? gemm(out, in, m.transposed(), add) : gemm(out, m, in, add);
 }
 
-// out = beta out + left rightᵀ, reduced over pixels.
+// out = left rightᵀ, reduced over pixels.
 template <class A>
 void multiply_transposed(const Shape& s, const Matrices<A>& out, const Matrices<const A>& left,
-                         const Matrices<const A>& right, double beta) {
-  s.channels_last ? gemm(out, left.transposed(), right, beta) : gemm(out, left, right.transposed(), beta);
+                         const Matrices<const A>& right) {
+  s.channels_last ? gemm(out, left.transposed(), right, false) : gemm(out, left, right.transposed(), false);
 }
 
 // An (n, n) matrix per image, or one broadcast to all.
@@ -184,7 +184,7 @@ void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, co
                           out + p.at, scratch.data() + p.at, p.rows, p.columns, p.stride);
       });
       const auto to = together(s, images, out);
-      multiply<A>(s, to, square(s, w.data(), to.batch, false), together<const A>(s, images, scratch.data()), 1);
+      multiply<A>(s, to, square(s, w.data(), to.batch, false), together<const A>(s, images, scratch.data()), true);
     }
     narrowed(out, y + first * s.image(), elements);
   }
@@ -231,7 +231,7 @@ void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* 
     const int64_t pixels = std::min(kRun, s.pixels - pixel);
     const auto left = by_image(s, images, dy, pixel, pixels), right = by_image(s, images, u, pixel, pixels);
     const Matrices<A> out{g, images, s.n, s.n, s.n * s.n, s.n, 1};
-    multiply_transposed<A>(s, out, left, right, 0);
+    multiply_transposed<A>(s, out, left, right);
     if (s.pixels <= kRun) return;
     for_elements(count, [&](int64_t i, int64_t end) {
       for (; i < end; ++i) sums[i] = (pixel == 0 ? 0 : sums[i]) + g[i];
@@ -274,9 +274,8 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
         PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, scratch.data() + p.at, scale_of + of_channel, du + p.at,
                           scaled.data() + p.at, d_scales + of_channel, p.rows, p.columns, p.stride);
       });
-      for (int64_t i = 0; i < left.batch; ++i) {
-        multiply_transposed<A>(s, dw, left.at(i), right.at(i), first + i == 0 ? 0 : 1);
-      }
+      s.channels_last ? gemm_sum<A>(dw, left.transposed(), right, first > 0)
+                      : gemm_sum<A>(dw, left, right.transposed(), first > 0);
     }
     if (!gradients.bias.empty()) {
       // Images in turn, so that each sum belongs to one thread.

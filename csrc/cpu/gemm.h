@@ -1,12 +1,7 @@
-// PyTorch's matrix products (MKL or oneDNN) on raw memory.
+// Matrix products on raw memory.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-
-#include "cpu/memory.h"
+#include <cstdint>
 
 namespace pixnorm {
 
@@ -18,16 +13,6 @@ struct Matrices {
   int64_t batch_stride, row_stride, column_stride;
 
   Matrices transposed() const { return {data, batch, columns, rows, batch_stride, column_stride, row_stride}; }
-  Matrices at(int64_t i) const { return {data + i * batch_stride, 1, rows, columns, 0, row_stride, column_stride}; }
-
-  // 2-D for a batch of one, otherwise 3-D.
-  Tensor tensor() const {
-    const std::array<int64_t, 3> sizes{batch, rows, columns}, strides{batch_stride, row_stride, column_stride};
-    const size_t first = batch == 1, dims = 3 - first;
-    return torch::stable::from_blob(
-        const_cast<std::remove_const_t<A>*>(data), {sizes.data() + first, dims}, {strides.data() + first, dims},
-        torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype_of<std::remove_const_t<A>>);
-  }
 };
 
 // Activations as matrices: a batch of (C, pixels) in NCHW, one (images * pixels, C) in channels_last.
@@ -37,18 +22,33 @@ Matrices<A> matrices_of(A* data, int64_t images, int64_t channels, int64_t pixel
   return {data, images, channels, pixels, channels * pixels, pixels, 1};
 }
 
-// out = beta * out + a b, batched.
+// out = a b, or with `add` out + a b, batched. Rows of out are contiguous.
 template <class A>
-void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, double beta) {
-  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
-  if (out.batch == 1) {
-    TORCH_ERROR_CODE_CHECK(beta == 0 ? aoti_torch_cpu_mm_out(to.get(), left.get(), right.get())
-                                     : aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
-  } else {
-    TORCH_ERROR_CODE_CHECK(beta == 0
-                               ? aoti_torch_cpu_bmm_out(to.get(), left.get(), right.get())
-                               : aoti_torch_cpu_baddbmm_out(to.get(), to.get(), left.get(), right.get(), beta, 1));
-  }
-}
+void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, bool add);
+
+// The same, summed over the batch of a and b; out is one matrix.
+template <class A>
+void gemm_sum(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, bool add);
+
+// ---- what gemm.cpp (threads) and gemm_kernels.h (vector code) share ----
+
+// How a kernel gets at an operand: a block packs what it needs, or all was packed before, or it lies well.
+enum class Use { kPack, kPacked, kInPlace };
+
+// Rows of a or columns of b, by depth. Each `run` of depths lies run_stride after the one before: pixels of images.
+template <class A>
+struct Operand {
+  const A* data;
+  int64_t stride, depth_stride, run, run_stride;
+  Use use = Use::kPack;
+  const A* packed = nullptr;
+
+  const A* at(int64_t i, int64_t k) const { return data + i * stride + k / run * run_stride + k % run * depth_stride; }
+};
+
+// What one thread multiplies at a time: rows [m0, m1) by columns [n0, n1), summed over depths [k0, k1).
+struct GemmBlock {
+  int64_t m0, m1, n0, n1, k0, k1;
+};
 
 }  // namespace pixnorm

@@ -69,7 +69,7 @@ void project(const Shape& s, int64_t count, const A* weight, const A* x, A* p) {
   const auto in = as_matrices(x, s, count);
   const auto w = weight_matrices(weight, s, in.batch);
   const auto out = as_matrices(p, s, count);
-  s.channels_last ? gemm(out, in, w.transposed(), 0) : gemm(out, w, in, 0);
+  s.channels_last ? gemm(out, in, w.transposed(), false) : gemm(out, w, in, false);
 }
 
 // dx += W^T dp
@@ -78,16 +78,15 @@ void add_grad_input(const Shape& s, int64_t count, const A* weight, const A* dp,
   const auto in = as_matrices(dp, s, count);
   const auto w = weight_matrices(weight, s, in.batch);
   const auto out = as_matrices(dx, s, count);
-  s.channels_last ? gemm(out, in, w, 1) : gemm(out, w.transposed(), in, 1);
+  s.channels_last ? gemm(out, in, w, true) : gemm(out, w.transposed(), in, true);
 }
 
-// dW = beta dW + dp x^T
+// dW (+)= dp x^T
 template <class A>
-void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* dw, double beta) {
+void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* dw, bool add) {
   const Matrices<A> out{dw, 1, s.c, s.c, 0, s.c, 1};
   const auto left = as_matrices(dp, s, count), right = as_matrices(x, s, count);
-  if (s.channels_last) return gemm(out, left.transposed(), right, beta);
-  for (int64_t n = 0; n < count; ++n) gemm(out, left.at(n), right.at(n).transposed(), n == 0 ? beta : 1);
+  s.channels_last ? gemm_sum(out, left.transposed(), right, add) : gemm_sum(out, left, right.transposed(), add);
 }
 
 // ---- arguments ----
@@ -326,7 +325,7 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
                 apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
               });
     add_grad_input<A>(s, count, values.mask_projection.data(), dp.data(), dx_chunk);
-    add_grad_weight<A>(s, count, dp.data(), x_chunk, gradients.mask_projection.data(), n == 0 ? 0 : 1);
+    add_grad_weight<A>(s, count, dp.data(), x_chunk, gradients.mask_projection.data(), n > 0);
     if constexpr (kWiden) {
       for_elements(elements, [&](int64_t i, int64_t end) {
         PIXNORM_BY_ISA(narrow<T>)(wide_dx.data() + i, dx + n * s.image() + i, end - i);

@@ -74,5 +74,4 @@ GCONV_MIX = OpSpec(
     traffic=_traffic,
     kernel_calls=_kernel_calls,
     product_weight="mix_weight",
-    product_gradients=("mix_weight", "s"),
 )

@@ -208,8 +208,7 @@ class OpSpec:
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
         inference: the keyword arguments of a call that is not training, where it differs from one that is.
-        product_weight: the weight that cuBLAS or oneDNN multiplies by, where the native op contains such a product.
-        product_gradients: names of the arguments whose gradients such a product sums, in an order of its own.
+        product_weight: the weight of the op's matrix product, if it has one; on GPUs it follows TF32 flags.
         float32_parameters: whether parameters may be float32 with activations in half precision; autocast then
             changes nothing inside.
     """
@@ -232,14 +231,12 @@ class OpSpec:
     variants: tuple[Mapping[str, Any], ...] = ({},)
     inference: Mapping[str, Any] = field(default_factory=dict)
     product_weight: str | None = None
-    product_gradients: tuple[str, ...] = ()
     float32_parameters: bool = False
 
     def __post_init__(self):
         assert self.differentiable[0] == self.first, f"{self.name}: {self.first} must be differentiable, and come first"
         overlap = set(self.differentiable) & {*self.integers, *self.buffers} or set(self.integers) & set(self.buffers)
         assert not overlap, f"{self.name}: {', '.join(sorted(overlap))} cannot be both"
-        assert self.product_weight or not self.product_gradients, f"{self.name}: gradients of which product?"
 
     def __str__(self) -> str:
         return self.name

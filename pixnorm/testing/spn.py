@@ -168,6 +168,5 @@ SPN = OpSpec(
     variants=({}, {"upsample": 2, "activation": "relu"}),
     inference={"training": False},
     product_weight="mask_projection",
-    product_gradients=("mask_projection",),
     float32_parameters=True,
 )

@@ -1,0 +1,134 @@
+// Matrix products: how they are cut and given to threads. The arithmetic is in gemm_kernels.h.
+//
+// Work is cut by shape alone and sums are added in a fixed order, so results do not depend on the number of threads.
+
+#include "cpu/gemm.h"
+
+#include <algorithm>
+
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+
+#define PIXNORM_VECTOR_CODE "cpu/gemm_kernels.h"
+#include "cpu/foreach_isa.h"
+
+namespace pixnorm {
+namespace {
+
+// Rows of a, and columns of b if it is transposed.
+template <class A>
+Operand<A> operand(const Matrices<const A>& a) {
+  return {a.data, a.row_stride, a.column_stride, a.columns, a.batch_stride};
+}
+
+// Packing costs a few per cent where each number is used a hundred times. What lies well is not packed: neighbours
+// whose depths are near (pages, and sets of a cache), or, of the left one, depths side by side whose rows do not share
+// sets.
+template <class A>
+Use use_of(const Operand<A>& o, int64_t depth, bool left, int64_t columns) {
+  constexpr int64_t kNear = 256, kSameSets = 2048, size = sizeof(A);
+  bool well = false;
+  if (depth <= o.run) {
+    if (o.stride == 1) {
+      well = o.depth_stride * size <= kNear && (left || columns % PIXNORM_BY_ISA(kLanes<A>) == 0);
+    } else if (o.depth_stride == 1) {
+      well = left && o.stride * size % kSameSets != 0;
+    }
+  }
+  return well ? Use::kInPlace : Use::kPack;
+}
+
+template <class A>
+int64_t scratch_size(const GemmBlock& largest) {
+  return PIXNORM_BY_ISA(right_scratch_size<A>)() + PIXNORM_BY_ISA(left_size<A>)(largest);
+}
+
+}  // namespace
+
+// Many rows or columns: cut there; the other operand, if it is one for all, is packed once.
+template <class A>
+void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, bool add) {
+  Operand<A> left = operand(a), right = operand(b.transposed());
+  left.use = use_of(left, a.columns, true, out.columns), right.use = use_of(right, a.columns, false, out.columns);
+  const bool by_rows = (out.batch == 1 || a.batch_stride != 0) && out.rows > out.columns;
+  const GemmBlock whole{0, out.rows, 0, out.columns, 0, a.columns};
+  // Where each matrix of a batch is multiplied by another one, each cut packs it again.
+  const bool one_for_all = out.batch == 1 || (by_rows ? b : a).batch_stride == 0;
+  const int64_t length = by_rows ? out.rows : out.columns, cut_length = one_for_all ? 128 : 512;
+  const int64_t cuts = ceil_div(length, cut_length), tasks = out.batch * cuts;
+  const auto block = [&](int64_t cut) {
+    GemmBlock g = whole;
+    (by_rows ? g.m0 : g.n0) = cut * cut_length;
+    (by_rows ? g.m1 : g.n1) = std::min((cut + 1) * cut_length, length);
+    return g;
+  };
+  const bool once = one_for_all && tasks > 1;
+  const int64_t steps = PIXNORM_BY_ISA(steps_of)(whole);
+  const int64_t parts = by_rows ? PIXNORM_BY_ISA(panels_of<A>)(whole) : PIXNORM_BY_ISA(tiles_of)(whole);
+  const int64_t size = by_rows ? PIXNORM_BY_ISA(right_size<A>)(whole) : PIXNORM_BY_ISA(left_size<A>)(whole);
+  const Buffer<A> packed(once ? steps * size : 0);
+  if (once) {
+    Operand<A>& operand = by_rows ? right : left;
+    const auto pack = by_rows ? PIXNORM_BY_ISA(pack_right<A>) : PIXNORM_BY_ISA(pack_left<A>);
+    parallel_for(0, steps * parts, ceil_div(1 << 14, size / parts), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        pack(whole, operand, i / parts, i % parts, packed.data() + i / parts * size);
+      }
+    });
+    operand.use = Use::kPacked;
+    operand.packed = packed.data();
+  }
+  const int64_t work = cut_length * a.columns * std::min(out.rows, out.columns);
+  parallel_for(0, tasks, ceil_div(1 << 18, work), [&](int64_t begin, int64_t end) {
+    const Buffer<A> scratch(scratch_size<A>(block(0)));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / cuts;
+      Operand<A> l = left, r = right;
+      l.data += n * a.batch_stride, r.data += n * b.batch_stride;
+      PIXNORM_BY_ISA(multiply_block<A>)(block(i % cuts), l, r, out.data + n * out.batch_stride, out.row_stride, add,
+                                        scratch.data());
+    }
+  });
+}
+
+template <class A>
+void gemm_sum(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, bool add) {
+  constexpr int64_t kPieceDepth = 256, kMostPieces = 16, kRows = 128, kTasks = 8;
+  const int64_t depth = a.batch * a.columns, pieces = std::clamp<int64_t>(depth / kPieceDepth, 1, kMostPieces);
+  const int64_t cuts = std::clamp<int64_t>(std::min(kTasks / pieces, out.rows / kRows), 1, kTasks);
+  const int64_t count = out.rows * out.columns;
+  Operand<A> left = operand(a), right = operand(b.transposed());
+  left.use = use_of(left, depth, true, out.columns), right.use = use_of(right, depth, false, out.columns);
+  const auto block = [&](int64_t i) {
+    const int64_t piece = i / cuts, cut = i % cuts;
+    return GemmBlock{out.rows * cut / cuts, out.rows * (cut + 1) / cuts, 0,
+                     out.columns,           depth * piece / pieces,      depth * (piece + 1) / pieces};
+  };
+  // The first piece goes to its place, the others into parts that are added to it.
+  const Buffer<A> parts((pieces - 1) * count);
+  const GemmBlock largest{0, ceil_div(out.rows, cuts), 0, out.columns, 0, ceil_div(depth, pieces)};
+  parallel_for(0, pieces * cuts, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<A> scratch(scratch_size<A>(largest));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t piece = i / cuts;
+      A* const to = piece == 0 ? out.data : parts.data() + (piece - 1) * count;
+      PIXNORM_BY_ISA(multiply_block<A>)(block(i), left, right, to, piece == 0 ? out.row_stride : out.columns,
+                                        piece == 0 && add, scratch.data());
+    }
+  });
+  if (pieces == 1) return;
+  parallel_for(0, out.rows, ceil_div(1 << 14, pieces * out.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      PIXNORM_BY_ISA(add_parts<A>)(parts.data() + r * out.columns, pieces - 1, count, out.data + r * out.row_stride,
+                                   out.columns);
+    }
+  });
+}
+
+#define PIXNORM_INSTANTIATE(A)                                                                         \
+  template void gemm<A>(const Matrices<A>&, const Matrices<const A>&, const Matrices<const A>&, bool); \
+  template void gemm_sum<A>(const Matrices<A>&, const Matrices<const A>&, const Matrices<const A>&, bool);
+PIXNORM_INSTANTIATE(float)
+PIXNORM_INSTANTIATE(double)
+
+}  // namespace pixnorm
