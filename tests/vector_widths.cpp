@@ -1,6 +1,6 @@
 // Runs SPN's vector code and that of matrix products with vectors of 16 and of 64 bytes on the same inputs: the
-// arithmetic is the same lane by lane, so the results must be bitwise equal. This tests the width of AVX-512 on machines
-// without it.
+// arithmetic is the same lane by lane, so the results must be bitwise equal. This tests the width of AVX-512 on
+// machines without it.
 
 #include <torch/headeronly/util/BFloat16.h>
 
