@@ -1,14 +1,32 @@
 """Pixel-wise normalisations and generative convolutions of GAN generators, as fused kernels for PyTorch."""
 
 from pixnorm import functional, nn
-from pixnorm.nn import NORMS, GConv2d, GLinear, SPN2d, convert_batchnorm, convert_conv, update_statistics
+from pixnorm.nn import (
+    NORMS,
+    AdaIN2d,
+    BatchNorm2d,
+    ConditionalBatchNorm2d,
+    GConv2d,
+    GLinear,
+    LatentBatchNorm2d,
+    SPADE2d,
+    SPN2d,
+    convert_batchnorm,
+    convert_conv,
+    update_statistics,
+)
 from pixnorm.ops._dispatch import backends, load_extensions
 
 __version__ = "0.1.0"
 __all__ = [
     "NORMS",
+    "AdaIN2d",
+    "BatchNorm2d",
+    "ConditionalBatchNorm2d",
     "GConv2d",
     "GLinear",
+    "LatentBatchNorm2d",
+    "SPADE2d",
     "SPN2d",
     "backends",
     "convert_batchnorm",

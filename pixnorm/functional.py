@@ -1,6 +1,8 @@
 """The public functions, in the manner of ``torch.nn.functional``."""
 
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
+from pixnorm.ops.label_conv import label_conv2d
+from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
 from pixnorm.ops.spn import spn
 
-__all__ = ["gconv2d", "gconv_mix", "glinear", "spn"]
+__all__ = ["adain", "adain_transfer", "gconv2d", "gconv_mix", "glinear", "label_conv2d", "modulated_norm", "spn"]

@@ -164,7 +164,7 @@ def test_a_fallback_compiles(nothing_fell_back):
 
 @pytest.mark.parametrize("impl", ["auto", "native", "reference"])
 def test_meta_tensors_have_the_shape_of_the_result(spec, variant, impl):
-    tensors = {name: t.to("meta") for name, t in arguments(spec).items()}
+    tensors = {name: t.to("meta") for name, t in spec.inputs(Case((2, 3, 4, 5), "", variant)).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = spec.function(**tensors, **variant, impl=impl)

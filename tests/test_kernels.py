@@ -61,7 +61,7 @@ def test_the_report_has_all_that_is_aligned(found):
     shown = {name: of_op(op, aligned) for name, op in OPS.items()}
     assert {str(kernel) for of in shown.values() for kernel in of} == set(map(str, aligned))
     assert report.predictions(shown).count("\n") == 1 + sum(map(len, shown.values()))
-    assert report.layers(aligned).count("\n") == 1 + sum(bool(op.cuda) for op in OPS.values()) * 2 * 3 * 4
+    assert report.layers(aligned).count("\n") == 1 + sum(bool(op.gemm_times) for op in OPS.values()) * 2 * 3 * 4
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,9 @@ def test_inputs_are_not_modified(spec, impl, layout):
 def test_output_strides(spec, variant, kernel, layout):
     """channels_last in, channels_last out; everything else, contiguous. So for the gradients of activations."""
     for shape in [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1)]:
-        tensors = spec.inputs(Case(shape, "strides"), layout=layout)
+        if variant.get("statistics") == "instance" and shape[2:] == (1, 1):
+            continue  # one value has no statistics
+        tensors = spec.inputs(Case(shape, "strides", variant), layout=layout)
         x = tensors[spec.first]
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         result = evaluate(spec, spec.call(kernel), tensors, variant)
@@ -189,7 +191,7 @@ def test_gradcheck(spec, options, kernel):
     else:
         pytest.fail("every seed has an output next to the kink")
     leaves, constants = spec.leaves(tensors), spec.constants(tensors)
-    buffers = {name: tensors[name] for name in spec.buffers}
+    buffers = {name: tensors[name] for name in spec.buffers if name in tensors}
 
     def function(*values):
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -211,7 +213,9 @@ def check_double_backward(spec, kernel, case, dtype, parameter_dtype):
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype)
     leaves = spec.leaves(tensors)
     y = spec.function(**(tensors | leaves), **case.options, impl=kernel)
-    grad_y = torch.randn_like(y).requires_grad_()  # the gradient of a shift may depend on nothing else
+    # Requires a gradient: that of a shift may depend on nothing else. Not the seed of the inputs: normalisation removes
+    # from the gradient what is proportional to x, and only rounding errors would be left.
+    grad_y = random(y.shape, torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     plain, differentiable = (
         torch.autograd.grad(y, list(leaves.values()), grad_y, retain_graph=True, create_graph=create)
         for create in (False, True)

@@ -22,8 +22,9 @@ import pixnorm
 from pixnorm.functional import gconv_mix, spn
 from pixnorm.ops import _dispatch
 from pixnorm.ops import gconv as gconv_module
+from pixnorm.ops import modulate as modulate_module
 from pixnorm.ops import spn as spn_module
-from pixnorm.testing import GCONV_MIX, SPN, Case
+from pixnorm.testing import GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -68,7 +69,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", PretendedGPU())
 
 
-BACKWARD = ["reduce", "finish", "apply"]  # of SPN
+BACKWARD = ["bwd_reduce", "bwd_finish", "bwd_apply"]  # of SPN and of modulated norm
 # What each kernel writes. PyTorch copies all that a kernel may write, as far as it can tell from its code.
 WRITTEN = {
     "statistics": "partials",
@@ -79,6 +80,10 @@ WRITTEN = {
     "spn_bwd_reduce": "sums dm",
     "spn_bwd_finish": "d_gamma d_gamma_inv d_beta d_beta_inv d_mask_weight d_mask_bias means",
     "spn_bwd_apply": "dx dp",
+    "modulate_fwd": "y",
+    "modulate_bwd_reduce": "d_gamma d_beta sums",
+    "modulate_bwd_finish": "d_gamma d_beta means",
+    "modulate_bwd_apply": "dx",
     "gconv_mix_fwd": "y",
     "gconv_mix_bwd_input": "grad_u partials",
     "gconv_mix_bwd_weight": "weights biases",
@@ -131,6 +136,28 @@ STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
             [*BACKWARD, "conv"],
         ),
         (GCONV_MIX, "contiguous", {}, {}, True, True, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
+        (MODULATE, "contiguous", {}, {}, False, False, ["statistics", "finish_statistics", "modulate_fwd"], BACKWARD),
+        (
+            MODULATE,
+            "channels_last",
+            {"upsample": 2, "activation": "relu"},
+            {"affine": 1},
+            False,
+            True,
+            ["statistics", "finish_statistics", "modulate_fwd"],
+            BACKWARD,
+        ),
+        (MODULATE, "contiguous", {"training": False}, {"affine": 0}, False, False, ["modulate_fwd"], BACKWARD),
+        (
+            MODULATE_MAPS,
+            "contiguous",
+            {"statistics": "instance", "activation": "leaky_relu"},
+            {},
+            False,
+            True,
+            ["statistics", "finish_statistics", "modulate_fwd"],
+            BACKWARD,
+        ),
         (GCONV_MIX, "channels_last", {}, {"bias": 0}, False, False, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
     ],
     ids=str,
@@ -193,6 +220,8 @@ def test_pytorch_finds_the_kernels_of_the_ops():
     for op, names in {
         "spn_fwd_triton": ["spn_projection", "spn_fwd_modulate", *STATISTICS],
         "spn_bwd_triton": ["spn_projection", "spn_bwd_reduce", "spn_bwd_finish", "spn_bwd_apply"],
+        "modulate_fwd_triton": ["modulate_fwd", *STATISTICS],
+        "modulate_bwd_triton": ["modulate_bwd_reduce", "modulate_bwd_finish", "modulate_bwd_apply"],
         "gconv_mix_fwd_triton": ["gconv_mix_fwd"],
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
     }.items():
@@ -222,7 +251,7 @@ def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
             assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
-@pytest.mark.parametrize("module", [spn_module, gconv_module], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [spn_module, gconv_module, modulate_module], ids=lambda module: module.__name__)
 def test_the_ops_have_the_schemas_of_the_native_ones(module):
     assert _dispatch.find_triton_obstacle("meta", None) is None
     for native, ours in zip(module.ops_of("native"), module.ops_of("triton"), strict=True):

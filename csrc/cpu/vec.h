@@ -44,11 +44,20 @@ PIXNORM_INLINE void store(A* to, Vec<A> v) {
 
 #include "activation_functions.h"
 
-template <class A>
+// Adds to each lane j lane j ^ kDistance.
+template <int kDistance, class V, int... j>
+PIXNORM_INLINE V add_swapped(V v, std::integer_sequence<int, j...>) {
+  return v + __builtin_shufflevector(v, v, (j ^ kDistance)...);
+}
+
+// By halves: a chain of log2(lanes) additions.
+template <class A, int kDistance = kLanes<A> / 2>
 PIXNORM_INLINE A sum_lanes(Vec<A> v) {
-  A sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
-  return sum;
+  if constexpr (kDistance > 0) {
+    return sum_lanes<A, kDistance / 2>(add_swapped<kDistance>(v, std::make_integer_sequence<int, kLanes<A>>{}));
+  } else {
+    return v[0];
+  }
 }
 
 // Loads kLanes<acc_t<T>> elements of storage type T and upcasts them.

@@ -11,6 +11,7 @@
 #include "activation.h"
 #include "check.h"
 #include "cuda/gemm.cuh"
+#include "cuda/instances.cuh"
 #include "cuda/spn_walk.cuh"
 #include "tensor.h"
 
@@ -79,16 +80,6 @@ Tensor statistic(const Tensor& t, const Shape& s) {
 
 constexpr int kMaxSplits = 64;  // partial sums per channel that a later kernel adds up
 
-template <bool kValue>
-using Bool = std::bool_constant<kValue>;
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
-
-template <class F>
-void dispatch_bool(bool value, const F& f) {
-  value ? f(Bool<true>{}) : f(Bool<false>{});
-}
-
 // Columns of x per thread: in NCHW 16 bytes of y, or one column where width or alignment rule that out.
 template <class T, int U, bool kChannelsLast>
 constexpr int kColumns = std::is_same_v<T, double> ? 1
@@ -104,13 +95,6 @@ void dispatch_columns(const Shape& s, std::initializer_list<const void*> like_x,
     fits = fits && is_aligned(like_y, U * kMost * sizeof(T));
   }
   kMost > 1 && fits ? f(Int<kMost>{}) : f(Int<1>{});
-}
-
-// f(Bool<channels_last>, Int<upsample>)
-template <class F>
-void dispatch_layout(bool channels_last, int64_t upsample, const F& f) {
-  dispatch_bool(channels_last,
-                [&](auto last) { dispatch_bool(upsample == 2, [&](auto twice) { f(last, Int<twice() ? 2 : 1>{}); }); });
 }
 
 inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stream) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/parameter.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
 #include "dispatch.h"
@@ -208,32 +209,6 @@ struct Mask<double> {
 };
 
 // ---- parameters ----
-
-// A parameter tensor, in x's dtype or in the accumulation type.
-template <class T>
-struct Parameter {
-  const void* data;
-  bool wide;
-
-  __device__ __forceinline__ acc_t<T> operator[](int i) const {
-    return wide ? static_cast<acc_t<T>>(static_cast<const acc_t<T>*>(data)[i])
-                : static_cast<acc_t<T>>(static_cast<const T*>(data)[i]);
-  }
-};
-
-template <class T>
-struct Gradient {
-  void* data;
-  bool wide;
-
-  __device__ __forceinline__ void set(int i, acc_t<T> value) const {
-    if (wide) {
-      static_cast<acc_t<T>*>(data)[i] = value;
-    } else {
-      static_cast<T*>(data)[i] = static_cast<T>(value);
-    }
-  }
-};
 
 #include "activation_functions.h"
 

@@ -2,22 +2,24 @@
 Tables 1 and 2): with batch norm, SPN, or batch norm modulated by the latent vector; with plain or generative
 convolutions."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnorm.nn import GConv2d, LatentBatchNorm2d, SPN2d
+from pixnorm.nn import BatchNorm2d, GConv2d, LatentBatchNorm2d, SPN2d
 from pixnorm.ops.checks import check_option
 
-NORMS = ("bn", "spn", "bigbn")
+NORMS = ("bn", "fused_bn", "spn", "bigbn")
 CONVS = ("conv", "gconv")
 
 
 class UpBlock(nn.Module):
     """Residual block that doubles the resolution: upsample, norm, ReLU, conv, norm, ReLU, conv, plus the shortcut.
 
-    With SPN, upsampling, norm and ReLU are one layer. Batch norm and ReLU commute with nearest upsampling, so they come
-    before it, at a quarter of the cost; SPN does not commute (its kernels see different neighbours) and comes after it.
+    Upsampling, norm and ReLU are one layer, except with plain batch norm: that and ReLU commute with upsampling and
+    come before it, at a quarter of the cost. SPN does not commute (its kernels see different neighbours).
     The shortcut is an upsampling, after a 1x1 convolution if the number of channels changes; that one is never
     generative.
 
@@ -40,20 +42,15 @@ class UpBlock(nn.Module):
     ):
         super().__init__()
         self.latent_norm, self.latent_conv = norm == "bigbn", conv == "gconv"
-        if norm == "spn":
-            self.norm1 = SPN2d(in_channels, upsample=2, activation="relu", impl=impl)
-            self.act1 = nn.Identity()
-            self.norm2 = SPN2d(out_channels, activation="relu", impl=impl)
-            self.act2 = nn.Identity()
-        else:
-            norms = (
-                LatentBatchNorm2d(size, latent_dim) if norm == "bigbn" else nn.BatchNorm2d(size)
-                for size in (in_channels, out_channels)
-            )
-            self.norm1 = next(norms)
+        if norm == "bn":
+            self.norm1, self.norm2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(out_channels)
             self.act1 = nn.Sequential(nn.ReLU(inplace=True), nn.Upsample(scale_factor=2))
-            self.norm2 = next(norms)
             self.act2 = nn.ReLU(inplace=True)
+        else:
+            kind = {"fused_bn": BatchNorm2d, "spn": SPN2d, "bigbn": partial(LatentBatchNorm2d, latent_dim=latent_dim)}
+            self.norm1 = kind[norm](in_channels, upsample=2, activation="relu", impl=impl)
+            self.norm2 = kind[norm](out_channels, activation="relu", impl=impl)
+            self.act1, self.act2 = nn.Identity(), nn.Identity()
 
         def convolution(size: int) -> nn.Conv2d | GConv2d:
             if conv == "gconv":
@@ -89,10 +86,11 @@ class Generator(nn.Module):
 
     Args:
         resolution: of the images; 32.
-        norm: in the blocks: ``"bn"``, ``"spn"``, or ``"bigbn"``, :class:`pixnorm.nn.LatentBatchNorm2d`.
+        norm: in the blocks: ``"bn"``, PyTorch's; ``"fused_bn"``, :class:`pixnorm.BatchNorm2d` with upsampling and ReLU
+            in it; ``"spn"``; or ``"bigbn"``, :class:`pixnorm.nn.LatentBatchNorm2d`.
         latent_dim: length of a latent vector.
         channels: width of every block.
-        impl: of the SPN and GConv layers, see :class:`pixnorm.SPN2d`. Does not affect parameters or state-dict keys.
+        impl: of our layers, see :class:`pixnorm.SPN2d`. Does not affect parameters or state-dict keys.
         conv: in the blocks: ``"conv"``, or ``"gconv"``, :class:`pixnorm.GConv2d`.
         num_classes: of a conditional generator, else 0. Its ``"bigbn"`` and ``"gconv"`` layers get the latent vector
             followed by the one-hot vector of the class; the fully connected layer does not.
@@ -134,8 +132,9 @@ class Generator(nn.Module):
 
         self.fc = _glorot(nn.Linear(latent_dim, channels * 4 * 4, bias=bias))
         self.block1, self.block2, self.block3 = block(), block(), block()
-        self.norm = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU(inplace=True)
+        fused = norm == "fused_bn"
+        self.norm = BatchNorm2d(channels, activation="relu", impl=impl) if fused else nn.BatchNorm2d(channels)
+        self.act = nn.Identity() if fused else nn.ReLU(inplace=True)
         self.conv = _glorot(nn.Conv2d(channels, 3, 3, padding=1, bias=bias))
         self.tanh = nn.Tanh()
 

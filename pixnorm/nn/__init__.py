@@ -1,17 +1,23 @@
 """The layers as modules, and functions that convert a model's layers into them."""
 
-from pixnorm.nn.batchnorm import LatentBatchNorm2d
+from pixnorm.nn.adain import AdaIN2d
+from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatchNorm2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
+from pixnorm.nn.spade import SPADE2d
 from pixnorm.nn.spn import SPN2d
 from pixnorm.nn.statistics import NORMS, update_statistics
 
 __all__ = [
     "NORMS",
+    "AdaIN2d",
+    "BatchNorm2d",
+    "ConditionalBatchNorm2d",
     "Conversion",
     "GConv2d",
     "GLinear",
     "LatentBatchNorm2d",
+    "SPADE2d",
     "SPN2d",
     "convert_batchnorm",
     "convert_conv",

@@ -24,6 +24,7 @@ from pixnorm.testing.harness import (
     saved_bytes,
     without_kink,
 )
+from pixnorm.testing.modulate import MODULATE, MODULATE_MAPS
 from pixnorm.testing.spn import SPN
 
 
@@ -42,6 +43,8 @@ __all__ = [
     "FACTOR",
     "GCONV_MIX",
     "LAYOUTS",
+    "MODULATE",
+    "MODULATE_MAPS",
     "SPECS",
     "SPN",
     "TOLERANCES",

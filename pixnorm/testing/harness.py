@@ -191,6 +191,7 @@ class OpSpec:
 
     Attributes:
         name: the op id.
+        title: in the names of tests, where an op has several specs.
         function: the public function; takes ``impl``.
         reference: the specification, in plain PyTorch.
         make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name.
@@ -225,6 +226,7 @@ class OpSpec:
     per_sample: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    title: str = ""
     saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
     takes: Callable[[str, Case], bool] = lambda impl, case: True
     options: Mapping[str, tuple] = field(default_factory=dict)
@@ -239,7 +241,7 @@ class OpSpec:
         assert not overlap, f"{self.name}: {', '.join(sorted(overlap))} cannot be both"
 
     def __str__(self) -> str:
-        return self.name
+        return self.title or self.name
 
     def inputs(
         self,
@@ -325,7 +327,7 @@ def evaluate(
     The gradient of y gets y's dtype and layout; None stands for random numbers, the same ones on every call.
     """
     leaves = spec.leaves(tensors)
-    buffers = {name: tensors[name].clone() for name in spec.buffers}
+    buffers = {name: tensors[name].clone() for name in spec.buffers if name in tensors}
     y = function(**leaves, **buffers, **spec.constants(tensors), **options)
     if grad_y is None:
         grad_y = random(y.shape, torch.Generator().manual_seed(1))

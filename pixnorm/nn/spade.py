@@ -1,0 +1,152 @@
+"""Spatially adaptive normalisation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixnorm.functional import label_conv2d
+from pixnorm.nn._leaf import traced
+from pixnorm.nn.batchnorm import ModulatedNorm2d
+
+
+class SPADE2d(ModulatedNorm2d):
+    r"""SPADE (arXiv 1903.07291; NVlabs/SPADE): a norm whose scale and shift are maps, made from a label map:
+
+    ``y = (1 + γ) · x̂ + β``, with ``[γ, β] = conv(relu(conv(labels)))``, the label map nearest-resized to x.
+
+    Where the map holds integer labels, the first convolution is a gather (:func:`pixnorm.functional.label_conv2d`), and
+    no one-hot tensor is made. γ and β are one convolution with 2C outputs.
+
+    Args:
+        num_features: C, the channels of the input.
+        label_channels: L, the number of labels.
+        hidden_channels: between the two convolutions.
+        kernel_size: of both convolutions, odd.
+        statistics: ``"batch"`` or ``"instance"``.
+        eps, momentum, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
+        upsample, activation, negative_slope, impl: as in :func:`pixnorm.functional.modulated_norm`.
+
+    Shape:
+        x (N, C, H, W) and a label map: one-hot or soft (N, L, h, w), or integers (N, h, w) of int64; to
+        (N, C, H * upsample, W * upsample).
+
+    Parameters ``shared_weight`` (hidden, L, k, k) and ``shared_bias`` (hidden); ``weight`` (2C, hidden, k, k) and
+    ``bias`` (2C): scales, then shifts. They start as those of ``nn.Conv2d``. Buffers as in ``nn.BatchNorm2d``.
+
+    Raises:
+        ValueError: an argument is out of range, or the label map does not fit.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        label_channels: int,
+        hidden_channels: int = 128,
+        kernel_size: int = 3,
+        statistics: str = "batch",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        upsample: int = 1,
+        activation: str | None = None,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+        *,
+        negative_slope: float = 0.2,
+    ):
+        for name, value in (("label_channels", label_channels), ("hidden_channels", hidden_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            track_running_stats,
+            upsample,
+            activation,
+            negative_slope,
+            impl,
+            gamma_offset=1.0,
+            statistics=statistics,
+            device=device,
+            dtype=dtype,
+        )
+        self.label_channels, self.hidden_channels, self.kernel_size = label_channels, hidden_channels, kernel_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.shared_weight = parameter(hidden_channels, label_channels, kernel_size, kernel_size)
+        self.shared_bias = parameter(hidden_channels)
+        self.weight = parameter(2 * num_features, hidden_channels, kernel_size, kernel_size)
+        self.bias = parameter(2 * num_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, and reset the running statistics."""
+        self.reset_running_stats()
+        for weight, bias in ((self.shared_weight, self.shared_bias), (self.weight, self.bias)):
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as nn.Conv2d
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, input: Tensor, segmap: Tensor) -> Tensor:
+        """Normalise the input, then scale and shift each pixel as the label map says."""
+        if (node := traced(self, input, segmap)) is not None:
+            return node
+        self._check_map(input, segmap)
+        size = [side * self.upsample for side in input.shape[2:]]
+        if segmap.dim() == 3:
+            labels = nearest_labels(segmap, size)
+            # Whose kernels are for the CPU alone: other impls are those of the norm.
+            impl = "reference" if self.impl == "reference" else "auto"
+            hidden = label_conv2d(labels, self.shared_weight, self.shared_bias, "relu", impl=impl)
+        else:
+            resized = F.interpolate(segmap.to(self.shared_weight.dtype), size, mode="nearest")
+            hidden = F.relu(F.conv2d(resized, self.shared_weight, self.shared_bias, padding=self.kernel_size // 2))
+        maps = F.conv2d(hidden, self.weight, self.bias, padding=self.kernel_size // 2)
+        gamma, beta = maps.chunk(2, dim=1)
+        return self._modulated(input, gamma, beta)
+
+    def _check_map(self, x: Tensor, segmap: Tensor) -> None:
+        labels = segmap.dim() == 3 and segmap.dtype == torch.int64
+        soft = segmap.dim() == 4 and segmap.is_floating_point() and segmap.shape[1] == self.label_channels
+        if not (labels or soft) or segmap.shape[0] != x.shape[0]:
+            n = x.shape[0]
+            wanted = f"({n}, h, w) of torch.int64 or ({n}, {self.label_channels}, h, w) of floating point"
+            raise ValueError(f"the label map must be {wanted}, got {tuple(segmap.shape)} of {segmap.dtype}")
+
+    def load_nvlabs_spade(self, state_dict: dict[str, Tensor]) -> None:
+        """Load a SPADE layer of NVlabs/SPADE: keys ``param_free_norm.*``, ``mlp_shared.0.*``, ``mlp_gamma.*``,
+        ``mlp_beta.*``.
+
+        Raises:
+            RuntimeError: keys are missing or unexpected, or shapes differ, as in ``load_state_dict``.
+        """
+        renamed = {
+            "mlp_shared.0.weight": "shared_weight",
+            "mlp_shared.0.bias": "shared_bias",
+            **{f"param_free_norm.{name}": name for name in ("running_mean", "running_var", "num_batches_tracked")},
+        }
+        own = {renamed.get(name, name): value for name, value in state_dict.items()}
+        for kind in ("weight", "bias"):
+            halves = [own.pop(f"mlp_{half}.{kind}", None) for half in ("gamma", "beta")]
+            if all(half is not None for half in halves):
+                own[kind] = torch.cat(halves)
+        self.load_state_dict(own)
+
+    def extra_repr(self) -> str:
+        sizes = f", label_channels={self.label_channels}, hidden_channels={self.hidden_channels}"
+        return super().extra_repr() + sizes + f", kernel_size={self.kernel_size}"
+
+
+def nearest_labels(labels: Tensor, size: list[int]) -> Tensor:
+    """Labels (N, h, w) at another size, as ``F.interpolate(mode="nearest")`` picks them: source index ⌊i h / H⌋."""
+    rows, columns = (
+        (torch.arange(to, device=labels.device) * (side / to)).to(torch.int64).clamp(max=side - 1)
+        for side, to in zip(labels.shape[1:], size, strict=True)
+    )
+    return labels[:, rows[:, None], columns]

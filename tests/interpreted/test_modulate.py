@@ -1,0 +1,168 @@
+"""Modulated norm's Triton kernels in the interpreter; see test_spn.py."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_ops import assert_same_bits, layout_of, name_of
+
+from pixnorm.functional import modulated_norm
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, MODULATE, MODULATE_MAPS, Case, OpSpec, check_against_eager, evaluate
+from pixnorm.testing.modulate import INSTANCE, MAPS, NONE, ROWS, UP, VECTOR
+from pixnorm.triton_kernels import modulate as kernels
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
+
+SPECS = (MODULATE, MODULATE_MAPS)
+both_layouts = pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+both_specs = pytest.mark.parametrize("spec", SPECS, ids=str)
+LEAKY = INSTANCE | {"activation": "leaky_relu", "gamma_offset": 1.0}
+
+
+def small_cases() -> Iterator[tuple[OpSpec, Case, str]]:
+    """The interpreter takes a second for a call, so small cases only, which alternate between layouts."""
+    for spec in SPECS:
+        small = [case for case in spec.cases if math.prod(case.shape) <= 600 or case.shape == (2, 136, 2, 3)]
+        yield from ((spec, case, DENSE_LAYOUTS[i % 2]) for i, case in enumerate(small))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that a plane has several, of several programs, whose sums are added up in several rounds."""
+    for name, value in {"TILE": 8, "TILE_OF_DOUBLE": 8, "RUN": 16, "PROGRAMS": 18, "SUMS": 2}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+@pytest.mark.parametrize("spec, case, layout", list(small_cases()), ids=str)
+def test_in_double(spec, case, layout):
+    """With hardly any rounding to tolerate, every mistake shows."""
+    check_against_eager(spec, "triton", case, torch.float64, layout=layout)
+
+
+@both_layouts
+@pytest.mark.parametrize("options", [UP, LEAKY], ids=str)
+@pytest.mark.parametrize(
+    "dtype, parameter_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=name_of,
+)
+def test_other_dtypes(dtype, parameter_dtype, options, layout):
+    for affine in (VECTOR, ROWS, MAPS) if parameter_dtype == dtype else (VECTOR, ROWS):
+        case = Case((2, 5, 3, 8), "", options, sizes={"affine": affine})
+        check_against_eager(SPECS[affine == MAPS], "triton", case, dtype, parameter_dtype, layout)
+
+
+@both_layouts
+@pytest.mark.parametrize("affine", [NONE, VECTOR, ROWS, MAPS])
+@pytest.mark.parametrize("options", [{}, UP, LEAKY], ids=str)
+def test_several_programs(small_tiles, affine, options, layout):
+    """3 x 14 pixels: tiles with a remainder, several per program; in channels_last of 2 of the 3 channels."""
+    case = Case((2, 3, 3, 14), "", options, sizes={"affine": affine})
+    tensors = MODULATE.inputs(case, torch.float64, layout=layout)
+    tiling = kernels.Tiling.of(tensors["x"], options.get("upsample", 1))
+    assert tiling.parts > kernels.SUMS and tiling.tiles > 1
+    check_against_eager(SPECS[affine == MAPS], "triton", case, torch.float64, layout=layout)
+
+
+@pytest.mark.parametrize(
+    "shape, upsample, expected",
+    [
+        ((64, 256, 32, 32), 1, (4, 2, 1024, 1, 1)),
+        ((64, 256, 4, 4), 1, (4, 128, 16, 1, 1)),
+        ((64, 256, 32, 32), 2, (2, 1, 1024, 1, 1)),
+        ((1, 3, 91, 100), 1, (4, 1, 2048, 1, 5)),
+        ((1, 3, 5, 7), 1, (1, 4, 64, 1, 1)),
+        ((64, 64, 256, 256), 1, (4, 1, 2048, 32, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_of_planes(shape, upsample, expected):
+    """Vector, channels and pixels of a tile, tiles of a program, programs of a plane."""
+    assert kernels.Tiling.of(torch.empty(shape, device="meta"), upsample)[:5] == expected
+
+
+@both_specs
+@pytest.mark.parametrize("options", [UP, LEAKY], ids=str)
+def test_gradcheck(spec, options):
+    """Against numerical derivatives in random directions (fast_mode)."""
+    tensors = spec.inputs(Case((2, 2, 2, 2), "", options), torch.float64)
+    leaves = [tensors[name].requires_grad_() for name in spec.differentiable]
+
+    def function(*leaves):
+        return modulated_norm(*leaves, **options, impl="triton")
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@both_specs
+@pytest.mark.parametrize("options", [UP, LEAKY, {"training": False}], ids=str)
+def test_opcheck(spec, options):
+    """Schemas and fakes (shapes, dtypes, strides) match the kernels."""
+    for layout in DENSE_LAYOUTS:
+        tensors = spec.inputs(Case((2, 3, 2, 4), "", options), torch.float32, layout=layout)
+        for op, args in spec.kernel_calls("triton", tensors, options):
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@both_specs
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - set(DENSE_LAYOUTS)))
+def test_layouts(spec, layout):
+    """Inputs and gradients may have any strides; results have the layout of x."""
+    tensors = spec.inputs(Case((2, 3, 2, 4), "", UP), torch.float64, layout=layout)
+    actual, expected = (evaluate(spec, spec.call(impl), tensors, UP) for impl in ("triton", "reference"))
+    for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_maps_in_another_layout_than_x():
+    """Their gradients have the maps' layout."""
+    tensors = MODULATE_MAPS.inputs(Case((2, 3, 2, 4), ""), torch.float64)
+    mixed = tensors | {"gamma": LAYOUTS["channels_last"](tensors["gamma"])}
+    actual, expected = (evaluate(MODULATE_MAPS, MODULATE_MAPS.call("triton"), of, {}) for of in (mixed, tensors))
+    assert_same_bits(actual, expected)
+    assert layout_of(actual.grads["gamma"]) == layout_of(mixed["gamma"])
+    assert layout_of(actual.grads["beta"]) == layout_of(tensors["beta"])
+
+
+@both_specs
+@both_layouts
+def test_two_runs_are_bit_identical(small_tiles, spec, layout):
+    tensors = spec.inputs(Case((2, 3, 2, 8), "", UP), layout=layout)
+    assert_same_bits(*(evaluate(spec, spec.call("triton"), tensors, UP) for _ in range(2)))
+
+
+@both_specs
+@pytest.mark.parametrize("options", [UP, LEAKY], ids=str)
+def test_empty_batch(spec, options):
+    tensors = spec.inputs(Case((0, 3, 5, 7), "", options))
+    result = evaluate(spec, spec.call("triton"), tensors, options)
+    assert result.y.shape[0] == 0
+    assert all(not grad.any() for grad in result.grads.values())
+    assert all(torch.equal(buffer, tensors[name]) for name, buffer in result.buffers.items())
+
+
+@both_specs
+@pytest.mark.parametrize("options", [{"training": False, "activation": "relu"}, INSTANCE], ids=str)
+def test_not_a_number_stays_in_its_group(small_tiles, spec, options):
+    """Its pixel, or its plane where that is normalised by itself; in y and in the gradient of x."""
+    tensors = spec.inputs(Case((2, 3, 5, 8), "", options), torch.float64)
+    tensors["x"][1, 1, 2, 4] = torch.nan
+    actual, expected = (evaluate(spec, spec.call(impl), tensors, options) for impl in ("triton", "reference"))
+    assert actual.y.isnan().sum() == (40 if options == INSTANCE else 1)
+    for (name, a), (_, b) in zip(actual.named(), expected.named(), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@both_specs
+def test_autocast_changes_nothing(spec):
+    tensors = spec.inputs(Case((2, 3, 2, 4), "", UP))
+    plain = evaluate(spec, spec.call("triton"), tensors, UP)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(evaluate(spec, spec.call("triton"), tensors, UP), plain)
