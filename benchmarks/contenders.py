@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import PRECISIONS, Op, Step
+from benchmarks.registry import PRECISIONS, Op, Shape, Step
 from benchmarks.stopwatch import Timed
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, OpSpec
 
@@ -53,25 +53,28 @@ class Call:
     """One call of an op in one precision.
 
     Args:
-        case: shape and options.
+        head: a key of the op's.
+        shape: of the output.
         precision: a key of ``PRECISIONS``; sets the flag that allows TF32.
     """
 
-    def __init__(self, op: Op, case: Case, precision: str, device: torch.device | str):
+    def __init__(self, op: Op, head: str, shape: Shape, precision: str, device: torch.device | str):
         torch._dynamo.reset()  # torch.compile specialises on each case
         self.dtype, torch.backends.cudnn.allow_tf32, _ = PRECISIONS[precision]
-        self.op, self.spec, self.case = op, op.spec, case
-        self.tensors = draw(op.spec, case, torch.device(device))
+        self.op, self.spec, self.case = op, op.spec_of(head), op.case(head, shape)
+        self.tensors = draw(self.spec, self.case, torch.device(device))
 
     def inputs(self, layout: str) -> dict[str, Tensor]:
         """The tensors, differentiable ones as leaves. Parameters are float32 where the op takes them so."""
-        first, parameter_dtype = self.spec.first, torch.float32 if self.spec.float32_parameters else self.dtype
-        tensors = {name: tensor.to(parameter_dtype) for name, tensor in self.tensors.items() if name != first}
-        tensors[first] = LAYOUTS[layout](self.tensors[first].to(self.dtype))
-        return {
-            name: tensor.detach().requires_grad_() if name in self.spec.differentiable else tensor
-            for name, tensor in tensors.items()
-        }
+        parameter_dtype = torch.float32 if self.spec.float32_parameters else self.dtype
+
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            if name in self.spec.activations:
+                return LAYOUTS[layout](tensor.to(self.dtype))
+            return tensor.to(parameter_dtype) if tensor.is_floating_point() else tensor
+
+        tensors = {name: cast(name, tensor) for name, tensor in self.tensors.items()}
+        return tensors | self.spec.leaves(tensors)
 
     def passes(self, name: str) -> Passes:
         """Those of a contender; its forward has run once."""
@@ -96,7 +99,7 @@ class Call:
         """The matrix products alone, or a copy of the bytes that must move besides; None if none must."""
         impl, variant = name.split("-")
         if impl == "products":
-            return self.op.products(self.case.shape, variant, backward)
+            return self.op.products and self.op.products(self.case.shape, variant, backward)
         traffic = self.spec.traffic(self.case, self.dtype)
         size = traffic.forward - traffic.forward_gemm + backward * (traffic.backward - traffic.backward_gemm)
         passes = self.passes(f"eager-{DENSE_LAYOUTS[0]}")

@@ -36,6 +36,7 @@ class Design(NamedTuple):
     moves: Callable[["CudaKernel"], Moves] = lambda kernel: Counter()  # of one round of the main loop; none: unchecked
     numbers: Callable[["CudaKernel"], int] = lambda kernel: 0  # of dynamic shared memory per block, as csrc launches it
     loads: Callable[["CudaKernel"], int] = lambda kernel: 0  # in flight per thread, a round, where inputs are streamed
+    share: Callable[["CudaKernel"], float] = lambda kernel: 1  # of a vector's outputs, that a round computes
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class CudaKernel(Kernel):
 
     @property
     def elements(self) -> float:
-        return self.columns * (self.asked.loads(self) or self.upsample**2)
+        return self.columns * (self.asked.loads(self) or self.upsample**2) * self.asked.share(self)
 
     def work(self, x: tuple[int, ...], reads: int) -> float:
         return prod(x) * reads if self.asked.loads(self) else super().work(x, reads)

@@ -37,6 +37,8 @@ class Target:
     @property
     def shortfall(self) -> float:
         """How far the goal is missed, as a fraction of it; 0 or less if it is met."""
+        if not self.goal:
+            return self.median
         return 1 - self.median / self.goal if self.at_least else self.median / self.goal - 1
 
     @property

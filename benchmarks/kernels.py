@@ -84,7 +84,7 @@ def layers(found: Sequence[cuda_code.CudaKernel]) -> str:
     rows = []
     by_options = sorted(found, key=lambda kernel: (kernel.upsample, kernel.relu, kernel.columns))
     for name, gpu, (dtype, y), upsample, last in product(OPS, GPUS.values(), SHAPES, (1, 2), (False, True)):
-        if not OPS[name].cuda:
+        if not OPS[name].gemm_times:  # an op of one sequence of kernels, beside GEMMs
             continue
         x, passes = input_shape(y, upsample), OPS[name].kernel_passes
         seconds = {  # of each kernel the instance with most of the head's options

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import pixnorm
+from benchmarks.ops import OPS
 from benchmarks.registry import IMPLS, Op, in_layouts
 from pixnorm.testing import DENSE_LAYOUTS
 
@@ -78,17 +79,24 @@ class Records:
         """Time of a generator's step with the best of some impls, relative to that with the plain layer."""
         return self.ratio(in_layouts(*impls), in_layouts(op.step.plain), "step", *statistic, op=str(op), **where)
 
+    def products(self, names: Iterable[str], what: str, *statistic: str, **where) -> float | None:
+        """Seconds of the matrix products alone, in the layouts of these contenders; 0 for an op that has none."""
+        if not OPS[where["op"]].products:
+            return 0.0
+        return self.time([f"products-{name.split('-')[1]}" for name in names], what, *statistic, **where)
+
     def at_floor(self, over: Iterable[str], names: Sequence[str], **where) -> float | None:
         """The speed-up of a call that takes only its matrix products and one copy of the other bytes it must move."""
-        products = self.time([f"products-{name.split('-')[1]}" for name in names], "layer", **where)
+        products, copied = self.products(names, "layer", **where), self.time(["copy-used"], "layer", **where)
+        floor = (products or 0) + (copied or 0)
         peer = self.time(over, "layer", **where)
-        return peer / (products + (self.time(["copy-used"], "layer", **where) or 0)) if products and peer else None
+        return peer / floor if peer and products is not None and floor else None
 
     def outside(self, names: Iterable[str], what: str, statistic: str = "median", **where) -> float | None:
         """Seconds of the best of ours outside its matrix products."""
         best = self.best(names, what, **where)
-        products = best and self.time([f"products-{best['contender'].split('-')[1]}"], what, statistic, **where)
-        return best[statistic] - products if products else None
+        products = best and self.products([best["contender"]], what, statistic, **where)
+        return best[statistic] - products if products is not None else None
 
     def impls(self, what: str, **where) -> list[str]:
         """Ours that ran; with none, the native one, which should have."""

@@ -49,11 +49,13 @@ class Head(NamedTuple):
     Attributes:
         title: in tables.
         options, sizes: of the ``Case``.
+        spec: where it is not the op's first.
     """
 
     title: str
     options: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
+    spec: OpSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Op:
     title: in headings.
     heads: by name.
     shapes, step, goals: see there.
-    products: (input shape, layout, whether backward too) -> a function that does the op's matrix products alone.
+    products: (input shape, layout, whether backward too) -> a function that does the op's matrix products alone; None
+        where it has none.
     kernel_passes: (upsampling, channels_last) -> by kernel, how many tensors of the input's size it reads and writes.
     predicted: (GPU, input shape, bytes per element, upsampling) -> seconds of forward and of backward.
     gemm_times: (GPU, input shape, bytes per element) -> the same of the GEMMs beside its kernels, if there are any.
@@ -155,7 +158,7 @@ class Op:
     shapes: Shapes
     step: Step
     goals: Goals
-    products: Callable[[Shape, str, bool], Callable[[], None]]
+    products: Callable[[Shape, str, bool], Callable[[], None]] | None
     kernel_passes: Callable[[int, bool], Mapping[str, tuple[int, int]]]
     predicted: Callable[[Any, Shape, int, int], tuple[float, float]]
     gemm_times: Callable[[Any, Shape, int], tuple[float, float]] | None = None
@@ -181,6 +184,9 @@ class Op:
         """By kernel, the bytes that it must read and write for an input of that shape."""
         passes = self.kernel_passes(upsample, channels_last)
         return {name: (reads + writes) * itemsize * prod(shape) for name, (reads, writes) in passes.items()}
+
+    def spec_of(self, head: str) -> OpSpec:
+        return self.heads[head].spec or self.spec
 
     def upsample(self, head: str) -> int:
         return self.heads[head].options.get("upsample", 1)

@@ -36,7 +36,7 @@ def _name(part) -> str:
 
 @lru_cache(maxsize=1)
 def call(op: Op, head: str, shape: Shape) -> Call:
-    return Call(op, op.case(head, shape), PRECISION, DEVICE)
+    return Call(op, head, shape, PRECISION, DEVICE)
 
 
 @lru_cache(maxsize=16)  # the contenders of one comparison
@@ -56,8 +56,8 @@ def contender(op: Op, head: str, shape: Shape, mode: str, name: str):
 def layers():
     for op in OPS.values():
         for head, shape, mode in product(op.heads, op.shapes.cpu, MODES):
-            copies = COPIES if op.goals.over_copy else ()
-            yield op, head, shape, mode, (*EAGER, *op.compiled(head, mode, shape), *FUSED, *PRODUCTS, *copies)
+            floors = (*(PRODUCTS if op.products else ()), *(COPIES if op.goals.over_copy else ()))
+            yield op, head, shape, mode, (*EAGER, *op.compiled(head, mode, shape), *FUSED, *floors)
 
 
 def sweeps():
@@ -85,7 +85,7 @@ def stepping(op: Op, name: str):
     return training_step(op, name, BATCH, PRECISION, DEVICE), {}
 
 
-STEPS = [(op, in_layouts(op.step.plain, "eager") + FUSED + PRODUCTS) for op in OPS.values()]
+STEPS = [(op, in_layouts(op.step.plain, "eager") + FUSED + (PRODUCTS if op.products else ())) for op in OPS.values()]
 
 
 @pytest.mark.parametrize(("op", "lap", "name"), cases(*STEPS, laps=5))

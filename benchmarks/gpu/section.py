@@ -100,4 +100,4 @@ class Section:
     def call(self, op: Op, head: str, shape: Shape, precision: str) -> Call:
         """``shape`` is that of the output; on the CPU it shrinks."""
         sized = shape if self.stopwatch.on_gpu else (2, 8, *(min(size, 8) for size in shape[2:]))
-        return Call(op, op.case(head, sized), precision, self.device)
+        return Call(op, head, sized, precision, self.device)

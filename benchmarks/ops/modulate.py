@@ -1,0 +1,266 @@
+"""Modulated norm in the benchmarks: batch norm, AdaIN and SPADE's modulation; measurements, goals, machine code."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import ClassVar
+
+from benchmarks.cuda_code import CudaKernel, Design
+from benchmarks.machine_code import STATISTICS, Moves, moves
+from benchmarks.model import GPU, WARP
+from benchmarks.registry import IMPLS, PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, in_layouts
+from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
+from pixnorm.networks import Generator
+from pixnorm.testing import MODULATE, MODULATE_MAPS, Case, OpSpec
+from pixnorm.testing.modulate import MAPS, NONE, ROWS, VECTOR
+
+FORWARD = "modulate_fwd_kernel"
+REDUCE, APPLY = "modulate_bwd_reduce_kernel", "modulate_bwd_apply_kernel"
+# In CUDA C++ alone: maps, and planes that stay in registers, have kernels of their own.
+FORWARD_MAPS, REDUCE_MAPS, APPLY_MAPS = (
+    "modulate_fwd_maps_kernel",
+    "modulate_bwd_reduce_maps_kernel",
+    "modulate_bwd_apply_maps_kernel",
+)
+FORWARD_RESIDENT, BACKWARD_RESIDENT = RESIDENT = "modulate_fwd_resident_kernel", "modulate_bwd_resident_kernel"
+FORWARD_RESIDENT_MAPS, BACKWARD_RESIDENT_MAPS = RESIDENT_MAPS = (
+    "modulate_fwd_resident_maps_kernel",
+    "modulate_bwd_resident_maps_kernel",
+)
+FINISH = "modulate_bwd_finish_kernel"
+UP = Head("up → batch norm → ReLU", {"upsample": 2, "activation": "relu"}, {"affine": VECTOR})
+RELU = Head("batch norm → ReLU", {"activation": "relu"}, {"affine": VECTOR})
+
+
+def kernel_passes(upsample: int, channels_last: bool) -> dict[str, tuple[int, int]]:
+    """Elements that each kernel reads and writes, as multiples of x; without an activation, for which maps' backward
+    also reads beta. A call runs those of rows, of maps, or a resident one; the first two with STATISTICS."""
+    large = upsample**2
+    return {
+        STATISTICS: (1, 0),
+        FORWARD: (1, large),
+        REDUCE: (1 + large, 0),  # x and dy
+        APPLY: (1 + large, 1),
+        FORWARD_MAPS: (1 + 2 * large, large),
+        REDUCE_MAPS: (1 + 2 * large, 2 * large),  # x, dy and gamma; the maps' gradients
+        APPLY_MAPS: (1 + 2 * large, 1),  # x, d beta and gamma
+        FORWARD_RESIDENT: (1, 1),
+        BACKWARD_RESIDENT: (2, 1),
+        FORWARD_RESIDENT_MAPS: (3, 1),
+        BACKWARD_RESIDENT_MAPS: (3, 3),
+    }
+
+
+def predicted_times(gpu: GPU, x: Shape, itemsize: int, upsample: int) -> tuple[float, float]:
+    """Predicted seconds of forward and backward with rows: their bytes at the speed of a copy."""
+    passes = {name: sum(of) for name, of in kernel_passes(upsample, True).items()}
+    seconds = itemsize * prod(x) / gpu.copy
+    return (passes[STATISTICS] + passes[FORWARD]) * seconds, (passes[REDUCE] + passes[APPLY]) * seconds
+
+
+# ---- CUDA C++ ----
+
+
+def _moves(kernel: CudaKernel) -> Moves:
+    """Of a vector of x and its outputs: 16 bytes of y in NCHW, of x and y in channels_last. Single elements have one
+    instance for both layouts, which counts as channels_last."""
+    size, up, last = kernel.columns * kernel.itemsize, kernel.upsample, kernel.channels_last
+    outputs = (size, up**2) if last else (up * size, up)
+
+    def of_y(kind: str, times: int) -> Moves:
+        return moves(kind, outputs[0], count=times * (1 if one_by_one(kernel) else outputs[1]))
+
+    x = Counter() if one_by_one(kernel) else moves("LDG", size)  # of several outputs, x stays in registers
+    loads, stores, writes_dx = {
+        FORWARD: (0, 1, False),
+        REDUCE: (1, 0, False),
+        APPLY: (1, 0, True),
+        FORWARD_MAPS: (2, 1, False),
+        REDUCE_MAPS: (3, 2, False),  # beta too, for the sign of y
+        APPLY_MAPS: (2, 0, True),
+    }[kernel.name]
+    found = x + of_y("LDG", loads) + of_y("STG", stores)
+    return found + moves("STG", size) if writes_dx else found
+
+
+def one_by_one(kernel: CudaKernel) -> bool:
+    """Whether the main loop is over the outputs of a vector."""
+    return kernel.name == REDUCE_MAPS and kernel.channels_last and kernel.upsample == 2
+
+
+def _numbers(kernel: CudaKernel) -> int:
+    """Of shared memory: statistics to merge, and their result; sums of warps."""
+    run = max(WARP, 128 // kernel.itemsize) if kernel.channels_last else 1  # channels of a block
+    warps = kernel.block_warps
+    return {
+        FORWARD: 3 * warps * (WARP if kernel.channels_last else 1) + 2 * run * kernel.channels_last,
+        REDUCE: 2 * warps * run,
+        APPLY: 0,
+        FORWARD_RESIDENT: warps * run,
+        BACKWARD_RESIDENT: 2 * warps * run,
+        FINISH: 4 * warps * WARP,
+    }[kernel.name.replace("_maps", "")]
+
+
+# 16 warps with two to four loads of 16 bytes per thread are 16 to 32 KB in flight, beside stores, which are a third to
+# half of the bytes.
+ENOUGH = {"sm_86": 16, "sm_90": 16}
+CUDA = {
+    FORWARD: Design(ENOUGH, _moves, _numbers),
+    REDUCE: Design(ENOUGH, _moves, _numbers),  # 4 loads; more warps would cost channels_last the sums in registers
+    APPLY: Design(ENOUGH, _moves, _numbers),
+    FORWARD_MAPS: Design(ENOUGH, _moves, _numbers),
+    REDUCE_MAPS: Design(ENOUGH, _moves, _numbers, share=lambda kernel: 1 / 4 if one_by_one(kernel) else 1),
+    APPLY_MAPS: Design(ENOUGH, _moves, _numbers),
+    FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),  # moves a few KB
+    # No loop: all of a thread's vectors are loaded at once, 4 to 8 times 16 bytes.
+    **{name: Design(ENOUGH, numbers=_numbers) for name in RESIDENT + RESIDENT_MAPS},
+}
+
+
+# ---- Triton ----
+
+
+class Stream(TritonKernel):
+    """Every load and store of the main loop is of 16 bytes of a row of y, and without upsampling of x."""
+
+    @property
+    def elements(self) -> float:
+        """Of x, per thread and round."""
+        return self.launch.arguments["CHANNELS"] * self.launch.arguments["PIXELS"] / self.code.threads
+
+    @property
+    def design(self) -> Moves:
+        name, maps, activated = self.name, self.affine == MAPS, self.launch.arguments["ACTIVATED"]
+        size, up = int(self.elements) * self.itemsize, self.upsample
+        width = 16 if self.channels_last else 16 // up
+        loads, stores = {
+            FORWARD: (2 * maps, 1),  # gamma and beta; y
+            REDUCE: (1 + maps * (1 + activated), 2 * maps),  # dy, gamma, beta; d gamma, d beta
+            APPLY: (1 + maps, 0),  # dy or d beta, gamma
+        }[name]
+        found = moves("LDG", size, width)  # x
+        found += moves("LDG", loads * size * up**2, 16) + moves("STG", stores * size * up**2, 16)
+        return found + moves("STG", size, width) if name == APPLY else found
+
+    def may_move(self, beyond: Moves) -> bool:
+        return not beyond
+
+    def work(self, x: Shape, reads: int) -> float:
+        return prod(x)
+
+
+@dataclass(frozen=True, order=True)
+class ModulateConfiguration(Configuration):
+    kernels: ClassVar = dict.fromkeys((FORWARD, REDUCE, APPLY), Stream)
+
+    upsample: int = 1
+    affine: int = ROWS
+    activated: bool = False
+    instance: bool = False
+
+    @property
+    def spec(self) -> OpSpec:
+        return MODULATE_MAPS if self.affine == MAPS else MODULATE
+
+    @property
+    def options(self) -> str:
+        kinds = {NONE: "no affine", VECTOR: "vector", ROWS: "rows", MAPS: "maps"}
+        return ", ".join([kinds[self.affine], *["leaky"] * self.activated, *["instance"] * self.instance])
+
+    @property
+    def modelled(self) -> bool:
+        return self.affine != MAPS
+
+    def cases(self) -> Iterator[Case]:
+        options = {"upsample": self.upsample, "activation": "leaky_relu" if self.activated else None}
+        options["statistics"] = "instance" if self.instance else "batch"
+        # With so many parts that the statistics of a batch are merged in two steps.
+        yield Case((4, 256, 64, 64), "", options, sizes={"affine": self.affine})
+
+    @classmethod
+    def selection(cls) -> list[Wanted]:
+        """Rows and maps in all layouts, with and without upsampling, in float32 and bfloat16, on the GPUs in turn; and
+        what is left: no gamma and beta, float64, instances. Half is as bfloat16."""
+        pairs = list(product((False, True), (1, 2)))
+        found = []
+        for i, gpu in enumerate(TRITON_GPUS):
+            rows = [cls("float", *pairs[i], ROWS, True), cls("BFloat16", *pairs[~i], VECTOR, True)]
+            maps = [cls("BFloat16", *pairs[i], MAPS, True), cls("float", *pairs[~i], MAPS, True)]
+            found += [Wanted(of, gpu) for of in (*rows, *maps)]
+        others = cls("float", False, 1, NONE), cls("double", True), cls("float", True, 1, ROWS, False, True)
+        return found + [Wanted(of, gpu, tuple(cls.kernels)) for of, gpu in zip(others, TRITON_GPUS, strict=False)]
+
+    @classmethod
+    def everything(cls) -> list[Wanted]:
+        affine = product((NONE, VECTOR, ROWS, MAPS), (False, True), (False, True))
+        configurations = [cls(*of_x, *of) for *of_x, of in product(DTYPES, (False, True), (1, 2), affine)]
+        return [Wanted(*pair) for pair in product(configurations, TRITON_GPUS)]
+
+
+# ---- what is measured, and goals ----
+
+
+def _compiled(head: str, mode: str, shape: Shape) -> tuple[str, ...]:
+    """At one shape: torch.compile fuses the affine and the activation, and takes minutes for all shapes."""
+    return in_layouts("compile") if shape == (16, 256, 32, 32) else ()
+
+
+def _goal(head: str, mode: str, precision: str, machine: str) -> float | None:
+    return {"relu": 1.5, "up": 4, "adain": 2, "spade": 2}[head]
+
+
+BENCHMARK = Op(
+    spec=MODULATE,
+    title="Modulated norm",
+    heads={
+        "relu": RELU,
+        "up": UP,
+        "adain": Head("AdaIN", {"statistics": "instance"}, {"affine": ROWS}),
+        "spade": Head(
+            "SPADE's modulation → leaky ReLU",
+            {"activation": "leaky_relu", "gamma_offset": 1.0},
+            {"affine": MAPS},
+            MODULATE_MAPS,
+        ),
+    },
+    shapes=Shapes(
+        cpu={
+            (64, 256, 8, 8): "early block of a 32x32 generator, large batch: small planes",
+            (16, 256, 32, 32): "its last block, at the batch of the generator step",
+            (64, 256, 32, 32): "the same, large batch: far larger than any cache",
+            (8, 64, 128, 128): "last block of a 128x128 generator: large planes",
+        },
+        gpu=((64, 256, 32, 32), (32, 64, 128, 128)),
+        kernels=((64, 256, 32, 32),),
+        small=((64, 256, 4, 4),),
+    ),
+    step=Step(
+        plain="bn",
+        plain_title="batch norm",
+        title="fused batch norm",
+        build=lambda impl: Generator(norm="bn") if impl == "bn" else Generator(norm="fused_bn", impl=impl),
+        latent_dim=128,
+        calls=[
+            *(((1, 256, side, side), UP) for side in (4, 8, 16)),
+            *(((1, 256, side, side), RELU) for side in (8, 16, 32, 32)),
+        ],
+        goal={"cpu": 0.97, "cuda": 0.97},
+    ),
+    goals=Goals(
+        speed_ups=(SpeedUp(IMPLS, PEERS, _goal),),
+        over_copy=1.5,
+        saved={"relu": 0, "up": 0, "adain": 0, "spade": 0},
+        launches={"forward": 2, "backward": 3},
+    ),
+    products=None,
+    kernel_passes=kernel_passes,
+    predicted=predicted_times,
+    cuda=CUDA,
+    triton=ModulateConfiguration,
+    precisions=("fp32", "bf16"),
+    compiled=_compiled,
+    order=2,
+)
