@@ -47,6 +47,7 @@ def test_any_order_of_threads_gives_the_same_statistics(shape, layout, dtype, in
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.products
 @specs
 def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
     """The emulated cuBLAS rounds as a GPU would, which shows the mode that was requested."""
