@@ -25,10 +25,10 @@ def found():
 
 
 def test_every_op_is_registered_with_the_passes_of_its_kernels(found):
-    assert {op.triton.spec for op in OPS.values()} == set(SPECS)
+    assert {op.spec_of(head) for op in OPS.values() for head in op.heads} == set(SPECS)
     for op in OPS.values():
         passes = {name.partition(",")[0] for name in op.kernel_passes(1, False)}
-        assert bool(op.cuda) == op.triton.spec.cuda_kernels
+        assert bool(op.cuda) == op.spec.cuda_kernels
         assert passes >= {kernel.name for kernel in found if kernel.design and kernel.name in op.cuda}
         assert passes >= set(op.triton.kernels)
 
@@ -43,7 +43,7 @@ def test_every_kernel_has_aligned_paths_for_all_fast_dtypes(found):
     aligned = {(k.gpu.arch, k.name, k.dtype, k.upsample) for k in found if k.columns > 1 and not k.channels_last}
     for op in OPS.values():
         walks = {kernel.name for kernel in found if kernel.design and kernel.name in op.cuda}
-        assert aligned >= set(product(archs, walks, dtypes, op.triton.spec.options.get("upsample", (1,))))
+        assert aligned >= set(product(archs, walks, dtypes, op.spec.options.get("upsample", (1,))))
     assert aligned >= set(product(archs, (STATISTICS,), dtypes | {"double"}, (1,)))
 
 

@@ -85,7 +85,7 @@ def test_images(norm):
     ("options", "message"),
     [
         ({"resolution": 64}, "resolution must be 32, got 64"),
-        ({"norm": "in"}, "norm must be one of 'bn', 'spn', 'bigbn', got 'in'"),
+        ({"norm": "in"}, "norm must be one of 'bn', 'fused_bn', 'spn', 'bigbn', got 'in'"),
         ({"norm": "spn", "impl": "fast"}, "impl must be one of"),
     ],
 )

@@ -37,12 +37,14 @@ def leaves_of(spec, case, dtype=torch.float64, **options):
 
 
 class Given(nn.Module):
-    """A layer together with the latent vectors that it takes."""
+    """A layer with a second input: latent vectors, one-hot classes, or label maps, of that size."""
 
-    def __init__(self, layer, dim):
+    def __init__(self, layer, size, one_hot=False):
         super().__init__()
         self.layer = layer
-        self.register_buffer("z", torch.randn(2, dim, generator=torch.Generator().manual_seed(1), device="cpu"))
+        shape = (2, size) if isinstance(size, int) else (2, *size)
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(1), device="cpu")
+        self.register_buffer("z", F.one_hot(z.argmax(1), size).float() if one_hot else z)
 
     def forward(self, x):
         return self.layer(x, self.z)
