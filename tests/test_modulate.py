@@ -7,6 +7,7 @@ from torch import nn
 
 import pixnorm
 from pixnorm.functional import adain, adain_transfer, modulated_norm
+from pixnorm.networks import Generator
 from pixnorm.testing.modulate import MODULATE, MODULATE_MAPS
 
 SPECS = (MODULATE, MODULATE_MAPS)
@@ -128,6 +129,32 @@ def test_batchnorm_is_pytorchs(impl, training):
     without = pixnorm.BatchNorm2d(4, affine=False, track_running_stats=False, dtype=torch.float64)
     torch.testing.assert_close(without(x), F.batch_norm(x, None, None, training=True), **CLOSE)
     assert count(without) == 0 and "affine=False" in repr(without)
+
+
+def test_models_take_the_fused_batchnorm():
+    """With the same parameters and buffers, which an optimiser may hold already."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, affine=False)).double()
+    before, x = {**dict(model.named_parameters()), **dict(model.named_buffers())}, numbers(2, 3, 6, 7)
+    expected = model(x)
+    conversion = pixnorm.convert_batchnorm(model, to="batchnorm")
+    assert conversion.replaced == ["1", "3"] and conversion.layer == "BatchNorm2d"
+    assert isinstance(model[1], pixnorm.BatchNorm2d) and isinstance(model[3], pixnorm.BatchNorm2d)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    with pytest.raises(ValueError, match="to must be one of 'spn', 'batchnorm', got 'gn'"):
+        pixnorm.convert_batchnorm(model, to="gn")
+
+
+def test_the_generator_with_fused_batchnorms(impl):
+    """The same function as the plain one, with the same keys."""
+    torch.manual_seed(0)
+    plain = Generator(channels=8, latent_dim=4).double()
+    fused = Generator(norm="fused_bn", channels=8, latent_dim=4, impl=impl).double()
+    fused.load_state_dict(plain.state_dict())
+    z = numbers(3, 4)
+    torch.testing.assert_close(fused(z), plain(z), **CLOSE)
+    assert count(fused) == count(plain)
 
 
 def test_conditional_batchnorm_by_its_definition(impl):

@@ -10,8 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from pixnorm.nn.batchnorm import BatchNorm2d
 from pixnorm.nn.gconv import GConv2d
 from pixnorm.nn.spn import NOISE, SPN2d, start_as_batchnorm_
+from pixnorm.ops.checks import check_option
 from pixnorm.ops.common import FLOAT
 
 
@@ -40,8 +42,9 @@ class Conversion(NamedTuple):
         return "\n".join(lines + [self.usage] * bool(self.usage and self.replaced))
 
 
-def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
-    """Replace, in place, every ``nn.BatchNorm2d`` of a model by an :class:`SPN2d` that starts as the same function.
+def convert_batchnorm(model: nn.Module, noise: float = NOISE, *, to: str = "spn") -> Conversion:
+    """Replace, in place, every ``nn.BatchNorm2d`` of a model by an :class:`SPN2d` that starts as the same function, or
+    by the fused :class:`BatchNorm2d`, which is and stays the same function.
 
     Scale and shift, running statistics, eps, momentum, dtype, device, training mode and ``requires_grad`` carry over (a
     layer whose scale and shift are both frozen is frozen as a whole). The parameters are new: convert before building
@@ -58,18 +61,24 @@ def convert_batchnorm(model: nn.Module, noise: float = NOISE) -> Conversion:
         model: any module, also a batch norm.
         noise: standard deviation, relative to each channel's scale, of the noise added to the four kernels. With 0 the
             model computes the same as before, but the masks get no gradient in the first step.
+        to: ``"spn"``, or ``"batchnorm"``: :class:`pixnorm.BatchNorm2d` with the same parameters and buffers.
 
     Returns:
         The model, the names of the replaced layers, and the others with reasons.
 
     Raises:
-        ValueError: ``noise`` is negative. The model is untouched, as after any other error.
+        ValueError: ``noise`` is negative, or ``to`` is unknown. The model is untouched, as after any other error.
     """
     if not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}")
+    check_option("to", to, ("spn", "batchnorm"))
     fallback = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    model, replaced, skipped = _replace(model, _BatchNorm, _obstacle, lambda bn: _convert(bn, noise, fallback))
-    return Conversion(model, replaced, skipped)
+
+    def convert(bn: nn.BatchNorm2d) -> nn.Module:
+        return _convert(bn, noise, fallback) if to == "spn" else _convert_to_batchnorm(bn)
+
+    model, replaced, skipped = _replace(model, _BatchNorm, _obstacle, convert)
+    return Conversion(model, replaced, skipped, "SPN2d" if to == "spn" else "BatchNorm2d")
 
 
 _USAGE = """\
@@ -251,6 +260,16 @@ def _convert(bn: nn.BatchNorm2d, noise: float, fallback: Tensor) -> SPN2d:
         spn.num_batches_tracked = bn.num_batches_tracked.clone()
     spn.track_running_stats = bn.track_running_stats
     return spn.train(bn.training)
+
+
+def _convert_to_batchnorm(bn: nn.BatchNorm2d) -> BatchNorm2d:
+    """The fused batch norm with the same parameters and buffers."""
+    fused = BatchNorm2d(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.running_mean is not None, device="meta")
+    fused.weight, fused.bias = bn.weight, bn.bias
+    for name, buffer in bn._buffers.items():
+        fused._buffers[name] = buffer
+    fused.track_running_stats = bn.track_running_stats
+    return fused.train(bn.training)
 
 
 def _convert_conv(conv: nn.Conv2d, latent_dim: int) -> GConv2d:
