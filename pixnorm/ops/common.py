@@ -186,6 +186,31 @@ def like_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | No
     return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
 
 
+def beyond_32_bits(x: Tensor, upsample: int) -> str | None:
+    """Why the Triton kernels of a norm cannot take x; None where they can."""
+    if torch.compiler.is_compiling() or exporting():
+        return None  # the comparison would specialise the graph on sizes
+    n, c, h, w = x.shape
+    if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
+        return f"the Triton kernels index the elements of a sample in 32 bits, got input of shape {tuple(x.shape)}"
+    return None
+
+
+def call_reference(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], buffers: Sequence[Tensor | None], **options
+) -> Tensor:
+    """The reference of a norm, whose running statistics follow the buffers; autocast changes nothing inside."""
+    # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
+    copies = [b if b is None else b.clone() for b in buffers]
+    with without_autocast(inputs[0].device):
+        y = reference(*inputs, *copies, **options)
+    if options["training"]:
+        for buffer, copy in zip(buffers, copies, strict=True):
+            if buffer is not None:
+                buffer.copy_(copy)
+    return y
+
+
 def reference_grads(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_y: Tensor, needs: Iterable[bool]
 ) -> list[Tensor | None]:

@@ -26,16 +26,16 @@ from pixnorm.ops.common import (
     ACTIVATIONS,
     HALF,
     activate,
+    beyond_32_bits,
+    call_reference,
     dense,
     dense_like,
-    exporting,
     like_parameter,
     public,
     reference_grads,
     slope_of,
     through_reference,
     triton_ops,
-    without_autocast,
 )
 from pixnorm.ops.statistics import update_running
 
@@ -216,30 +216,21 @@ def modulated_norm(
     buffers = (running_mean, running_var)
     _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation)
     instance = statistics == "instance"
-    chosen = choose("modulate", impl, x.device, {"triton": _triton_refusal(x, upsample)})
+    chosen = choose("modulate", impl, x.device, {"triton": beyond_32_bits(x, upsample)})
     if chosen == "reference":
-        # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
-        copies = [b if b is None else b.clone() for b in buffers]
-        with without_autocast(x.device):
-            y = modulated_norm_reference(
-                x,
-                gamma,
-                beta,
-                *copies,
-                statistics=statistics,
-                gamma_offset=gamma_offset,
-                training=training,
-                momentum=momentum,
-                eps=eps,
-                upsample=upsample,
-                activation=activation,
-                negative_slope=negative_slope,
-            )
-        if training:
-            for buffer, copy in zip(buffers, copies, strict=True):
-                if buffer is not None:
-                    buffer.copy_(copy)
-        return y
+        return call_reference(
+            modulated_norm_reference,
+            (x, gamma, beta),
+            buffers,
+            statistics=statistics,
+            gamma_offset=gamma_offset,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            upsample=upsample,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
 
     slope = slope_of(activation, negative_slope)
     given = (None, None) if training or instance else buffers
@@ -254,15 +245,6 @@ def modulated_norm(
         # Plain layers would see the upsampled pixels.
         update_running(buffers, used, momentum, y.numel() // y.shape[1])
     return y
-
-
-def _triton_refusal(x: Tensor, upsample: int) -> str | None:
-    if torch.compiler.is_compiling() or exporting():
-        return None  # comparing sizes would specialise the graph
-    n, c, h, w = x.shape
-    if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
-        return f"the Triton kernels index a sample with 32 bits, got input of shape {tuple(x.shape)}"
-    return None
 
 
 def _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation) -> None:

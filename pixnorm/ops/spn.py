@@ -31,9 +31,10 @@ from pixnorm.ops.checks import (
 from pixnorm.ops.common import (
     ACTIVATIONS,
     activate,
+    beyond_32_bits,
+    call_reference,
     convolutions_allow_tf32,
     dense_like,
-    exporting,
     gpu_name,
     is_channels_last,
     like_parameter,
@@ -42,7 +43,6 @@ from pixnorm.ops.common import (
     slope_of,
     through_reference,
     triton_ops,
-    without_autocast,
 )
 from pixnorm.ops.statistics import update_running
 
@@ -257,27 +257,20 @@ def spn(
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
     _check(inputs, buffers, training, eps, upsample, activation)
 
-    refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": _triton_refusal(x, upsample)}
+    refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": beyond_32_bits(x, upsample)}
     chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample))
     if chosen == "reference":
-        # F.batch_norm saves the running buffers for backward, and DDP rewrites them by broadcast before that.
-        copies = [b if b is None else b.clone() for b in buffers]
-        with without_autocast(x.device):
-            y = spn_reference(
-                *inputs,
-                *copies,
-                training=training,
-                momentum=momentum,
-                eps=eps,
-                upsample=upsample,
-                activation=activation,
-                negative_slope=negative_slope,
-            )
-        if training:
-            for buffer, copy in zip(buffers, copies, strict=True):
-                if buffer is not None:
-                    buffer.copy_(copy)
-        return y
+        return call_reference(
+            spn_reference,
+            inputs,
+            buffers,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            upsample=upsample,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
 
     slope, allow_tf32 = slope_of(activation, negative_slope), convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
@@ -304,15 +297,6 @@ def preferred(x: Tensor, upsample: int) -> str:
         return "native"
     kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
     return "triton" if kind in TRITON_IS_FASTER else "native"
-
-
-def _triton_refusal(x: Tensor, upsample: int) -> str | None:
-    if torch.compiler.is_compiling() or exporting():
-        return None  # the comparison would specialise the graph on sizes
-    n, c, h, w = x.shape
-    if c * h * w * upsample**2 >= 2**31 or n * h * w >= 2**31:
-        return f"the Triton kernels index the elements of a sample in 32 bits, got input of shape {tuple(x.shape)}"
-    return None
 
 
 def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:
