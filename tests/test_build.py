@@ -128,7 +128,7 @@ runpy.run_path("setup.py", run_name="__main__")
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         names = {Path(*Path(member.name).parts[1:]).as_posix() for member in packed if member.isfile()}
-        packed.extractall(tmp_path / "unpacked", filter="data")
+        packed.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     wanted = ["csrc", "pixnorm", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
     tracked = subprocess.run(
         ["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True
