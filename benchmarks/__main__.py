@@ -15,13 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pixnorm
-from benchmarks.contenders import generator
+from benchmarks.contenders import cache_bytes, generator
 from benchmarks.ops import OPS
 from benchmarks.records import Records, file_stem, provenance
 from benchmarks.registry import Op
 from benchmarks.report import draw_picture, markdown
 from benchmarks.stopwatch import Spread
 from benchmarks.test_cpu import DEVICE, FUSED
+from pixnorm._C import cpu_capability
 
 HERE = Path(__file__).parent
 
@@ -132,11 +133,12 @@ def main() -> None:
     facts = {
         "machine": f"{model}, {cpu['count']} cores, {torch.get_num_threads()} threads",
         "kernels": pixnorm.backends()[f"native ({DEVICE})"],
+        "last-level cache": f"{cache_bytes() / 2**20:.0f} MiB",
         **provenance(raw["commit_info"], shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])),
     }
     records = Records(facts, [], [*agreed, *entries(raw)], on_cpu=True)
 
-    base = folder / file_stem(f"{DEVICE} {model} {cpu['count']} cores")
+    base = folder / file_stem(f"{DEVICE} {model} {cpu_capability()} {cpu['count']} cores")
     folder.mkdir(parents=True, exist_ok=True)
     base.with_suffix(".json").write_text(records.text())
     text = markdown(records, draw_picture(records, base))

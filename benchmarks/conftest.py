@@ -32,6 +32,8 @@ def time_lap(request, benchmark):
         if max(LAP_SECONDS, TOO_SLOW * fastest) < before < math.inf:
             pytest.skip("much slower than the best of its kind: one lap is enough")
         function, found = prepare()
+        if function is None:
+            pytest.skip("nothing to time")
         rounds = max(1, min(MAX_ROUNDS, int(LAP_SECONDS / before)))
         benchmark.extra_info.update({**where, "contender": contender, **found})
         benchmark.pedantic(function, rounds=rounds, warmup_rounds=int(rounds > 1))

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
+import cpuinfo
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.registry import PRECISIONS, Op, Shape, Step
+from benchmarks.registry import LIBRARIES, PRECISIONS, Op, Products, Shape, Step
 from benchmarks.stopwatch import Timed
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case, OpSpec
 
@@ -96,16 +99,29 @@ class Call:
         return passes
 
     def floor(self, name: str, backward: bool) -> Callable[[], object] | None:
-        """The matrix products alone, or a copy of the bytes that must move besides; None if none must."""
-        impl, variant = name.split("-")
-        if impl == "products":
-            return self.op.products and self.op.products(self.case.shape, variant, backward)
+        """The matrix products alone, or a copy of the bytes that must move besides; None if none must: all are in the
+        processor's cache, from call to call, or none are moved."""
+        kind, variant = name.split("-")
+        if kind in LIBRARIES:
+            return self.op.products and self.op.products.by_library(self.case.shape, variant, backward)[kind]
         traffic = self.spec.traffic(self.case, self.dtype)
-        size = traffic.forward - traffic.forward_gemm + backward * (traffic.backward - traffic.backward_gemm)
+        size = traffic.forward - traffic.forward_gemm - traffic.forward_cached
+        size += backward * (traffic.backward - traffic.backward_gemm - traffic.backward_cached)
         passes = self.passes(f"eager-{DENSE_LAYOUTS[0]}")
         allocated = passes.inference().nbytes + self.spec.saved_bytes(self.case, self.dtype)
-        allocated += backward * passes.tensors[self.spec.first].nbytes
-        return copy(size, self.dtype, allocated if variant == "fresh" else 0) if size else None
+        inputs = sum(passes.tensors[leaf].nbytes for leaf in self.spec.activations)
+        # Backward has the gradient of y, and makes those of the inputs.
+        held = inputs + allocated + backward * (passes.inference().nbytes + inputs)
+        if size == 0 or held <= cache_bytes():
+            return None
+        return copy(size, self.dtype, allocated + backward * inputs if variant == "fresh" else 0)
+
+
+@lru_cache(maxsize=1)
+def cache_bytes() -> int:
+    """The size of the processor's last-level cache; 0 where that is not known."""
+    size = cpuinfo.get_cpu_info().get("l3_cache_size", 0)
+    return size if isinstance(size, int) else 0
 
 
 def copy(size: int, dtype: torch.dtype, fresh: int) -> Callable[[], object]:
@@ -120,9 +136,8 @@ def copy(size: int, dtype: torch.dtype, fresh: int) -> Callable[[], object]:
     return run
 
 
-def square_products(shape: tuple[int, ...], layout: str, backward: bool) -> Callable[[], None]:
-    """Products of every pixel with a square weight, as our CPU kernels call them: p = W x; then dx += Wᵀ dp and
-    dW = dp xᵀ."""
+def _square_products(shape: Shape, layout: str, backward: bool) -> dict[str, Callable[[], object]]:
+    """Products of every pixel with a square weight: p = W x; then dx (+)= Wᵀ dp and dW = dp xᵀ."""
     n, c, h, w = shape
     weight, grad_weight = torch.ones(c, c), torch.ones(c, c)
     size = (n * h * w, c) if layout == "channels_last" else (n, c, h * w)
@@ -141,14 +156,27 @@ def square_products(shape: tuple[int, ...], layout: str, backward: bool) -> Call
             for i in range(n):
                 torch.addmm(grad_weight, p[i], x[i].t(), beta=float(i > 0), out=grad_weight)
 
-    return pixels if layout == "channels_last" else planes
+    image, kernel = LAYOUTS[layout](torch.ones(shape)), torch.ones(c, c, 1, 1)
+
+    def convolution() -> None:
+        y = F.conv2d(image, kernel)
+        if backward:
+            masks = [True, True, False]
+            torch.ops.aten.convolution_backward(y, image, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, masks)
+
+    return {"matmul": pixels if layout == "channels_last" else planes, "convolution": convolution}
+
+
+SQUARE_PRODUCTS = Products(
+    _square_products, lambda shape, backward: (3 if backward else 1) * 2 * prod(shape) * shape[1]
+)
 
 
 def training_step(op: Op, name: str, batch: int, precision: str, device: torch.device | str) -> Callable[[], object]:
     """Forward and backward of the op's generator; in bf16 under autocast, with weights in float32."""
     impl, layout = name.split("-")
-    if impl == "products":
-        calls = [op.products((batch, *shape[1:]), layout, True) for shape, _ in op.step.calls]
+    if impl in LIBRARIES:
+        calls = [op.products.by_library((batch, *shape[1:]), layout, True)[impl] for shape, _ in op.step.calls]
         return lambda: [call() for call in calls]
     torch.backends.cudnn.allow_tf32 = PRECISIONS[precision].tf32
     device = torch.device(device)
@@ -163,8 +191,10 @@ def training_step(op: Op, name: str, batch: int, precision: str, device: torch.d
     return lambda: torch.autograd.grad(forward(), weights, grad)
 
 
-def generator(step: Step, impl: str, layout: str = DENSE_LAYOUTS[0]) -> torch.nn.Module:
+def generator(step: Step, impl: str, layout: str = DENSE_LAYOUTS[0]) -> nn.Module:
     torch.manual_seed(0)
-    model = step.build("reference" if impl == "eager" else impl)
-    channels_last = layout == "channels_last"
-    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return placed(layout, step.build("reference" if impl == "eager" else impl))
+
+
+def placed(layout: str, model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)

@@ -8,7 +8,7 @@ from statistics import geometric_mean, median
 
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of
-from benchmarks.registry import LAYOUTS, MAIN_PRECISIONS, MODES, PRECISIONS, Op, SpeedUp, in_layouts, label
+from benchmarks.registry import LAYOUTS, LIBRARIES, MAIN_PRECISIONS, MODES, PRECISIONS, Op, SpeedUp, in_layouts, label
 
 BATCHES = {True: (16,), False: (64, 16)}  # of a step, on the CPU and on a GPU
 MODES_OF = {True: ("forward", "forward_backward"), False: ("forward", "backward")}
@@ -54,7 +54,7 @@ class Target:
 
 def targets(records: Records) -> dict[str, list[Target]]:
     """All goals, by op."""
-    kinds = (_steps, _speed_ups, _over_copy, _shares, _launches, _small, _saved)
+    kinds = (_steps, _speed_ups, _wholes, _over_copy, _shares, _launches, _small, _saved)
     return {op.title: [target for kind in kinds for target in kind(records, op)] for op in OPS.values()}
 
 
@@ -65,9 +65,10 @@ def _steps(records: Records, op: Op) -> Iterator[Target]:
     for batch, precision, clock in product(BATCHES[cpu], precisions, clocks):
         ratio = partial(records.step_ratio, op, batch=batch, precision=precision, clock=clock)
         others = {impl: ratio([impl]) for impl in ("eager", *(impls if impls[1:] else ()))}
-        products = ratio(["products"])
+        products = ratio(LIBRARIES)
+        title = f"generator step, batch {batch}, {PRECISIONS[precision].title}, {clock} time, over"
         yield Target(
-            f"generator step, batch {batch}, {PRECISIONS[precision].title}, {clock} time, over {op.step.plain_title}",
+            f"{title} {op.step.plain_title}",
             op.step.goal["cpu" if cpu else "cuda"],
             False,
             ratio(impls),
@@ -75,6 +76,12 @@ def _steps(records: Records, op: Op) -> Iterator[Target]:
             1 + products if products else None,
             ", ".join(f"{impl} {value:.2f}" for impl, value in others.items() if value),
         )
+        if cpu:
+            over_eager = [
+                records.ratio(in_layouts(*impls), in_layouts("eager"), "step", statistic, op=str(op), clock=clock)
+                for statistic in ("median", "shortest")
+            ]
+            yield Target(f"{title} {op.step.title}, eager", 1, False, *over_eager)
 
 
 def _speed_ups(records: Records, op: Op) -> Iterator[Target]:
@@ -82,13 +89,11 @@ def _speed_ups(records: Records, op: Op) -> Iterator[Target]:
     precisions = ["fp32"] if records.on_cpu else op.precisions
     for speed_up, head, mode in product(op.goals.speed_ups, op.heads, MODES_OF[records.on_cpu]):
         for precision, layouts in product(precisions, layouts_of(op)):
-            goal = speed_up.goal(head, mode, precision, records.gpu)
             where = {"op": str(op), "head": head, "mode": mode, "precision": precision}
-            if goal is not None:
-                yield _speed_up(records, op, speed_up, goal, layouts, where)
+            yield from _speed_up(records, op, speed_up, layouts, where)
 
 
-def _speed_up(records: Records, op: Op, speed_up: SpeedUp, goal: float, layouts: tuple, where: dict) -> Target:
+def _speed_up(records: Records, op: Op, speed_up: SpeedUp, layouts: tuple, where: dict) -> Iterator[Target]:
     over, ours = names_of(speed_up.over, layouts), names_of(speed_up.ours, layouts)
     shapes = [label(shape) for shape in (op.shapes.cpu if records.on_cpu else op.shapes.gpu)]
 
@@ -105,15 +110,39 @@ def _speed_up(records: Records, op: Op, speed_up: SpeedUp, goal: float, layouts:
     )
     peers = "peers" if speed_up.over[1:] else speed_up.over[0]
     others = {shape: ratio(shape) for shape in (shapes if records.on_cpu else shapes[1:])}
-    return Target(
-        f"{named}: {' or '.join(speed_up.ours)} over {peers}{', geometric mean' if records.on_cpu else ''}",
-        goal,
-        True,
-        over_all(ratio),
-        over_all(partial(ratio, statistic="shortest")),
-        over_all(lambda shape: records.at_floor(over, ours, shape=shape, **where)),
-        ", ".join(f"{value:.2f} at {shape}" for shape, value in others.items() if value),
-    )
+    what, of = f"{named}: {' or '.join(speed_up.ours)} over {peers}", (*where.values(),)[1:]
+    if (goal := speed_up.goal(*of, records.gpu)) is not None:
+        yield Target(
+            f"{what}{', geometric mean' if records.on_cpu else ''}",
+            goal,
+            True,
+            over_all(ratio),
+            over_all(partial(ratio, statistic="shortest")),
+            over_all(lambda shape: records.at_floor(over, ours, shape=shape, **where)),
+            ", ".join(f"{value:.2f} at {shape}" for shape, value in others.items() if value),
+        )
+    if records.on_cpu and (least := speed_up.never_below(*of, records.gpu)) is not None:
+        worst = [
+            min(found) if all(found := [ratio(shape, statistic) for shape in shapes]) else None
+            for statistic in ("median", "shortest")
+        ]
+        yield Target(f"{what}, worst shape", least, True, *worst)
+
+
+def _wholes(records: Records, op: Op) -> Iterator[Target]:
+    for (name, whole), mode in product(op.wholes.items() if records.on_cpu else (), MODES_OF[True]):
+        where = {"op": str(op), "whole": name, "mode": mode}
+        names = in_layouts("eager"), in_layouts(*records.impls("whole", op=str(op)))
+        ratios = {
+            label(shape): [
+                records.ratio(*names, "whole", s, shape=label(shape), **where) for s in ("median", "shortest")
+            ]
+            for shape in whole.shapes
+        }
+        worst = [min(found) if all(found) else None for found in zip(*ratios.values(), strict=True)]
+        remark = ", ".join(f"{value:.2f} at {shape}" for shape, (value, _) in ratios.items() if value)
+        what = f"{whole.title}, {MODES[mode]}: over eager, worst shape"
+        yield Target(what, whole.goal[mode], True, *worst, remark=remark)
 
 
 def _over_copy(records: Records, op: Op) -> Iterator[Target]:
@@ -128,7 +157,8 @@ def _over_copy(records: Records, op: Op) -> Iterator[Target]:
                 found += [rest / copied] if rest and copied else []
             worst.append(max(found, default=None))
         what = f"{op.heads[head].title}, {MODES[mode]}: outside the matrix products, over a copy, worst shape"
-        yield Target(what, op.goals.over_copy, False, *worst)
+        if records.all("layer", op=str(op), contender="copy-used"):  # else all of it is in the processor's cache
+            yield Target(what, op.goals.over_copy, False, *worst)
 
 
 def _shares(records: Records, op: Op) -> Iterator[Target]:

@@ -13,7 +13,18 @@ from matplotlib.axes import Axes
 from benchmarks.goals import MODES_OF
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of
-from benchmarks.registry import IMPLS, LAYOUTS, MAIN_PRECISIONS, MODES, PRECISIONS, Op, in_layouts, label, number
+from benchmarks.registry import (
+    IMPLS,
+    LAYOUTS,
+    LIBRARIES,
+    MAIN_PRECISIONS,
+    MODES,
+    PRECISIONS,
+    Op,
+    in_layouts,
+    label,
+    number,
+)
 
 GREY, PALE, TEAL, BLUE, ORANGE = "#9aa5b1", "#c8d6e5", "#2a9d8f", "#2f6fb0", "#e07a2f"
 TONES = {"native": (BLUE, "#9ec5e8", "#1d4672", "#c9dff2"), "triton": (ORANGE, "#f6cda9", "#8f4716", "#fbe7d5")}
@@ -140,7 +151,7 @@ def _time(records: Records, op: Op, axis: Axes) -> None:
         return [value and value / unit for value in found]
 
     series = {kind: times(in_layouts(*of)) for kind, of in kinds.items()}
-    series |= {"products alone": times(in_layouts("products")), "copy of the other bytes": times(["copy-used"])}
+    series |= {"products alone": times(in_layouts(*LIBRARIES)), "copy of the other bytes": times(["copy-used"])}
     tones = dict(zip(series, [GREY, PALE, *(TONES[impl][0] for impl in impls), TEAL, "#a8d8d1"], strict=True))
     series = {name: values for name, values in series.items() if any(values)}
     colours = [tones[name] for name in series]

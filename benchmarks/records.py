@@ -11,7 +11,7 @@ import torch
 
 import pixnorm
 from benchmarks.ops import OPS
-from benchmarks.registry import IMPLS, Op, in_layouts
+from benchmarks.registry import IMPLS, LIBRARIES, Op, in_layouts
 from pixnorm.testing import DENSE_LAYOUTS
 
 LARGE = 64 << 20  # bytes that a kernel moves, from which on its bandwidth has a goal
@@ -80,10 +80,20 @@ class Records:
         return self.ratio(in_layouts(*impls), in_layouts(op.step.plain), "step", *statistic, op=str(op), **where)
 
     def products(self, names: Iterable[str], what: str, *statistic: str, **where) -> float | None:
-        """Seconds of the matrix products alone, in the layouts of these contenders; 0 for an op that has none."""
+        """Seconds of the matrix products alone by the fastest library, in the layouts of these contenders; 0 for an op
+        that has none."""
         if not OPS[where["op"]].products:
             return 0.0
-        return self.time([f"products-{name.split('-')[1]}" for name in names], what, *statistic, **where)
+        layouts = {name.split("-")[1] for name in names}
+        return self.time(names_of(LIBRARIES, layouts), what, *statistic, **where)
+
+    def share_of_peak(self, op: Op, shape: Sequence[int], mode: str, seconds: float | None) -> float | None:
+        """Operations of the op's matrix products in that time, over those in the same time of what a library is
+        fastest at."""
+        peaks = [entry["operations"] / entry["shortest"] for entry in self.all("peak")]
+        if not (peaks and seconds and op.products):
+            return None
+        return op.products.operations(shape, mode == "forward_backward") / seconds / max(peaks)
 
     def at_floor(self, over: Iterable[str], names: Sequence[str], **where) -> float | None:
         """The speed-up of a call that takes only its matrix products and one copy of the other bytes it must move."""

@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 MODES = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 LAYOUTS = dict(zip(DENSE_LAYOUTS, ("NCHW", "channels_last"), strict=True))
 IMPLS = ("native", "triton")
+LIBRARIES = {"matmul": "`matmul`", "convolution": "1x1 convolution"}  # who multiplies: MKL, oneDNN
 PEERS = (
     "eager",
     "compile",
@@ -98,18 +99,53 @@ class Step:
     goal: Mapping[str, float]
 
 
+Ratio = Callable[[str, str, str, str], float | None]  # of a head, mode, precision and GPU ("cpu" on the CPU)
+
+
 class SpeedUp(NamedTuple):
     """A goal: how many times faster some impls must be than others.
 
     Attributes:
         ours: impls; the best counts.
         over: contenders, or impls; the best counts.
-        goal: (head, mode, precision, name of the GPU or "cpu") -> the least ratio, or None.
+        goal: the least ratio: on the CPU of the geometric mean over all shapes, on a GPU at the main shape.
+        never_below: the least ratio at any shape, on the CPU.
     """
 
     ours: Sequence[str]
     over: Sequence[str]
-    goal: Callable[[str, str, str, str], float | None]
+    goal: Ratio
+    never_below: Ratio = lambda *of: None
+
+
+class Products(NamedTuple):
+    """The matrix products of an op, as libraries do them.
+
+    Attributes:
+        by_library: (input shape, layout, whether backward too) -> by a key of ``LIBRARIES``, a function that does the
+            op's matrix products alone.
+        operations: (input shape, whether backward too) -> multiplications and additions.
+    """
+
+    by_library: Callable[[Shape, str, bool], Mapping[str, Callable[[], object]]]
+    operations: Callable[[Shape, bool], int]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What consists of more than one op, as a user calls it, against the same in plain PyTorch; on the CPU.
+
+    Attributes:
+        title: in tables.
+        shapes: of its output.
+        build: ("eager" or impl, shape, layout) -> the function without arguments, and the tensors that have gradients.
+        goal: by mode, the least speed-up over eager mode in its best layout, at any shape.
+    """
+
+    title: str
+    shapes: Sequence[Shape]
+    build: Callable[[str, Shape, str], tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
+    goal: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -138,8 +174,8 @@ class Op:
     title: in headings.
     heads: by name.
     shapes, step, goals: see there.
-    products: (input shape, layout, whether backward too) -> a function that does the op's matrix products alone; None
-        where it has none.
+    wholes: by name, what is made of the op and others.
+    products: None where it has none.
     kernel_passes: (upsampling, channels_last) -> by kernel, how many tensors of the input's size it reads and writes.
     predicted: (GPU, input shape, bytes per element, upsampling) -> seconds of forward and of backward.
     gemm_times: (GPU, input shape, bytes per element) -> the same of the GEMMs beside its kernels, if there are any.
@@ -158,7 +194,7 @@ class Op:
     shapes: Shapes
     step: Step
     goals: Goals
-    products: Callable[[Shape, str, bool], Callable[[], None]] | None
+    products: Products | None
     kernel_passes: Callable[[int, bool], Mapping[str, tuple[int, int]]]
     predicted: Callable[[Any, Shape, int, int], tuple[float, float]]
     gemm_times: Callable[[Any, Shape, int], tuple[float, float]] | None = None
@@ -168,6 +204,7 @@ class Op:
     same_layout: bool = False
     compiled: Callable[[str, str, Shape], Sequence[str]] = lambda head, mode, shape: ()
     auto: Callable[[torch.Tensor, Mapping[str, Any], bool], str] | None = None
+    wholes: Mapping[str, Whole] = field(default_factory=dict)
     order: int = 0
 
     def __str__(self) -> str:

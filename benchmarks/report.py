@@ -15,13 +15,15 @@ from benchmarks.goals import MODES_OF, targets
 from benchmarks.model import gpu_named
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of, share_of_copy
-from benchmarks.registry import IMPLS, LAYOUTS, MODES, PRECISIONS, Op, in_layouts, label, number
+from benchmarks.registry import IMPLS, LAYOUTS, LIBRARIES, MODES, PRECISIONS, Op, in_layouts, label, number
 
 FLOORS = (
-    'At the floor: a call that takes the time of its matrix products ("products") and of one copy of the bytes that it '
-    'must move besides; a generator step that takes that of the plain one and of the products. "Rest" is the time of '
-    'ours less that of the products. "Copy" writes to memory that was used before, "fresh copy" as much to new memory '
-    "as the call allocates."
+    'At the floor: a call that takes the time of its matrix products ("products": by the faster of `matmul` and 1x1 '
+    "convolutions) and of one copy of the bytes that it must move besides; a generator step that takes that of the "
+    'plain one and of the products. "Of peak": the operations of the products in the time of ours, and in that of the '
+    'products alone, over those of large square products. "Rest" is the time of ours less that of the products. "Copy" '
+    'writes to memory that was used before, "fresh copy" as much to new memory as the call allocates; there is none '
+    "where all that a call touches stays in the processor's cache from call to call."
 )
 
 
@@ -43,6 +45,8 @@ def markdown(records: Records, picture: str | None) -> str:
     for op in OPS.values():
         unit = "time, ms" if records.on_cpu else "device time, µs"
         sections += _section(f"{op.title}: {unit}", _layers(records, op, "layer"))
+        sections += _section(f"{op.title}: on one thread, ms", _layers(records, op, "one thread"))
+        sections += _section(f"{op.title}: with what surrounds it, ms", _wholes(records, op))
         sections += _section(f"{op.title}: device time of triton relative to native", _faster(records, op))
         sections += _section(f"{op.title}: generator step, ms", _steps(records, op))
         sections += _section(f"{op.title}: small shapes, wall time of a call, µs", _small(records, op))
@@ -187,8 +191,11 @@ def _layers(records: Records, op: Op, what: str) -> str:
                     statistics = ("median", "shortest")
                     cells.append(_ratio([records.ratio(over, names, what, s, **where) for s in statistics]))
             best, rest = records.best(all_ours, what, **where), records.outside(all_ours, what, **where)
-            products = best and records.best([f"products-{best['contender'].split('-')[1]}"], what, **where)
-            cells += [_time(products, unit), _ratio(records.at_floor(over, all_ours, **where))]
+            products = best and records.best(names_of(LIBRARIES, [best["contender"].split("-")[1]]), what, **where)
+            x = op.case(group["head"], tuple(map(int, group["shape"].split("x")))).shape
+            of_peak = [records.share_of_peak(op, x, group["mode"], of and of["median"]) for of in (best, products)]
+            cells += [_time(products, unit), " / ".join(f"{share:.0%}" for share in of_peak if share)]
+            cells.append(_ratio(records.at_floor(over, all_ours, **where)))
             cells.append(number(rest / unit) if rest else "")
             for copy in ("copy-used", "copy-fresh"):
                 copied = records.time([copy], what, **where)
@@ -198,8 +205,22 @@ def _layers(records: Records, op: Op, what: str) -> str:
             cells.append(f"{best['median'] / predicted - 1:+.0%}" if predicted and best else "")
             rows.append(cells)
     headers = ["of the output", *(cell for kind in kinds for cell in (kind, *["speed-up"] * (kind in IMPLS)))]
-    headers += ["products", "at the floor", "rest", "/ copy", "/ fresh copy", "predicted", "error"]
+    headers += ["products", "of peak", "at the floor", "rest", "/ copy", "/ fresh copy", "predicted", "error"]
     return table(headers, rows)
+
+
+def _wholes(records: Records, op: Op) -> str:
+    rows, impls = [], records.impls("whole", op=str(op))
+    for group in records.groups("whole", "whole", "mode", "shape", op=str(op)):
+        where, eager = {"op": str(op), **group}, in_layouts("eager")
+        cells = [f"{op.wholes[group['whole']].title}, {MODES[group['mode']]}, {group['shape']}"]
+        cells.append(_time(records.best(eager, "whole", **where), 1e-3, layout=True))
+        for impl in impls:
+            names = in_layouts(impl)
+            ratios = [records.ratio(eager, names, "whole", s, **where) for s in ("median", "shortest")]
+            cells += [_time(records.best(names, "whole", **where), 1e-3, layout=True), _ratio(ratios)]
+        rows.append(cells)
+    return table(("", "eager", *(cell for impl in impls for cell in (impl, "speed-up"))), rows)
 
 
 def _predicted(records: Records, op: Op, where: dict) -> float | None:
@@ -248,7 +269,7 @@ def _steps(records: Records, op: Op) -> str:
     rows, clocks = [], [group["clock"] for group in records.groups("step", "clock", op=str(op))]
     titles = {op.step.plain: op.step.plain_title, "eager": f"{op.step.title}, eager"}
     titles |= {impl: f"{op.step.title}, {impl}" for impl in records.impls("step", op=str(op))}
-    titles |= {"products": f"matrix products of {op.step.title} alone"}
+    titles |= {library: f"matrix products of {op.step.title} alone, by {who}" for library, who in LIBRARIES.items()}
     for group in records.groups("step", "batch", "precision", op=str(op)):
         for impl, title in titles.items():
             cells = [f"batch {group['batch']}, {PRECISIONS[group['precision']].title}, {title}"]

@@ -1,4 +1,5 @@
-"""The measurements on the CPU: each op by itself, as it grows, and in a generator's training step.
+"""The measurements on the CPU: each op by itself, as it grows, on one thread, in what users call, and in a generator's
+training step.
 
 A case is ``test_layer[op-head-shape-mode-lap-contender]``; ``-k "up and 64x256x8x8 and native"`` selects some.
 """
@@ -7,16 +8,18 @@ from functools import lru_cache
 from itertools import product
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from benchmarks.contenders import COPIES, Call, training_step
 from benchmarks.ops import OPS
-from benchmarks.registry import Op, Shape, in_layouts, label
+from benchmarks.registry import LIBRARIES, Op, Shape, in_layouts, label
 from pixnorm.testing import available_impls, saved_bytes
 
 DEVICE, PRECISION, BATCH = "cpu", "fp32", 16
 # Without kernels, ask for the native ones all the same: that fails, and says how to get them.
 FUSED = in_layouts(*(available_impls(DEVICE)[1:] or ["native"]))
-EAGER, PEERS, PRODUCTS = in_layouts("eager"), in_layouts("eager", "compile"), in_layouts("products")
+EAGER, PEERS, PRODUCTS = in_layouts("eager"), in_layouts("eager", "compile"), in_layouts(*LIBRARIES)
 MODES = ("forward", "forward_backward")
 LARGE = 1 << 22  # elements above which the memory saved for backward is not measured: it is proportional
 
@@ -78,6 +81,65 @@ def test_layer(time_lap, op, head, shape, mode, lap, name):
 def test_sweep(time_lap, op, size, shape, lap, name):
     where = {"what": "sweep", "op": str(op), "size": size, "shape": label(shape)}
     time_lap(where, name, lambda: contender(op, next(iter(op.heads)), shape, "forward_backward", name))
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def on_one_thread():
+    """At the first two shapes: a small and a usual one."""
+    for op in OPS.values():
+        for shape in list(op.shapes.cpu)[:2]:
+            yield op, next(iter(op.heads)), shape, "forward_backward", (*EAGER, *FUSED)
+
+
+@pytest.mark.parametrize(("op", "head", "shape", "mode", "lap", "name"), cases(*on_one_thread(), laps=3))
+def test_one_thread(one_thread, time_lap, op, head, shape, mode, lap, name):
+    where = {"what": "one thread", "op": str(op), "head": head, "shape": label(shape), "precision": PRECISION}
+    time_lap(where | {"mode": mode}, name, lambda: contender(op, head, shape, mode, name))
+
+
+@lru_cache(maxsize=16)
+def whole(op: Op, name: str, shape: Shape, mode: str, contender: str):
+    function, leaves = op.wholes[name].build(*contender.split("-")[:1], shape, contender.split("-")[1])
+    if mode == "forward":
+        return torch.no_grad()(function), {}
+    grad = torch.randn_like(function())
+    return lambda: torch.autograd.grad(function(), leaves, grad), {}
+
+
+def wholes():
+    for op in OPS.values():
+        for name, of in op.wholes.items():
+            for shape, mode in product(of.shapes, MODES):
+                yield op, name, shape, mode, (*EAGER, *FUSED)
+
+
+@pytest.mark.parametrize(("op", "whole_name", "shape", "mode", "lap", "name"), cases(*wholes(), laps=3))
+def test_whole(time_lap, op, whole_name, shape, mode, lap, name):
+    where = {"what": "whole", "op": str(op), "whole": whole_name, "shape": label(shape), "mode": mode}
+    time_lap(where, name, lambda: whole(op, whole_name, shape, mode, name))
+
+
+PEAK_SIDE = 1024  # of square matrices, that any library multiplies as fast as the machine can
+
+
+@lru_cache(maxsize=2)
+def peak(library: str):
+    a, b = torch.ones(2, PEAK_SIDE, PEAK_SIDE)
+    image, kernel = a.reshape(1, PEAK_SIDE, 32, 32).contiguous(memory_format=torch.channels_last), b[..., None, None]
+    return {"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(image, kernel)}[library], {}
+
+
+@pytest.mark.parametrize(("lap", "library"), cases((LIBRARIES,), laps=3))
+def test_peak(time_lap, lap, library):
+    where = {"what": "peak", "operations": 2 * PEAK_SIDE**3, "precision": PRECISION}
+    time_lap(where, library, lambda: peak(library))
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from itertools import product
 from math import prod
 from typing import ClassVar
 
-from benchmarks.contenders import square_products
+from benchmarks.contenders import SQUARE_PRODUCTS
 from benchmarks.machine_code import Moves, moves
 from benchmarks.model import GPU
 from benchmarks.registry import IMPLS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, in_layouts
@@ -198,8 +198,10 @@ def _generator(impl: str) -> Generator:
 
 
 def _over_eager(head: str, mode: str, precision: str, machine: str) -> float | None:
-    """On a GPU none in strict float32, where both are bound by the same operations."""
-    return 2 if machine == "cpu" or precision in ("tf32", "bf16") else None
+    """On a GPU none in strict float32, where both are bound by the same operations, as on the CPU forward."""
+    if machine == "cpu":
+        return 1.8 if mode == "forward_backward" else None
+    return 2 if precision in ("tf32", "bf16") else None
 
 
 BENCHMARK = Op(
@@ -223,10 +225,10 @@ BENCHMARK = Op(
         build=_generator,
         latent_dim=LATENT_DIM,
         calls=[((1, 256, side, side), MIXING) for side in (8, 16, 32, 8, 16, 32)],
-        goal={"cpu": 1.05, "cuda": 1.05},
+        goal={"cpu": 1.12, "cuda": 1.05},  # in operations 1.11
     ),
-    goals=Goals(speed_ups=(SpeedUp(IMPLS, ("eager",), _over_eager),)),
-    products=square_products,
+    goals=Goals(speed_ups=(SpeedUp(IMPLS, ("eager",), _over_eager, lambda *of: 1),)),
+    products=SQUARE_PRODUCTS,
     kernel_passes=kernel_passes,
     predicted=predicted_times,
     triton=GConvConfiguration,

@@ -1,19 +1,26 @@
 """Modulated norm in the benchmarks: batch norm, AdaIN and SPADE's modulation; measurements, goals, machine code."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contenders import placed
 from benchmarks.cuda_code import CudaKernel, Design
 from benchmarks.machine_code import STATISTICS, Moves, moves
 from benchmarks.model import GPU, WARP
-from benchmarks.registry import IMPLS, PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, in_layouts
+from benchmarks.registry import IMPLS, PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, Whole, in_layouts
 from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
+from pixnorm.functional import label_conv2d
 from pixnorm.networks import Generator
-from pixnorm.testing import MODULATE, MODULATE_MAPS, Case, OpSpec
+from pixnorm.nn import SPADE2d
+from pixnorm.testing import LAYOUTS, MODULATE, MODULATE_MAPS, Case, OpSpec
 from pixnorm.testing.modulate import MAPS, NONE, ROWS, VECTOR
 
 FORWARD = "modulate_fwd_kernel"
@@ -212,6 +219,62 @@ def _goal(head: str, mode: str, precision: str, machine: str) -> float | None:
     return {"relu": 1.5, "up": 4, "adain": 2, "spade": 2}[head]
 
 
+LABELS, HIDDEN = 19, 128  # of SPADE's face model
+
+
+def _label_map(shape: Shape) -> Tensor:
+    """Labels of rectangles of 8x8 pixels and larger, as segments are."""
+    n, _, h, w = shape
+    torch.manual_seed(0)
+    coarse = torch.randint(LABELS, (n, 1, h // 8, w // 8)).float()
+    return F.interpolate(coarse, (h, w), mode="nearest")[:, 0].long()
+
+
+def _one_hot(labels: Tensor, layout: str) -> Tensor:
+    return LAYOUTS[layout](F.one_hot(labels, LABELS).permute(0, 3, 1, 2).float())
+
+
+def _label_conv(impl: str, shape: Shape, layout: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The one-hot map is made beforehand."""
+    labels, weight = _label_map(shape), torch.randn(shape[1], LABELS, 3, 3, requires_grad=True)
+    if impl != "eager":
+        return lambda: label_conv2d(labels, weight, impl=impl), [weight]
+    one_hot, own = _one_hot(labels, layout), LAYOUTS[layout](weight.detach()).requires_grad_()
+    return lambda: F.conv2d(one_hot, own, padding=1), [own]
+
+
+def _spade(impl: str, shape: Shape, layout: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The layer as NVlabs/SPADE writes it, from integer labels: two convolutions for scale and shift."""
+    c = shape[1]
+    labels, x = _label_map(shape), LAYOUTS[layout](torch.randn(shape)).requires_grad_()
+    if impl != "eager":
+        layer = placed(layout, SPADE2d(c, LABELS, HIDDEN, impl=impl))
+        return lambda: layer(x, labels), [x, *layer.parameters()]
+    shared, gamma, beta = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((LABELS, HIDDEN), (HIDDEN, c), (HIDDEN, c)))
+    layer = placed(layout, nn.ModuleList([nn.BatchNorm2d(c, affine=False), shared, gamma, beta]))
+
+    def forward() -> Tensor:
+        hidden = F.relu(shared(_one_hot(labels, layout)))
+        return layer[0](x) * (1 + gamma(hidden)) + beta(hidden)
+
+    return forward, [x, *layer.parameters()]
+
+
+WHOLES = {
+    "label convolution": Whole(
+        "`label_conv2d` over `conv2d` of the one-hot map",
+        [(4, HIDDEN, 64, 64), (4, HIDDEN, 128, 128)],
+        _label_conv,
+        {"forward": 6, "forward_backward": 6},
+    ),
+    "SPADE": Whole(
+        "SPADE layer from labels",
+        [(4, 128, 64, 64), (4, 128, 128, 128)],
+        _spade,
+        {"forward": 1.5, "forward_backward": 1.5},
+    ),
+}
+
 BENCHMARK = Op(
     spec=MODULATE,
     title="Modulated norm",
@@ -250,7 +313,7 @@ BENCHMARK = Op(
         goal={"cpu": 0.97, "cuda": 0.97},
     ),
     goals=Goals(
-        speed_ups=(SpeedUp(IMPLS, PEERS, _goal),),
+        speed_ups=(SpeedUp(IMPLS, PEERS, _goal, lambda *of: 1),),
         over_copy=1.5,
         saved={"relu": 0, "up": 0, "adain": 0, "spade": 0},
         launches={"forward": 2, "backward": 3},
@@ -262,5 +325,6 @@ BENCHMARK = Op(
     triton=ModulateConfiguration,
     precisions=("fp32", "bf16"),
     compiled=_compiled,
+    wholes=WHOLES,
     order=2,
 )

@@ -161,12 +161,18 @@ class Case:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a call must move, each pass over a tensor counted once; ``*_gemm`` is the share of the GEMMs."""
+    """Bytes that a call must move, each pass over a tensor counted once; ``*_gemm`` is the share of the GEMMs.
+
+    ``*_cached`` is what is still, or stays, in cache where images are taken in chunks, through GEMMs and passes, as on
+    the CPU.
+    """
 
     forward: int
     backward: int
     forward_gemm: int = 0
     backward_gemm: int = 0
+    forward_cached: int = 0
+    backward_cached: int = 0
 
 
 class Result(NamedTuple):

@@ -66,7 +66,10 @@ def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
     forward = (2 + large) + (2 if case.options.get("training", True) else 0)
     # Reduce: read dy, x and p. Apply: read dy, x and p, write dx and dp.
     backward = (2 + large) + (4 + large)
+    # Chunks stay in cache for the statistics; dp is consumed there.
+    forward_cached, backward_cached = (2 if case.options.get("training", True) else 0), 1
     passes = (forward + forward_gemm, backward + backward_gemm, forward_gemm, backward_gemm)
+    passes = (*passes, forward_cached, backward_cached)
     return Traffic(*(n * tensor_pass for n in passes))
 
 
