@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/memory.h"
+
 namespace pixnorm {
 
 // A strided view of memory as a batch of matrices; batch stride 0 broadcasts one matrix.
@@ -30,6 +32,10 @@ void gemm(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<con
 template <class A>
 void gemm_sum(const Matrices<A>& out, const Matrices<const A>& a, const Matrices<const A>& b, bool add);
 
+// out += `count` matrices of its size, which lie one after the other; in their order.
+template <class A>
+void add_matrices(const Matrices<A>& out, const A* parts, int64_t count);
+
 // ---- what gemm.cpp (threads) and gemm_kernels.h (vector code) share ----
 
 // How a kernel gets at an operand: a block packs what it needs, or all was packed before, or it lies well.
@@ -49,6 +55,23 @@ struct Operand {
 // What one thread multiplies at a time: rows [m0, m1) by columns [n0, n1), summed over depths [k0, k1).
 struct GemmBlock {
   int64_t m0, m1, n0, n1, k0, k1;
+};
+
+// A matrix that multiplies many, packed once.
+template <class A>
+class PackedMatrix {
+ public:
+  // Stands on the left of its products, or on the right.
+  PackedMatrix(const Matrices<const A>& matrix, bool on_left);
+
+  // out (+)= this times the others, or the others times this; batched.
+  void multiply(const Matrices<A>& out, const Matrices<const A>& others, bool add) const;
+
+ private:
+  const bool on_left_;
+  const GemmBlock whole_;
+  Operand<A> operand_;
+  const Buffer<A> packed_;
 };
 
 }  // namespace pixnorm

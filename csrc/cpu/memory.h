@@ -80,9 +80,9 @@ void copy_to(const std::vector<A>& from, const Tensor& to) {
   });
 }
 
-// How many images to take through a GEMM and the passes around it while they stay in the last-level cache.
+// How many images to take through a GEMM and the passes around it while they stay in cache.
 inline int64_t images_per_chunk(int64_t images, int64_t elements, size_t element) {
-  constexpr int64_t kChunkBytes = 1 << 20;
+  constexpr int64_t kChunkBytes = 1 << 19;
   return std::clamp<int64_t>(kChunkBytes / (elements * static_cast<int64_t>(element)), 1, images);
 }
 

@@ -103,6 +103,7 @@ constexpr int64_t band_rows(int64_t width) { return width >= kBandPixels ? 1 : (
 template <class A>
 struct Arena {
   A* next;
+  bool fresh;  // else it was given out before, for the same purposes
   A* pixels(int64_t count) {
     A* piece = next;
     next += count * kBlock;
@@ -171,14 +172,15 @@ class RowWriter {
 };
 
 // A ring buffer of three consecutive rows of an image. Each has `rows_each` sub-rows of `width` pixels with a zero
-// pixel of padding at either end; rows outside the image are zero.
+// pixel of padding at either end; rows outside the image are zero. Both are never written, so that a ring which takes the
+// place of another one of its size needs no clearing: for tiny planes that took as long as the sigmoid.
 template <class A>
 class Ring {
  public:
   Ring(Arena<A>& arena, int64_t height, int64_t width, int rows_each = 1)
       : height_(height), pitch_(width + 2), rows_each_(rows_each) {
     slots_ = arena.pixels(size(width, rows_each));
-    __builtin_memset(slots_, 0, size(width, rows_each) * kBlock * sizeof(A));
+    if (arena.fresh) __builtin_memset(slots_, 0, size(width, rows_each) * kBlock * sizeof(A));
   }
   static constexpr int64_t size(int64_t width, int rows_each) { return (3 * rows_each + 1) * (width + 2); }
   // Pixel 0 of sub-row `sub` of row h, h >= -2.

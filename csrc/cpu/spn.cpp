@@ -59,26 +59,11 @@ Matrices<A> as_matrices(A* data, const Shape& s, int64_t count) {
   return matrices_of(data, count, s.c, s.pixels(), s.channels_last);
 }
 
+// W, or its transpose, as it multiplies pixels.
 template <class A>
-Matrices<const A> weight_matrices(const A* weight, const Shape& s, int64_t batch) {
-  return {weight, batch, s.c, s.c, 0, s.c, 1};
-}
-
-template <class A>
-void project(const Shape& s, int64_t count, const A* weight, const A* x, A* p) {
-  const auto in = as_matrices(x, s, count);
-  const auto w = weight_matrices(weight, s, in.batch);
-  const auto out = as_matrices(p, s, count);
-  s.channels_last ? gemm(out, in, w.transposed(), false) : gemm(out, w, in, false);
-}
-
-// dx += W^T dp
-template <class A>
-void add_grad_input(const Shape& s, int64_t count, const A* weight, const A* dp, A* dx) {
-  const auto in = as_matrices(dp, s, count);
-  const auto w = weight_matrices(weight, s, in.batch);
-  const auto out = as_matrices(dx, s, count);
-  s.channels_last ? gemm(out, in, w, true) : gemm(out, w.transposed(), in, true);
+PackedMatrix<A> packed_weight(const Shape& s, const std::vector<A>& weight, bool transposed) {
+  const Matrices<const A> w{weight.data(), 1, s.c, s.c, 0, s.c, 1};
+  return {transposed == s.channels_last ? w : w.transposed(), !s.channels_last};
 }
 
 // dW (+)= dp x^T
@@ -165,23 +150,26 @@ void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_st
   const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
   const Activations shape{s.n, s.c, s.pixels(), s.channels_last};
   Statistics<T> of_x(shape, per_chunk), of_p(shape, per_chunk);
-  const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
-  for (int64_t n = 0; n < s.n; n += per_chunk) {
-    const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
-    const T* x_chunk = x + n * s.image();
-    T* p_chunk = p + n * s.image();
-    if (batch_statistics) of_x.add(x, n, n + count);
-    if constexpr (kWiden) {
-      for_elements(elements,
-                   [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, end - i); });
-      project<A>(s, count, values.mask_projection.data(), wide_x.data(), wide_p.data());
-      for_elements(elements,
-                   [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, end - i); });
-    } else {
-      project<A>(s, count, values.mask_projection.data(), x_chunk, p_chunk);
+  const PackedMatrix<A> weight = packed_weight(s, values.mask_projection, false);
+  for_large_items(ceil_div(s.n, per_chunk), [&](int64_t begin, int64_t end) {
+    const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
+    for (int64_t n = begin * per_chunk; n < std::min(end * per_chunk, s.n); n += per_chunk) {
+      const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
+      const T* x_chunk = x + n * s.image();
+      T* p_chunk = p + n * s.image();
+      if (batch_statistics) of_x.add(x, n, n + count);
+      if constexpr (kWiden) {
+        for_elements(elements,
+                     [&](int64_t i, int64_t to) { PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, to - i); });
+        weight.multiply(as_matrices(wide_p.data(), s, count), as_matrices<const A>(wide_x.data(), s, count), false);
+        for_elements(elements,
+                     [&](int64_t i, int64_t to) { PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, to - i); });
+      } else {
+        weight.multiply(as_matrices(p_chunk, s, count), as_matrices(x_chunk, s, count), false);
+      }
+      if (batch_statistics) of_p.add(p, n, n + count);
     }
-    if (batch_statistics) of_p.add(p, n, n + count);
-  }
+  });
   if (batch_statistics) {
     for (std::vector<A>* v : {&values.mean, &values.var, &values.mask_mean, &values.mask_var}) v->resize(s.c);
     of_x.finish(values.mean.data(), values.var.data());
@@ -300,38 +288,51 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
   params.mean_q = gradients.mean_q.data();
   params.mean_qp = gradients.mean_qp.data();
 
-  // dp is never stored whole: each chunk is consumed while it is in cache.
+  // dp is never stored whole: each chunk is consumed while it is in cache. Runs of chunks are given to threads, and each
+  // adds up its part of dW; there are not so many that the parts are larger than x.
+  constexpr int64_t kMostRuns = 16;
   const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
-  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
-  const Buffer<A> dp(per_chunk * s.image());
-  const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_dx(kWiden ? per_chunk * s.image() : 0);
-  for (int64_t n = 0; n < s.n; n += per_chunk) {
-    const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
-    const A* x_chunk;
-    A* dx_chunk;
-    if constexpr (kWiden) {
-      x_chunk = wide_x.data();
-      dx_chunk = wide_dx.data();
-      for_elements(elements, [&](int64_t i, int64_t end) {
-        PIXNORM_BY_ISA(widen<T>)(x + n * s.image() + i, wide_x.data() + i, end - i);
-      });
-    } else {
-      x_chunk = x + n * s.image();
-      dx_chunk = dx + n * s.image();
+  const PackedMatrix<A> weight = packed_weight(s, values.mask_projection, true);
+  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A)), chunks = ceil_div(s.n, per_chunk);
+  const int64_t runs = std::clamp<int64_t>(s.n * s.pixels() / s.c, 1, std::min(chunks, kMostRuns));
+  const int64_t of_weight = s.c * s.c;
+  const Buffer<A> parts((runs - 1) * of_weight);
+  for_large_items(runs, [&](int64_t begin, int64_t end) {
+    const Buffer<A> dp(per_chunk * s.image());
+    const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_dx(kWiden ? per_chunk * s.image() : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      A* const dw = i == 0 ? gradients.mask_projection.data() : parts.data() + (i - 1) * of_weight;
+      const int64_t first = chunks * i / runs, last = chunks * (i + 1) / runs;
+      for (int64_t n = first * per_chunk; n < std::min(last * per_chunk, s.n); n += per_chunk) {
+        const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
+        const A* x_chunk;
+        A* dx_chunk;
+        if constexpr (kWiden) {
+          x_chunk = wide_x.data();
+          dx_chunk = wide_dx.data();
+          for_elements(elements, [&](int64_t j, int64_t to) {
+            PIXNORM_BY_ISA(widen<T>)(x + n * s.image() + j, wide_x.data() + j, to - j);
+          });
+        } else {
+          x_chunk = x + n * s.image();
+          dx_chunk = dx + n * s.image();
+        }
+        const std::vector<Tile> chunk = tiles(s, n, n + count);
+        for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
+                  [&](int64_t tile, int64_t block, void* scratch) {
+                    apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
+                  });
+        weight.multiply(as_matrices(dx_chunk, s, count), as_matrices<const A>(dp.data(), s, count), true);
+        add_grad_weight<A>(s, count, dp.data(), x_chunk, dw, n > first * per_chunk);
+        if constexpr (kWiden) {
+          for_elements(elements, [&](int64_t j, int64_t to) {
+            PIXNORM_BY_ISA(narrow<T>)(wide_dx.data() + j, dx + n * s.image() + j, to - j);
+          });
+        }
+      }
     }
-    const std::vector<Tile> chunk = tiles(s, n, n + count);
-    for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
-              [&](int64_t tile, int64_t block, void* scratch) {
-                apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
-              });
-    add_grad_input<A>(s, count, values.mask_projection.data(), dp.data(), dx_chunk);
-    add_grad_weight<A>(s, count, dp.data(), x_chunk, gradients.mask_projection.data(), n > 0);
-    if constexpr (kWiden) {
-      for_elements(elements, [&](int64_t i, int64_t end) {
-        PIXNORM_BY_ISA(narrow<T>)(wide_dx.data() + i, dx + n * s.image() + i, end - i);
-      });
-    }
-  }
+  });
+  add_matrices<A>({gradients.mask_projection.data(), 1, s.c, s.c, 0, s.c, 1}, parts.data(), runs - 1);
 }
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

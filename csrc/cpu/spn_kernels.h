@@ -251,7 +251,7 @@ PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Til
   const int64_t c0 = block * kBlock;
   block_params->set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
   for (int64_t n = tile.n0; n < tile.n1; ++n) {
-    auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1)}, *block_params, n);
+    auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1), n == tile.n0}, *block_params, n);
     for (int64_t h = tile.h0 - halo; h < tile.h1 + halo; ++h) rows.step(h);
   }
 }

@@ -178,6 +178,19 @@ PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   for (int i = 0; i < n; ++i) v[i] = sum[i] * power[i];
 }
 
+// 1 / v, to about 1 ulp, for normal numbers whose reciprocal is normal.
+template <class A>
+PIXNORM_INLINE Vec<A> reciprocal(Vec<A> v) {
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+  if constexpr (sizeof(A) == 4) {
+    // An estimate of 14 bits and one step of Newton's method: less than half the time of a division.
+    const Vec<A> estimate = bit_cast<Vec<A>>(_mm512_rcp14_ps(bit_cast<__m512>(v)));
+    return estimate + estimate * (A(1) - v * estimate);
+  }
+#endif
+  return A(1) / v;
+}
+
 // 1 / (1 + e^-v) in place; NaN stays NaN.
 template <class A, int n>
 PIXNORM_INLINE void sigmoid(Vec<A> (&v)[n]) {
@@ -186,5 +199,5 @@ PIXNORM_INLINE void sigmoid(Vec<A> (&v)[n]) {
   for (int i = 0; i < n; ++i) v[i] = min_keep_nan<A>(max_keep_nan<A>(-v[i], -kLimit), kLimit);
   exp<A, n>(v);
 #pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) v[i] = A(1) / (A(1) + v[i]);
+  for (int i = 0; i < n; ++i) v[i] = reciprocal<A>(A(1) + v[i]);
 }
