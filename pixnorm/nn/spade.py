@@ -15,7 +15,7 @@ class SPADE2d(ModulatedNorm2d):
     ``y = (1 + γ) · x̂ + β``, with ``[γ, β] = conv(relu(conv(labels)))``, the label map nearest-resized to x.
 
     Where the map holds integer labels, the first convolution is a gather (:func:`pixnorm.functional.label_conv2d`), and
-    no one-hot tensor is made. γ and β are one convolution with 2C outputs.
+    no one-hot tensor is made.
 
     Args:
         num_features: C, the channels of the input.
@@ -107,8 +107,9 @@ class SPADE2d(ModulatedNorm2d):
         else:
             resized = F.interpolate(segmap.to(self.shared_weight.dtype), size, mode="nearest")
             hidden = F.relu(F.conv2d(resized, self.shared_weight, self.shared_bias, padding=self.kernel_size // 2))
-        maps = F.conv2d(hidden, self.weight, self.bias, padding=self.kernel_size // 2)
-        gamma, beta = maps.chunk(2, dim=1)
+        # One convolution for both is not faster, and its output would have to be split, and its gradient joined.
+        halves = zip(self.weight.chunk(2), self.bias.chunk(2), strict=True)
+        gamma, beta = (F.conv2d(hidden, *half, padding=self.kernel_size // 2) for half in halves)
         return self._modulated(input, gamma, beta)
 
     def _check_map(self, x: Tensor, segmap: Tensor) -> None:
