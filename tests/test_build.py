@@ -17,7 +17,7 @@ from pixnorm import _C
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
-CAPABILITIES = ["baseline", "avx2", "avx512"]  # from least to most
+CAPABILITIES = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]  # from least to most
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -53,7 +53,8 @@ def test_capability_can_be_lowered_and_not_raised(best_capability, limit):
 def test_unknown_capability_is_an_error():
     result = run("import pixnorm; pixnorm.backends()", PIXNORM_CPU_CAPABILITY="sse9")
     assert result.returncode != 0
-    assert "PIXNORM_CPU_CAPABILITY must be 'baseline', 'avx2' or 'avx512', got 'sse9'" in result.stderr
+    names = "'baseline', 'avx2', 'avx512', 'avx512_bf16' or 'amx'"
+    assert f"PIXNORM_CPU_CAPABILITY must be {names}, got 'sse9'" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF file")

@@ -454,7 +454,7 @@ def lesser_capabilities():
     """The capabilities below this machine's own."""
     if "native" not in available_impls("cpu"):
         return ()
-    names = ("baseline", "avx2", "avx512")
+    names = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     return names[: names.index(importlib.import_module("pixnorm._C").cpu_capability())]
 
 

@@ -1,7 +1,7 @@
 // GConv's mixing on the CPU: y = u + W (s u) + b, and its gradients; the algebra is in pixnorm/ops/gconv.py.
 //
 // Images are processed in chunks that stay in cache from pass to pass. With at least as many pixels as channels, each
-// sample gets its own weight I + W diag(s), and y is one product. With fewer pixels that weight would be larger than u;
+// sample gets its own weight W diag(s), and y is u plus one product. With fewer pixels that weight would be larger than u;
 // then s u is formed instead, and multiplied by W (in channels_last, in one product for all samples).
 
 #include <torch/csrc/stable/library.h>
@@ -73,120 +73,85 @@ void for_pieces(const Shape& s, int64_t images, const F& f) {
 }
 
 #define PIXNORM_BY_LAYOUT(function, ...) \
-  (s.channels_last ? PIXNORM_BY_ISA(function<A, false>)(__VA_ARGS__) : PIXNORM_BY_ISA(function<A, true>)(__VA_ARGS__))
+  (s.channels_last ? PIXNORM_BY_ISA(function<T, false>)(__VA_ARGS__) : PIXNORM_BY_ISA(function<T, true>)(__VA_ARGS__))
 
-// I + W diag(s) per image, (images, n, n).
-template <class A>
-void make_weights(const Shape& s, int64_t images, const A* w, const A* scales, A* out) {
+// W diag(s) per image, (images, n, n).
+template <class T>
+void make_weights(const Shape& s, int64_t images, const T* w, const acc_t<T>* scales, T* out) {
   constexpr int64_t kRows = 32;
   const int64_t pieces = ceil_div(s.n, kRows);
   parallel_for(0, images * pieces, ceil_div(1 << 13, kRows * s.n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, j = i % pieces * kRows;
-      PIXNORM_BY_ISA(weights_of_sample<A>)(w, scales + image * s.n, out + image * s.n * s.n, s.n, j,
+      PIXNORM_BY_ISA(weights_of_sample<T>)(w, scales + image * s.n, out + image * s.n * s.n, s.n, j,
                                            std::min(j + kRows, s.n));
     }
   });
 }
 
 // A matrix per image (or per run of its pixels): (n, pixels) in NCHW, (pixels, n) in channels_last.
-template <class A>
-Matrices<A> by_image(const Shape& s, int64_t images, A* data, int64_t first, int64_t pixels) {
+template <class T>
+Matrices<T> by_image(const Shape& s, int64_t images, T* data, int64_t first, int64_t pixels) {
   if (s.channels_last) return {data + first * s.n, images, pixels, s.n, s.image(), s.n, 1};
   return {data + first, images, s.n, pixels, s.image(), s.pixels, 1};
 }
 
-template <class A>
-Matrices<A> by_image(const Shape& s, int64_t images, A* data) {
+template <class T>
+Matrices<T> by_image(const Shape& s, int64_t images, T* data) {
   return by_image(s, images, data, 0, s.pixels);
 }
 
 // All images in as few matrices as possible: one in channels_last.
-template <class A>
-Matrices<A> together(const Shape& s, int64_t images, A* data) {
+template <class T>
+Matrices<T> together(const Shape& s, int64_t images, T* data) {
   return matrices_of(data, images, s.n, s.pixels, s.channels_last);
 }
 
-// out (+)= M in.
-template <class A>
-void multiply(const Shape& s, const Matrices<A>& out, const Matrices<const A>& m, const Matrices<const A>& in,
-              bool add = false) {
-  s.channels_last ? gemm(out, in, m.transposed(), add) : gemm(out, m, in, add);
+// out = M in, plus a matrix like it and a number per channel (each may be null).
+template <class T>
+void multiply(const Shape& s, const Matrices<T>& out, const Matrices<const T>& m, const Matrices<const T>& in,
+              const T* addend = nullptr, const acc_t<T>* bias = nullptr) {
+  s.channels_last ? gemm<T, T>(out, in, m.transposed(), {addend, nullptr, bias})
+                  : gemm<T, T>(out, m, in, {addend, bias, nullptr});
 }
 
 // out = left rightᵀ, reduced over pixels.
-template <class A>
-void multiply_transposed(const Shape& s, const Matrices<A>& out, const Matrices<const A>& left,
-                         const Matrices<const A>& right) {
-  s.channels_last ? gemm(out, left.transposed(), right, false) : gemm(out, left, right.transposed(), false);
+template <class T>
+void multiply_transposed(const Shape& s, const Matrices<acc_t<T>>& out, const Matrices<const T>& left,
+                         const Matrices<const T>& right) {
+  s.channels_last ? gemm(out, left.transposed(), right) : gemm(out, left, right.transposed());
 }
 
 // An (n, n) matrix per image, or one broadcast to all.
-template <class A>
-Matrices<const A> square(const Shape& s, const A* data, int64_t images, bool of_images) {
+template <class T>
+Matrices<const T> square(const Shape& s, const T* data, int64_t images, bool of_images) {
   return {data, images, s.n, s.n, of_images ? s.n * s.n : 0, s.n, 1};
 }
 
-// `from` in the accumulation type: in place where that is the storage type, otherwise upcast into the buffer.
 template <class T>
-const acc_t<T>* widened(const T* from, const Buffer<acc_t<T>>& buffer, int64_t count) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    return from;
-  } else {
-    for_elements(count,
-                 [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(widen<T>)(from + i, buffer.data() + i, end - i); });
-    return buffer.data();
-  }
-}
-
-// Where to compute results: in place, or in the buffer, which `narrowed` then rounds and copies to `to`.
-template <class T>
-acc_t<T>* wide_place(T* to, const Buffer<acc_t<T>>& buffer) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    return to;
-  } else {
-    return buffer.data();
-  }
-}
-
-template <class T>
-void narrowed(const acc_t<T>* from, T* to, int64_t count) {
-  if constexpr (!std::is_same_v<T, acc_t<T>>) {
-    for_elements(count, [&](int64_t i, int64_t end) { PIXNORM_BY_ISA(narrow<T>)(from + i, to + i, end - i); });
-  }
-}
-
-template <class T>
-void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, const std::vector<acc_t<T>>& w,
+void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, const T* w,
              const std::vector<acc_t<T>>& bias, T* y) {
   using A = acc_t<T>;
-  constexpr bool kWiden = !std::is_same_v<T, A>;
-  const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
-  const Buffer<A> wide_u(kWiden ? most : 0), wide_y(kWiden ? most : 0);
-  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const int64_t per_chunk = s.images_per_chunk(sizeof(T)), most = per_chunk * s.image();
+  const Buffer<T> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
   const A* const b = bias.empty() ? nullptr : bias.data();
   for (int64_t first = 0; first < s.images; first += per_chunk) {
-    const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
-    const A* const in = widened(u + first * s.image(), wide_u, elements);
-    A* const out = wide_place(y + first * s.image(), wide_y);
+    const int64_t images = std::min(per_chunk, s.images - first);
+    const T* const in = u + first * s.image();
+    T* const out = y + first * s.image();
     const A* const scale_of = scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      make_weights(s, images, w.data(), scale_of, scratch.data());
-      multiply<A>(s, by_image(s, images, out), square<A>(s, scratch.data(), images, true), by_image(s, images, in));
-      if (b) {
-        for_pieces(s, images, [&](const Piece& p) {
-          PIXNORM_BY_LAYOUT(add_bias, out + p.at, b + p.channel, p.rows, p.columns, p.stride);
-        });
-      }
+      make_weights(s, images, w, scale_of, scratch.data());
+      multiply<T>(s, by_image(s, images, out), square<T>(s, scratch.data(), images, true), by_image(s, images, in), in,
+                  b);
     } else {
       for_pieces(s, images, [&](const Piece& p) {
-        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, b ? b + p.channel : nullptr,
-                          out + p.at, scratch.data() + p.at, p.rows, p.columns, p.stride);
+        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, scratch.data() + p.at, p.rows,
+                          p.columns, p.stride);
       });
       const auto to = together(s, images, out);
-      multiply<A>(s, to, square(s, w.data(), to.batch, false), together<const A>(s, images, scratch.data()), true);
+      multiply<T>(s, to, square(s, w, to.batch, false), together<const T>(s, images, scratch.data()), in, b);
     }
-    narrowed(out, y + first * s.image(), elements);
   }
 }
 
@@ -197,8 +162,8 @@ struct Gradients {
 };
 
 // From G = dY Uᵀ per image, (images, n, n): dW += G diag(s), and ds = column sums of G ⊙ W.
-template <class A>
-void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, const A* scales, A* dw, A* d_scales) {
+template <class T, class A>
+void reduce_weights(const Shape& s, int64_t images, const A* g, const T* w, const A* scales, A* dw, A* d_scales) {
   const int64_t of_image = s.n * s.n;
   parallel_for(0, s.n, ceil_div(1 << 13, images * s.n), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
@@ -214,7 +179,7 @@ void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, cons
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / pieces, c = i % pieces * kColumns, count = std::min(kColumns, s.n - c);
       for (int64_t j = 0; j < s.n; ++j) {
-        PIXNORM_BY_ISA(add_product<A>)(g + image * of_image + j * s.n + c, w + j * s.n + c, d_scales + image * s.n + c,
+        PIXNORM_BY_ISA(add_product<T>)(g + image * of_image + j * s.n + c, w + j * s.n + c, d_scales + image * s.n + c,
                                        count);
       }
     }
@@ -222,8 +187,9 @@ void reduce_weights(const Shape& s, int64_t images, const A* g, const A* w, cons
 }
 
 // G = dY Uᵀ per image, (images, n, n). Long sums over pixels lose digits in float32, so runs are accumulated in double.
-template <class A>
-void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* u, A* g) {
+template <class T>
+void gradients_of_weights(const Shape& s, int64_t images, const T* dy, const T* u, acc_t<T>* g) {
+  using A = acc_t<T>;
   constexpr int64_t kRun = 1 << 10;
   const int64_t count = images * s.n * s.n;
   const Buffer<double> sums(s.pixels > kRun ? count : 0);
@@ -231,7 +197,7 @@ void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* 
     const int64_t pixels = std::min(kRun, s.pixels - pixel);
     const auto left = by_image(s, images, dy, pixel, pixels), right = by_image(s, images, u, pixel, pixels);
     const Matrices<A> out{g, images, s.n, s.n, s.n * s.n, s.n, 1};
-    multiply_transposed<A>(s, out, left, right);
+    multiply_transposed<T>(s, out, left, right);
     if (s.pixels <= kRun) return;
     for_elements(count, [&](int64_t i, int64_t end) {
       for (; i < end; ++i) sums[i] = (pixel == 0 ? 0 : sums[i]) + g[i];
@@ -243,39 +209,39 @@ void gradients_of_weights(const Shape& s, int64_t images, const A* dy, const A* 
 }
 
 template <class T>
-void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc_t<T>>& scales,
-              const std::vector<acc_t<T>>& w, T* grad_u, Gradients<acc_t<T>>& gradients) {
+void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc_t<T>>& scales, const T* w, T* grad_u,
+              Gradients<acc_t<T>>& gradients) {
   using A = acc_t<T>;
-  constexpr bool kWiden = !std::is_same_v<T, A>;
   const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
-  const Buffer<A> wide_u(kWiden ? most : 0), wide_dy(kWiden ? most : 0), wide_du(kWiden ? most : 0);
-  const Buffer<A> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
-  const Buffer<A> scaled(s.weights_of_samples() ? 0 : most);
+  const int64_t of_weights = s.weights_of_samples() ? per_chunk * s.n * s.n : 0;
+  const Buffer<A> g(of_weights);
+  const Buffer<T> scratch(s.weights_of_samples() ? of_weights : most);
+  const Buffer<T> scaled(s.weights_of_samples() ? 0 : most);
   const Matrices<A> dw{gradients.w.data(), 1, s.n, s.n, 0, s.n, 1};
   for (int64_t first = 0; first < s.images; first += per_chunk) {
-    const int64_t images = std::min(per_chunk, s.images - first), elements = images * s.image();
-    const A* const in = widened(u + first * s.image(), wide_u, elements);
-    const A* const dy = widened(grad_y + first * s.image(), wide_dy, elements);
-    A* const du = wide_place(grad_u + first * s.image(), wide_du);
+    const int64_t images = std::min(per_chunk, s.images - first);
+    const T* const in = u + first * s.image();
+    const T* const dy = grad_y + first * s.image();
+    T* const du = grad_u + first * s.image();
     const A* const scale_of = scales.data() + first * s.n;
     A* const d_scales = gradients.scales.data() + first * s.n;
     if (s.weights_of_samples()) {
-      gradients_of_weights(s, images, dy, in, scratch.data());
-      reduce_weights(s, images, scratch.data(), w.data(), scale_of, gradients.w.data(), d_scales);
-      make_weights(s, images, w.data(), scale_of, scratch.data());
-      multiply<A>(s, by_image(s, images, du), square<A>(s, scratch.data(), images, true).transposed(),
-                  by_image(s, images, dy));
+      gradients_of_weights(s, images, dy, in, g.data());
+      reduce_weights(s, images, g.data(), w, scale_of, gradients.w.data(), d_scales);
+      make_weights(s, images, w, scale_of, scratch.data());
+      multiply<T>(s, by_image(s, images, du), square<T>(s, scratch.data(), images, true).transposed(),
+                  by_image(s, images, dy), dy);
     } else {
       const auto h = together(s, images, scratch.data());
-      const auto left = together(s, images, dy), right = together<const A>(s, images, scaled.data());
-      multiply<A>(s, h, square(s, w.data(), h.batch, false).transposed(), left);
+      const auto left = together(s, images, dy), right = together<const T>(s, images, scaled.data());
+      multiply<T>(s, h, square(s, w, h.batch, false).transposed(), left);
       for_pieces(s, images, [&](const Piece& p) {
         const int64_t of_channel = p.image * s.n + p.channel;
         PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, scratch.data() + p.at, scale_of + of_channel, du + p.at,
                           scaled.data() + p.at, d_scales + of_channel, p.rows, p.columns, p.stride);
       });
-      s.channels_last ? gemm_sum<A>(dw, left.transposed(), right, first > 0)
-                      : gemm_sum<A>(dw, left, right.transposed(), first > 0);
+      s.channels_last ? gemm_sum<T>(dw, left.transposed(), right, first > 0)
+                      : gemm_sum<T>(dw, left, right.transposed(), first > 0);
     }
     if (!gradients.bias.empty()) {
       // Images in turn, so that each sum belongs to one thread.
@@ -286,7 +252,6 @@ void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc
         });
       }
     }
-    narrowed(du, grad_u + first * s.image(), elements);
   }
 }
 
@@ -309,10 +274,11 @@ Tensor gconv_mix_fwd(const Tensor& u, const Tensor& scales, const Tensor& mix_we
   const Tensor y = empty({s.images, s.n, u.size(2), u.size(3)}, u.scalar_type(), layout);
   if (u.numel() == 0) return y;
   const Tensor u_dense = dense(u, layout);
+  const Tensor w = dense(mix_weight);
   dispatch_floating(u.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
-    forward<T>(s, data_of<T>(u_dense), to_vector<A>(scales), to_vector<A>(mix_weight),
+    forward<T>(s, data_of<T>(u_dense), to_vector<A>(scales), data_of<T>(w),
                bias ? to_vector<A>(*bias) : std::vector<A>{}, static_cast<T*>(y.data_ptr()));
   });
   return y;
@@ -326,14 +292,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gconv_mix_bwd(const Tensor& grad_y, c
   check_same_dtype(grad_y, "grad_y", u);
   const MemoryFormat layout = layout_of(u);
   const Tensor grad_u = empty({s.images, s.n, u.size(2), u.size(3)}, u.scalar_type(), layout);
-  const Tensor u_dense = dense(u, layout), dy_dense = dense(grad_y, layout);
+  const Tensor u_dense = dense(u, layout), dy_dense = dense(grad_y, layout), w = dense(mix_weight);
   return dispatch_floating(u.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
     Gradients<A> gradients{std::vector<A>(s.images * s.n), std::vector<A>(s.n * s.n),
                            std::vector<double>(has_bias ? s.n : 0)};
     if (u.numel() > 0) {
-      backward<T>(s, data_of<T>(dy_dense), data_of<T>(u_dense), to_vector<A>(scales), to_vector<A>(mix_weight),
+      backward<T>(s, data_of<T>(dy_dense), data_of<T>(u_dense), to_vector<A>(scales), data_of<T>(w),
                   static_cast<T*>(grad_u.data_ptr()), gradients);
     }
     const auto tensor = [&](const auto& v, std::initializer_list<int64_t> sizes) {

@@ -4,32 +4,25 @@
 // per-channel values are per row (kPerRow). In channels_last a row is (some channels of) a pixel, and they are per
 // column.
 
-#include "cpu/convert_kernels.h"
-
-// y = u + b and su = s u; b may be null.
-template <class A, bool kPerRow>
-void scale(const A* u, const A* s, const A* b, A* y, A* su, int64_t rows, int64_t count, int64_t stride) {
+// su = s u.
+template <class T, bool kPerRow>
+void scale(const T* u, const acc_t<T>* s, T* su, int64_t rows, int64_t count, int64_t stride) {
+  using A = acc_t<T>;
   constexpr int n = kLanes<A>;
-  for (int64_t r = 0; r < rows; ++r, u += stride, y += stride, su += stride) {
+  for (int64_t r = 0; r < rows; ++r, u += stride, su += stride) {
     int64_t i = 0;
     for (; i + n <= count; i += n) {
-      const Vec<A> v = load(u + i);
-      store(su + i, v * (kPerRow ? broadcast(s[r]) : load(s + i)));
-      store(y + i, b ? v + (kPerRow ? broadcast(b[r]) : load(b + i)) : v);
+      store_as<T>(su + i, load_as<T>(u + i) * (kPerRow ? broadcast(s[r]) : load(s + i)));
     }
-    for (; i < count; ++i) {
-      const int64_t c = kPerRow ? r : i;
-      const A v = u[i];
-      su[i] = v * s[c];
-      y[i] = b ? v + b[c] : v;
-    }
+    for (; i < count; ++i) su[i] = static_cast<T>(static_cast<A>(u[i]) * s[kPerRow ? r : i]);
   }
 }
 
 // du = dy + s h, su = s u, ds = Σ u h over pixels.
-template <class A, bool kPerRow>
-void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* su, A* ds, int64_t rows, int64_t count,
-                    int64_t stride) {
+template <class T, bool kPerRow>
+void scale_backward(const T* u, const T* dy, const T* h, const acc_t<T>* s, T* du, T* su, acc_t<T>* ds, int64_t rows,
+                    int64_t count, int64_t stride) {
+  using A = acc_t<T>;
   constexpr int n = kLanes<A>;
   if (!kPerRow) {
     for (int64_t i = 0; i < count; ++i) ds[i] = 0;
@@ -39,9 +32,9 @@ void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* s
     A sum = 0;
     int64_t i = 0;
     for (; i + n <= count; i += n) {
-      const Vec<A> scale = kPerRow ? broadcast(s[r]) : load(s + i), in = load(u + i), g = load(h + i);
-      store(du + i, load(dy + i) + scale * g);
-      store(su + i, scale * in);
+      const Vec<A> scale = kPerRow ? broadcast(s[r]) : load(s + i), in = load_as<T>(u + i), g = load_as<T>(h + i);
+      store_as<T>(du + i, load_as<T>(dy + i) + scale * g);
+      store_as<T>(su + i, scale * in);
       if (kPerRow) {
         sums += in * g;
       } else {
@@ -49,31 +42,21 @@ void scale_backward(const A* u, const A* dy, const A* h, const A* s, A* du, A* s
       }
     }
     for (; i < count; ++i) {
-      const A scale = s[kPerRow ? r : i];
-      du[i] = dy[i] + scale * h[i];
-      su[i] = scale * u[i];
-      (kPerRow ? sum : ds[i]) += u[i] * h[i];
+      const A scale = s[kPerRow ? r : i], in = static_cast<A>(u[i]), g = static_cast<A>(h[i]);
+      du[i] = static_cast<T>(static_cast<A>(dy[i]) + scale * g);
+      su[i] = static_cast<T>(scale * in);
+      (kPerRow ? sum : ds[i]) += in * g;
     }
     if (kPerRow) ds[r] = sum + sum_lanes<A>(sums);
-  }
-}
-
-// y += b.
-template <class A, bool kPerRow>
-void add_bias(A* y, const A* b, int64_t rows, int64_t count, int64_t stride) {
-  constexpr int n = kLanes<A>;
-  for (int64_t r = 0; r < rows; ++r, y += stride) {
-    int64_t i = 0;
-    for (; i + n <= count; i += n) store(y + i, load(y + i) + (kPerRow ? broadcast(b[r]) : load(b + i)));
-    for (; i < count; ++i) y[i] += b[kPerRow ? r : i];
   }
 }
 
 // sums += Σ v over pixels, for at most kMostSums channels. Short runs are summed in A, and the runs in double.
 constexpr int64_t kMostSums = 1 << 5;
 
-template <class A, bool kPerRow>
-void add_sums(const A* v, double* sums, int64_t rows, int64_t count, int64_t stride) {
+template <class T, bool kPerRow>
+void add_sums(const T* v, double* sums, int64_t rows, int64_t count, int64_t stride) {
+  using A = acc_t<T>;
   constexpr int n = kLanes<A>;
   constexpr int64_t kRun = 1 << 6;
   if (kPerRow) {
@@ -82,8 +65,8 @@ void add_sums(const A* v, double* sums, int64_t rows, int64_t count, int64_t str
         const int64_t end = count - first < kRun * n ? count : first + kRun * n;
         Vec<A> run{};
         int64_t i = first;
-        for (; i + n <= end; i += n) run += load(v + i);
-        for (; i < end; ++i) sums[r] += v[i];
+        for (; i + n <= end; i += n) run += load_as<T>(v + i);
+        for (; i < end; ++i) sums[r] += static_cast<A>(v[i]);
         sums[r] += sum_lanes<A>(run);
       }
     }
@@ -92,29 +75,30 @@ void add_sums(const A* v, double* sums, int64_t rows, int64_t count, int64_t str
       A run[kMostSums] = {};
       for (int64_t r = first; r < rows && r < first + kRun; ++r, v += stride) {
         int64_t i = 0;
-        for (; i + n <= count; i += n) store(run + i, load(run + i) + load(v + i));
-        for (; i < count; ++i) run[i] += v[i];
+        for (; i + n <= count; i += n) store(run + i, load(run + i) + load_as<T>(v + i));
+        for (; i < count; ++i) run[i] += static_cast<A>(v[i]);
       }
       for (int64_t i = 0; i < count; ++i) sums[i] += run[i];
     }
   }
 }
 
-// Rows [j0, j1) of I + W diag(s), (n, n).
-template <class A>
-void weights_of_sample(const A* w, const A* s, A* out, int64_t n, int64_t j0, int64_t j1) {
+// Rows [j0, j1) of W diag(s), (n, n).
+template <class T>
+void weights_of_sample(const T* w, const acc_t<T>* s, T* out, int64_t n, int64_t j0, int64_t j1) {
+  using A = acc_t<T>;
   for (int64_t j = j0; j < j1; ++j) {
     int64_t i = 0;
-    for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + j * n + i, load(w + j * n + i) * load(s + i));
-    for (; i < n; ++i) out[j * n + i] = w[j * n + i] * s[i];
-    out[j * n + j] += 1;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store_as<T>(out + j * n + i, load_as<T>(w + j * n + i) * load(s + i));
+    for (; i < n; ++i) out[j * n + i] = static_cast<T>(static_cast<A>(w[j * n + i]) * s[i]);
   }
 }
 
 // to += a b, elementwise.
-template <class A>
-void add_product(const A* a, const A* b, A* to, int64_t count) {
+template <class T>
+void add_product(const acc_t<T>* a, const T* b, acc_t<T>* to, int64_t count) {
+  constexpr int n = kLanes<acc_t<T>>;
   int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load(to + i) + load(a + i) * load(b + i));
-  for (; i < count; ++i) to[i] += a[i] * b[i];
+  for (; i + n <= count; i += n) store(to + i, load(to + i) + load(a + i) * load_as<T>(b + i));
+  for (; i < count; ++i) to[i] += a[i] * static_cast<acc_t<T>>(b[i]);
 }

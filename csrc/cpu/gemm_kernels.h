@@ -23,8 +23,10 @@ PIXNORM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // `count` columns of b (or rows of a) into (depth, width): from memory where they are neighbours, or where depths are.
 // Stores of whole vectors may fill the next row, so rows are written in their order and each from its end. Columns
 // beyond `count` become some numbers that nobody uses.
-template <class A>
-void pack_run(const A* from, int64_t stride, int64_t depth_stride, int64_t count, int64_t width, int64_t depth, A* to) {
+template <class T>
+void pack_run(const T* from, int64_t stride, int64_t depth_stride, int64_t count, int64_t width, int64_t depth,
+              acc_t<T>* to) {
+  using A = acc_t<T>;
   constexpr int n = kLanes<A>;
   int64_t k = 0;
   if (stride == 1) {
@@ -32,20 +34,20 @@ void pack_run(const A* from, int64_t stride, int64_t depth_stride, int64_t count
     const int64_t beyond = (count + n - 1) / n * n - count;
     for (; k < depth - (beyond + depth_stride - 1) / depth_stride; ++k) {
       for (int64_t i = 0; i < count; i += n) {
-        const A* const at = from + k * depth_stride + i;
-        store(to + k * width + i, load(at));
+        const T* const at = from + k * depth_stride + i;
+        store(to + k * width + i, load_as<T>(at));
         __builtin_prefetch(at + kPanel<A>);  // of the next panel
       }
     }
   } else if (depth_stride == 1) {
     for (; k + n <= depth; k += n) {
       for (int64_t i = (count - 1) / n * n; i >= 0; i -= n) {
-        const A* const at = from + i * stride + k;
+        const T* const at = from + i * stride + k;
         Vec<A> v[n];
 #pragma GCC unroll 16
         for (int j = 0; j < n; ++j) {
-          const A* const row = at + least(j, count - 1 - i) * stride;
-          v[j] = load(row);
+          const T* const row = at + least(j, count - 1 - i) * stride;
+          v[j] = load_as<T>(row);
           __builtin_prefetch(row + n);
         }
         transpose<A>(v);
@@ -56,14 +58,14 @@ void pack_run(const A* from, int64_t stride, int64_t depth_stride, int64_t count
   }
   for (; k < depth; ++k) {
     for (int64_t i = 0; i < (count + n - 1) / n * n; ++i) {
-      to[k * width + i] = i < count ? from[i * stride + k * depth_stride] : A(0);
+      to[k * width + i] = i < count ? static_cast<A>(from[i * stride + k * depth_stride]) : A(0);
     }
   }
 }
 
 // Depths [k0, k1) of `count` columns from the first on.
-template <class A>
-void pack(const Operand<A>& from, int64_t first, int64_t count, int64_t width, int64_t k0, int64_t k1, A* to) {
+template <class T>
+void pack(const Operand<T>& from, int64_t first, int64_t count, int64_t width, int64_t k0, int64_t k1, acc_t<T>* to) {
   for (int64_t k = k0; k < k1;) {
     const int64_t depth = least(k1 - k, from.run - k % from.run);
     pack_run(from.at(first, k), from.stride, from.depth_stride, count, width, depth, to);
@@ -77,7 +79,7 @@ struct Rows {
   int64_t first, count;
 };
 
-inline int64_t tiles_of(const GemmBlock& g) { return (g.m1 - g.m0 + kTileRows - 1) / kTileRows; }
+PIXNORM_INLINE int64_t tiles_of(const GemmBlock& g) { return (g.m1 - g.m0 + kTileRows - 1) / kTileRows; }
 
 PIXNORM_INLINE Rows rows_of(const GemmBlock& g, int64_t tile) {
   const int64_t tiles = tiles_of(g), rows = g.m1 - g.m0, first = rows * tile / tiles;
@@ -85,73 +87,103 @@ PIXNORM_INLINE Rows rows_of(const GemmBlock& g, int64_t tile) {
 }
 
 // The depths of a block are cut evenly, too.
-inline int64_t steps_of(const GemmBlock& g) { return (g.k1 - g.k0 + kDepth - 1) / kDepth; }
+PIXNORM_INLINE int64_t steps_of(const GemmBlock& g) { return (g.k1 - g.k0 + kDepth - 1) / kDepth; }
 PIXNORM_INLINE int64_t depth_at(const GemmBlock& g, int64_t step) { return g.k0 + (g.k1 - g.k0) * step / steps_of(g); }
 PIXNORM_INLINE int64_t most_depth(const GemmBlock& g) { return least(kDepth, g.k1 - g.k0); }
 
 template <class A>
-int64_t panels_of(const GemmBlock& g) {
+PIXNORM_INLINE int64_t panels_of(const GemmBlock& g) {
   return (g.n1 - g.n0 + kPanel<A> - 1) / kPanel<A>;
 }
 
-// Elements of one step, packed: all rows of a block, and all its columns.
+// Pieces of packed operands are the tiles (panels) of each step, one step after the other.
+inline int64_t left_pieces(const GemmBlock& g) { return steps_of(g) * tiles_of(g); }
 template <class A>
-int64_t left_size(const GemmBlock& g) {
-  return tiles_of(g) * tile_size<A>(most_depth(g));
+int64_t right_pieces(const GemmBlock& g) {
+  return steps_of(g) * panels_of<A>(g);
 }
 template <class A>
-int64_t right_size(const GemmBlock& g) {
-  return panels_of<A>(g) * most_depth(g) * kPanel<A>;
+int64_t left_bytes(const GemmBlock& g) {
+  return left_pieces(g) * tile_size<A>(most_depth(g)) * static_cast<int64_t>(sizeof(A));
 }
-// Elements of the panels that a block packs itself.
 template <class A>
-int64_t right_scratch_size() {
-  return kDepth * kPanel<A>;
+int64_t right_bytes(const GemmBlock& g) {
+  return right_pieces<A>(g) * most_depth(g) * kPanel<A> * static_cast<int64_t>(sizeof(A));
 }
 
-// Tile (panel) i of a block's step to its place in that step's memory.
-template <class A>
-void pack_left(const GemmBlock& g, const Operand<A>& a, int64_t step, int64_t tile, A* to) {
+// Packing costs a few per cent where each number is used a hundred times. What lies well is not packed: neighbours
+// whose depths are near (pages, and sets of a cache), or, of the left one, depths side by side whose rows do not share
+// sets. Half types are widened as they are packed.
+template <class T, bool kLeft>
+bool lies_well(const Operand<T>& o, int64_t depth, int64_t columns) {
+  constexpr int64_t kNear = 256, kSameSets = 2048, size = sizeof(T);
+  if (!std::is_same_v<T, acc_t<T>> || depth > o.run) return false;
+  if (o.stride == 1) return o.depth_stride * size <= kNear && (kLeft || columns % kLanes<T> == 0);
+  return kLeft && o.depth_stride == 1 && o.stride * size % kSameSets != 0;
+}
+
+template <class T>
+void pack_left(const GemmBlock& g, const Operand<T>& a, int64_t piece, void* to) {
+  using A = acc_t<T>;
+  const int64_t tiles = tiles_of(g), step = piece / tiles, tile = piece % tiles;
   const Rows rows = rows_of(g, tile);
-  const int64_t k0 = depth_at(g, step), k1 = depth_at(g, step + 1);
-  pack(a, rows.first, rows.count, rows.count, k0, k1, to + tile * tile_size<A>(most_depth(g)));
+  pack(a, rows.first, rows.count, rows.count, depth_at(g, step), depth_at(g, step + 1),
+       static_cast<A*>(to) + piece * tile_size<A>(most_depth(g)));
 }
 
-template <class A>
-void pack_right(const GemmBlock& g, const Operand<A>& b, int64_t step, int64_t panel, A* to) {
+template <class T>
+void pack_right(const GemmBlock& g, const Operand<T>& b, int64_t piece, void* to) {
+  using A = acc_t<T>;
+  const int64_t panels = panels_of<A>(g), step = piece / panels, panel = piece % panels;
   const int64_t first = g.n0 + panel * kPanel<A>, count = least(kPanel<A>, g.n1 - first);
   const int64_t width = count <= kLanes<A> ? kLanes<A> : kPanel<A>;
-  pack(b, first, count, width, depth_at(g, step), depth_at(g, step + 1), to + panel * most_depth(g) * kPanel<A>);
+  pack(b, first, count, width, depth_at(g, step), depth_at(g, step + 1),
+       static_cast<A*>(to) + piece * most_depth(g) * kPanel<A>);
 }
 
-// to (+)= less than 2 m numbers, as vectors of m, m / 2, ... of them.
+// to = addend + less than 2 m numbers, as vectors of m, m / 2, ... of them.
 template <class A, int m>
-PIXNORM_INLINE void put(const A* from, A* to, int64_t count, bool add) {
+PIXNORM_INLINE void put(const A* from, const A* addend, A* to, int64_t count) {
   if (count & m) {
     typename Lanes<A, m>::type v, before;
     __builtin_memcpy(&v, from, sizeof(v));
-    if (add) {
-      __builtin_memcpy(&before, to, sizeof(v));
+    if (addend) {
+      __builtin_memcpy(&before, addend, sizeof(v));
       v += before;
+      addend += m;
     }
     __builtin_memcpy(to, &v, sizeof(v));
     from += m;
     to += m;
   }
-  if constexpr (m > 1) put<A, m / 2>(from, to, count, add);
+  if constexpr (m > 1) put<A, m / 2>(from, addend, to, count);
 }
 
-// out (+)= R rows of a times n vectors of columns, of which the last may be missing. kRows: rows of a are neighbours
-// and depths a_stride apart; else it is the other way round.
+// out = R rows of a times n vectors of columns, of which the last may be missing, + addends. kRows: rows of a are
+// neighbours and depths a_stride apart; else it is the other way round.
 template <class A, int R, int n, bool kRows>
-void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* out,
-                   int64_t out_stride, int64_t columns, bool add) {
+void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth,
+                   const Addends<A>& add, A* out, int64_t out_stride, int64_t columns) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {  // it would be waited for at the end
 #pragma GCC unroll 2
     for (int v = 0; v < n; ++v) __builtin_prefetch(out + r * out_stride + v * kLanes<A>, 1);
   }
+  const A* const addend = add.matrix;
   Vec<A> sum[R][n] = {};
+  if (add.of_rows) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < n; ++v) sum[r][v] = broadcast(add.of_rows[r]);
+    }
+  } else if (add.of_columns) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < n; ++v) sum[r][v] = load(add.of_columns + v * kLanes<A>);
+    }
+  }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec<A> right[n];
@@ -170,8 +202,8 @@ void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, i
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < n; ++v) {
-        A* const to = out + r * out_stride + v * kLanes<A>;
-        store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+        const int64_t at = r * out_stride + v * kLanes<A>;
+        store(out + at, addend ? load(addend + at) + sum[r][v] : sum[r][v]);
       }
     }
   } else {
@@ -181,12 +213,16 @@ void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, i
 #pragma GCC unroll 2
       for (int v = 0; v < n; ++v) store(row[r] + v * kLanes<A>, sum[r][v]);
     }
-    for (int r = 0; r < R; ++r) put<A, (n * kLanes<A>) / 2>(row[r], out + r * out_stride, columns, add);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * out_stride;
+      put<A, (n * kLanes<A>) / 2>(row[r], addend ? addend + at : nullptr, out + at, columns);
+    }
   }
 }
 
 template <class A>
-using MultiplyTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t, int64_t, bool);
+using MultiplyTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const Addends<A>&, A*, int64_t,
+                              int64_t);
 
 template <class A, int n, bool kRows, int... r>
 PIXNORM_INLINE MultiplyTile<A> tile_of_rows(int64_t rows, std::integer_sequence<int, r...>) {
@@ -200,46 +236,100 @@ PIXNORM_INLINE MultiplyTile<A> tile_of_rows(int64_t rows, bool neighbours) {
   return neighbours ? tile_of_rows<A, n, true>(rows, kRows) : tile_of_rows<A, n, false>(rows, kRows);
 }
 
-// out (+)= a b of a block; what is to be packed here goes into scratch.
-template <class A>
-void multiply_block(const GemmBlock& g, const Operand<A>& a, const Operand<A>& b, A* out, int64_t out_stride, bool add,
-                    A* scratch) {
-  const int64_t tiles = tiles_of(g), panels = panels_of<A>(g), most = most_depth(g);
+// Elements of scratch: panels that fill the first-level cache, tiles of all rows, and sums on their way to a half type.
+template <class T, class O>
+int64_t scratch_bytes(const GemmBlock& g) {
+  using A = acc_t<T>;
+  constexpr int64_t kTile = kTileRows * kPanel<A>;
+  const int64_t sums = std::is_same_v<O, A> ? 0 : steps_of(g) > 1 ? tiles_of(g) * panels_of<A>(g) * kTile : kTile;
+  return (kDepth * kPanel<A> + tiles_of(g) * tile_size<A>(most_depth(g)) + sums) * sizeof(A);
+}
+
+// out = matrix + sums.
+template <class O>
+void finish_tile(const acc_t<O>* sums, int64_t rows, int64_t columns, const O* matrix, O* out, int64_t out_stride) {
+  using A = acc_t<O>;
+  constexpr int n = kLanes<A>;
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel<A>) {
+    const int64_t at = r * out_stride;
+    int64_t i = 0;
+    for (; i + n <= columns; i += n) {
+      const Vec<A> v = load(sums + i);
+      store_as<O>(out + at + i, matrix ? load_as<O>(matrix + at + i) + v : v);
+    }
+    for (; i < columns; ++i) out[at + i] = static_cast<O>((matrix ? static_cast<A>(matrix[at + i]) : A(0)) + sums[i]);
+  }
+}
+
+// out = a b + addends of a block; what is to be packed here goes into scratch.
+template <class T, class O>
+void multiply_block(const GemmBlock& g, const Operand<T>& a, const Operand<T>& b, O* out, int64_t out_stride,
+                    const Addends<O>& add, void* scratch) {
+  using A = acc_t<T>;
+  constexpr bool kWide = std::is_same_v<O, A>;
+  const int64_t tiles = tiles_of(g), panels = panels_of<A>(g), most = most_depth(g), steps = steps_of(g);
   const int64_t group = kDepth / most;  // panels that fill the first-level cache together
+  const int64_t tile_elements = tile_size<A>(most), panel_elements = most * kPanel<A>;
+  A* const packed_panels = static_cast<A*>(scratch);
+  A* const packed_tiles = packed_panels + kDepth * kPanel<A>;
+  A* const sums = packed_tiles + tiles * tile_elements;
   const bool neighbours = a.use != Use::kInPlace || a.stride == 1;
-  for (int64_t step = 0; step < steps_of(g); ++step) {
+  for (int64_t step = 0; step < steps; ++step) {
     const int64_t k0 = depth_at(g, step), depth = depth_at(g, step + 1) - k0;
-    const A* left = a.use == Use::kPacked ? a.packed + step * left_size<A>(g) : nullptr;
+    const A* left = static_cast<const A*>(a.packed) + step * tiles * tile_elements;
     if (a.use == Use::kPack) {
-      A* const to = scratch + kDepth * kPanel<A>;
-      for (int64_t tile = 0; tile < tiles; ++tile) pack_left(g, a, step, tile, to);
-      left = to;
+      A* const to = packed_tiles - step * tiles * tile_elements;
+      for (int64_t tile = 0; tile < tiles; ++tile) pack_left(g, a, step * tiles + tile, to);
+      left = packed_tiles;
     }
     for (int64_t p0 = 0; p0 < panels; p0 += group) {
       const int64_t p1 = least(p0 + group, panels);
-      const A* right = b.use == Use::kPacked ? b.packed + step * right_size<A>(g) : nullptr;
+      const A* right = static_cast<const A*>(b.packed) + step * panels * panel_elements;
       if (b.use == Use::kPack) {
-        A* const to = scratch - p0 * most * kPanel<A>;
-        for (int64_t panel = p0; panel < p1; ++panel) pack_right(g, b, step, panel, to);
-        right = to;
+        A* const to = packed_panels - (step * panels + p0) * panel_elements;
+        for (int64_t panel = p0; panel < p1; ++panel) pack_right(g, b, step * panels + panel, to);
+        right = packed_panels - p0 * panel_elements;
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const Rows rows = rows_of(g, tile);
-        const A* const from = a.use == Use::kInPlace ? a.at(rows.first, k0) : left + tile * tile_size<A>(most);
+        const A* from = left + tile * tile_elements;
+        if constexpr (std::is_same_v<T, A>) {
+          if (a.use == Use::kInPlace) from = a.at(rows.first, k0);
+        }
         const int64_t stride = a.use != Use::kInPlace ? rows.count : neighbours ? a.depth_stride : a.stride;
         for (int64_t panel = p0; panel < p1; ++panel) {
           const int64_t first = g.n0 + panel * kPanel<A>, count = least(kPanel<A>, g.n1 - first);
           const bool one = count <= kLanes<A>, in_place = b.use == Use::kInPlace;
-          const A* const columns = in_place ? b.at(first, k0) : right + panel * most * kPanel<A>;
+          const A* columns = right + panel * panel_elements;
+          if constexpr (std::is_same_v<T, A>) {
+            if (in_place) columns = b.at(first, k0);
+          }
           const int64_t b_stride = in_place ? b.depth_stride : one ? kLanes<A> : kPanel<A>;
           const auto multiply =
               one ? tile_of_rows<A, 1>(rows.count, neighbours) : tile_of_rows<A, 2>(rows.count, neighbours);
-          multiply(from, stride, columns, b_stride, depth, out + rows.first * out_stride + first, out_stride, count,
-                   add || step > 0);
+          const Addends<O> here = add.at(rows.first, first, out_stride);
+          O* const to = out + rows.first * out_stride + first;
+          if constexpr (kWide) {
+            multiply(from, stride, columns, b_stride, depth, step > 0 ? Addends<A>{to} : here, to, out_stride, count);
+          } else {
+            A* const sum = sums + (steps > 1 ? (tile * panels + panel) * kTileRows * kPanel<A> : 0);
+            const Addends<A> wide = step > 0 ? Addends<A>{sum} : Addends<A>{nullptr, here.of_rows, here.of_columns};
+            multiply(from, stride, columns, b_stride, depth, wide, sum, kPanel<A>, count);
+            if (step == steps - 1) finish_tile<O>(sum, rows.count, count, here.matrix, to, out_stride);
+          }
         }
       }
     }
   }
+}
+
+template <class T, class O>
+GemmKernels<T, O> kernels() {
+  using A = acc_t<T>;
+  return {{lies_well<T, true>, left_pieces, left_bytes<A>, pack_left<T>},
+          {lies_well<T, false>, right_pieces<A>, right_bytes<A>, pack_right<T>},
+          scratch_bytes<T, O>,
+          multiply_block<T, O>};
 }
 
 // out (+)= the parts, which lie `part` apart; in their order.

@@ -54,24 +54,24 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
 
 // ---- the projection's GEMMs, on `count` images from a pointer ----
 
-template <class A>
-Matrices<A> as_matrices(A* data, const Shape& s, int64_t count) {
+template <class T>
+Matrices<T> as_matrices(T* data, const Shape& s, int64_t count) {
   return matrices_of(data, count, s.c, s.pixels(), s.channels_last);
 }
 
 // W, or its transpose, as it multiplies pixels.
-template <class A>
-PackedMatrix<A> packed_weight(const Shape& s, const std::vector<A>& weight, bool transposed) {
-  const Matrices<const A> w{weight.data(), 1, s.c, s.c, 0, s.c, 1};
+template <class T>
+PackedMatrix<T, T> packed_weight(const Shape& s, const std::vector<T>& weight, bool transposed) {
+  const Matrices<const T> w{weight.data(), 1, s.c, s.c, 0, s.c, 1};
   return {transposed == s.channels_last ? w : w.transposed(), !s.channels_last};
 }
 
 // dW (+)= dp x^T
-template <class A>
-void add_grad_weight(const Shape& s, int64_t count, const A* dp, const A* x, A* dw, bool add) {
-  const Matrices<A> out{dw, 1, s.c, s.c, 0, s.c, 1};
+template <class T>
+void add_grad_weight(const Shape& s, int64_t count, const T* dp, const T* x, acc_t<T>* dw, bool add) {
+  const Matrices<acc_t<T>> out{dw, 1, s.c, s.c, 0, s.c, 1};
   const auto left = as_matrices(dp, s, count), right = as_matrices(x, s, count);
-  s.channels_last ? gemm_sum(out, left.transposed(), right, add) : gemm_sum(out, left, right.transposed(), add);
+  s.channels_last ? gemm_sum<T>(out, left.transposed(), right, add) : gemm_sum<T>(out, left, right.transposed(), add);
 }
 
 // ---- arguments ----
@@ -89,14 +89,16 @@ struct ParameterTensors {
   }
 };
 
-// Parameters and statistics, upcast.
-template <class A>
+// Parameters and statistics; all upcast but the operand of matrix products.
+template <class T>
 struct Values {
-  std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
+  using A = acc_t<T>;
+  std::vector<T> mask_projection;
+  std::vector<A> mask_weight, mask_bias, taps[4];
   std::vector<A> mean, var, mask_mean, mask_var, rstd, mask_rstd;
 
   explicit Values(const ParameterTensors& given)
-      : mask_projection(to_vector<A>(given.mask_projection)),
+      : mask_projection(to_vector<T>(given.mask_projection)),
         mask_weight(to_vector<A>(given.mask_weight)),
         mask_bias(to_vector<A>(given.mask_bias)) {
     for (int i = 0; i < 4; ++i) taps[i] = to_vector<A>(*given.taps[i]);
@@ -144,29 +146,17 @@ Shape shape_of(const Tensor& x, int64_t upsample, std::optional<double> negative
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T, int U>
-void forward(const Shape& s, Values<acc_t<T>>& values, double eps, bool batch_statistics, const T* x, T* p, T* y) {
+void forward(const Shape& s, Values<T>& values, double eps, bool batch_statistics, const T* x, T* p, T* y) {
   using A = acc_t<T>;
-  constexpr bool kWiden = !std::is_same_v<T, A>;
-  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A));
+  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(T));
   const Activations shape{s.n, s.c, s.pixels(), s.channels_last};
   Statistics<T> of_x(shape, per_chunk), of_p(shape, per_chunk);
-  const PackedMatrix<A> weight = packed_weight(s, values.mask_projection, false);
+  const PackedMatrix<T, T> weight = packed_weight(s, values.mask_projection, false);
   for_large_items(ceil_div(s.n, per_chunk), [&](int64_t begin, int64_t end) {
-    const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_p(kWiden ? per_chunk * s.image() : 0);
     for (int64_t n = begin * per_chunk; n < std::min(end * per_chunk, s.n); n += per_chunk) {
-      const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
-      const T* x_chunk = x + n * s.image();
-      T* p_chunk = p + n * s.image();
+      const int64_t count = std::min(per_chunk, s.n - n);
       if (batch_statistics) of_x.add(x, n, n + count);
-      if constexpr (kWiden) {
-        for_elements(elements,
-                     [&](int64_t i, int64_t to) { PIXNORM_BY_ISA(widen<T>)(x_chunk + i, wide_x.data() + i, to - i); });
-        weight.multiply(as_matrices(wide_p.data(), s, count), as_matrices<const A>(wide_x.data(), s, count), false);
-        for_elements(elements,
-                     [&](int64_t i, int64_t to) { PIXNORM_BY_ISA(narrow<T>)(wide_p.data() + i, p_chunk + i, to - i); });
-      } else {
-        weight.multiply(as_matrices(p_chunk, s, count), as_matrices(x_chunk, s, count), false);
-      }
+      weight.multiply(as_matrices(p + n * s.image(), s, count), as_matrices(x + n * s.image(), s, count));
       if (batch_statistics) of_p.add(p, n, n + count);
     }
   });
@@ -203,7 +193,7 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
     const Tensor x_dense = dense(x, layout);
     const Tensor y = empty({s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
     const Tensor p = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
-    Values<A> values(parameters);
+    Values<T> values(parameters);
     if (given) {
       values.set_statistics({*mean, *var, *mask_mean, *mask_var});
     } else {
@@ -256,10 +246,9 @@ struct Gradients {
 };
 
 template <class T, int U>
-void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gradients, double eps, bool training,
-              const T* dy, const T* x, const T* p, T* dx) {
+void backward(const Shape& s, Values<T>& values, Gradients<acc_t<T>>& gradients, double eps, bool training, const T* dy,
+              const T* x, const T* p, T* dx) {
   using A = acc_t<T>;
-  constexpr bool kWiden = !std::is_same_v<T, A>;
   Params<A> params = values.params(eps);
 
   const std::vector<Tile> cut = tiles(s, 0, s.n);
@@ -288,47 +277,31 @@ void backward(const Shape& s, Values<acc_t<T>>& values, Gradients<acc_t<T>>& gra
   params.mean_q = gradients.mean_q.data();
   params.mean_qp = gradients.mean_qp.data();
 
-  // dp is never stored whole: each chunk is consumed while it is in cache. Runs of chunks are given to threads, and each
-  // adds up its part of dW; there are not so many that the parts are larger than x.
+  // dp is never stored whole: each chunk is consumed while it is in cache. Runs of chunks are given to threads, and
+  // each adds up its part of dW; there are not so many that the parts are larger than x.
   constexpr int64_t kMostRuns = 16;
   const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
-  const PackedMatrix<A> weight = packed_weight(s, values.mask_projection, true);
-  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(A)), chunks = ceil_div(s.n, per_chunk);
+  const PackedMatrix<T, T> weight = packed_weight(s, values.mask_projection, true);
+  const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(T)), chunks = ceil_div(s.n, per_chunk);
   const int64_t runs = std::clamp<int64_t>(s.n * s.pixels() / s.c, 1, std::min(chunks, kMostRuns));
   const int64_t of_weight = s.c * s.c;
   const Buffer<A> parts((runs - 1) * of_weight);
   for_large_items(runs, [&](int64_t begin, int64_t end) {
-    const Buffer<A> dp(per_chunk * s.image());
-    const Buffer<A> wide_x(kWiden ? per_chunk * s.image() : 0), wide_dx(kWiden ? per_chunk * s.image() : 0);
+    const Buffer<T> dp(per_chunk * s.image());
     for (int64_t i = begin; i < end; ++i) {
       A* const dw = i == 0 ? gradients.mask_projection.data() : parts.data() + (i - 1) * of_weight;
-      const int64_t first = chunks * i / runs, last = chunks * (i + 1) / runs;
-      for (int64_t n = first * per_chunk; n < std::min(last * per_chunk, s.n); n += per_chunk) {
-        const int64_t count = std::min(per_chunk, s.n - n), elements = count * s.image();
-        const A* x_chunk;
-        A* dx_chunk;
-        if constexpr (kWiden) {
-          x_chunk = wide_x.data();
-          dx_chunk = wide_dx.data();
-          for_elements(elements, [&](int64_t j, int64_t to) {
-            PIXNORM_BY_ISA(widen<T>)(x + n * s.image() + j, wide_x.data() + j, to - j);
-          });
-        } else {
-          x_chunk = x + n * s.image();
-          dx_chunk = dx + n * s.image();
-        }
+      const int64_t first = chunks * i / runs * per_chunk, last = std::min(chunks * (i + 1) / runs * per_chunk, s.n);
+      for (int64_t n = first; n < last; n += per_chunk) {
+        const int64_t count = std::min(per_chunk, last - n);
+        const T* const x_chunk = x + n * s.image();
+        T* const dx_chunk = dx + n * s.image();
         const std::vector<Tile> chunk = tiles(s, n, n + count);
         for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
                   [&](int64_t tile, int64_t block, void* scratch) {
                     apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
                   });
-        weight.multiply(as_matrices(dx_chunk, s, count), as_matrices<const A>(dp.data(), s, count), true);
-        add_grad_weight<A>(s, count, dp.data(), x_chunk, dw, n > first * per_chunk);
-        if constexpr (kWiden) {
-          for_elements(elements, [&](int64_t j, int64_t to) {
-            PIXNORM_BY_ISA(narrow<T>)(wide_dx.data() + j, dx + n * s.image() + j, to - j);
-          });
-        }
+        weight.multiply(as_matrices(dx_chunk, s, count), as_matrices<const T>(dp.data(), s, count), {dx_chunk});
+        add_grad_weight<T>(s, count, dp.data(), x_chunk, dw, n > first);
       }
     }
   });
@@ -357,7 +330,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
     const Tensor x_dense = dense(x, layout), p_dense = dense(p, layout);
     const Tensor dy_dense = dense(grad_y, layout);
     const Tensor dx = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
-    Values<A> values(parameters);
+    Values<T> values(parameters);
     values.set_statistics({mean, var, mask_mean, mask_var});
     Gradients<A> gradients(s);
     if (x.numel() > 0) {

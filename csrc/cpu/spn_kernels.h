@@ -278,7 +278,7 @@ void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile&
 // dx and dp begin with image first_n.
 template <class T, int U>
 void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
-                    const T* x, const T* p, const T* dy, acc_t<T>* dx, acc_t<T>* dp, int64_t first_n) {
+                    const T* x, const T* p, const T* dy, T* dx, T* dp, int64_t first_n) {
   run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
     return BackwardBlock<acc_t<T>, U, true>(
         arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block), plane(dy, s, U, n, block),
