@@ -1,8 +1,8 @@
 // GConv's mixing on the CPU: y = u + W (s u) + b, and its gradients; the algebra is in pixnorm/ops/gconv.py.
 //
 // Images are processed in chunks that stay in cache from pass to pass. With at least as many pixels as channels, each
-// sample gets its own weight W diag(s), and y is u plus one product. With fewer pixels that weight would be larger than u;
-// then s u is formed instead, and multiplied by W (in channels_last, in one product for all samples).
+// sample gets its own weight W diag(s), and y is u plus one product. With fewer pixels that weight would be larger than
+// u; then s u is formed instead, and multiplied by W (in channels_last, in one product for all samples).
 
 #include <torch/csrc/stable/library.h>
 
@@ -29,12 +29,10 @@ struct Shape {
   int64_t image() const { return n * pixels; }
   bool weights_of_samples() const { return pixels >= n; }
 
-  // As many weights and images as the last-level cache holds, so that threads share the batched products.
+  // So that weights stay in cache, too.
   int64_t images_per_chunk(size_t element) const {
-    constexpr int64_t kWeights = 1 << 22, kImages = 1 << 23;
-    if (!weights_of_samples()) return pixnorm::images_per_chunk(images, image(), element);
-    const int64_t size = static_cast<int64_t>(element);
-    return std::clamp<int64_t>(std::min(kWeights / (n * n * size), kImages / (image() * size)), 1, images);
+    const int64_t weights = weights_of_samples() ? 2 * n * n : 0;
+    return pixnorm::images_per_chunk(images, std::max(image(), weights), element);
   }
 };
 
@@ -122,37 +120,48 @@ void multiply_transposed(const Shape& s, const Matrices<acc_t<T>>& out, const Ma
   s.channels_last ? gemm(out, left.transposed(), right) : gemm(out, left, right.transposed());
 }
 
-// An (n, n) matrix per image, or one broadcast to all.
+// An (n, n) matrix per image.
 template <class T>
-Matrices<const T> square(const Shape& s, const T* data, int64_t images, bool of_images) {
-  return {data, images, s.n, s.n, of_images ? s.n * s.n : 0, s.n, 1};
+Matrices<const T> squares(const Shape& s, const T* data, int64_t images) {
+  return {data, images, s.n, s.n, s.n * s.n, s.n, 1};
+}
+
+// W, or its transpose, as it multiplies all pixels; nothing where samples have weights of their own.
+template <class T>
+std::optional<PackedMatrix<T, T>> weight_of_all(const Shape& s, const T* w, bool transposed) {
+  if (s.weights_of_samples()) return std::nullopt;
+  const Matrices<const T> matrix{w, 1, s.n, s.n, 0, s.n, 1};
+  return std::make_optional<PackedMatrix<T, T>>(transposed == s.channels_last ? matrix : matrix.transposed(),
+                                                !s.channels_last);
 }
 
 template <class T>
 void forward(const Shape& s, const T* u, const std::vector<acc_t<T>>& scales, const T* w,
              const std::vector<acc_t<T>>& bias, T* y) {
   using A = acc_t<T>;
-  const int64_t per_chunk = s.images_per_chunk(sizeof(T)), most = per_chunk * s.image();
-  const Buffer<T> scratch(s.weights_of_samples() ? per_chunk * s.n * s.n : most);
+  const int64_t per_chunk = s.images_per_chunk(sizeof(T));
   const A* const b = bias.empty() ? nullptr : bias.data();
-  for (int64_t first = 0; first < s.images; first += per_chunk) {
-    const int64_t images = std::min(per_chunk, s.images - first);
-    const T* const in = u + first * s.image();
-    T* const out = y + first * s.image();
-    const A* const scale_of = scales.data() + first * s.n;
-    if (s.weights_of_samples()) {
-      make_weights(s, images, w, scale_of, scratch.data());
-      multiply<T>(s, by_image(s, images, out), square<T>(s, scratch.data(), images, true), by_image(s, images, in), in,
-                  b);
-    } else {
-      for_pieces(s, images, [&](const Piece& p) {
-        PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, scratch.data() + p.at, p.rows,
-                          p.columns, p.stride);
-      });
-      const auto to = together(s, images, out);
-      multiply<T>(s, to, square(s, w, to.batch, false), together<const T>(s, images, scratch.data()), in, b);
+  const auto weight = weight_of_all(s, w, false);
+  for_large_items(ceil_div(s.images, per_chunk), [&](int64_t begin, int64_t end) {
+    const Buffer<T> scratch(per_chunk * (s.weights_of_samples() ? s.n * s.n : s.image()));
+    for (int64_t first = begin * per_chunk; first < std::min(end * per_chunk, s.images); first += per_chunk) {
+      const int64_t images = std::min(per_chunk, s.images - first);
+      const T* const in = u + first * s.image();
+      T* const out = y + first * s.image();
+      const A* const scale_of = scales.data() + first * s.n;
+      if (s.weights_of_samples()) {
+        make_weights(s, images, w, scale_of, scratch.data());
+        multiply<T>(s, by_image(s, images, out), squares<T>(s, scratch.data(), images), by_image(s, images, in), in, b);
+      } else {
+        for_pieces(s, images, [&](const Piece& p) {
+          PIXNORM_BY_LAYOUT(scale, in + p.at, scale_of + p.image * s.n + p.channel, scratch.data() + p.at, p.rows,
+                            p.columns, p.stride);
+        });
+        weight->multiply(together(s, images, out), together<const T>(s, images, scratch.data()),
+                         s.channels_last ? Addends<T>{in, nullptr, b} : Addends<T>{in, b, nullptr});
+      }
     }
-  }
+  });
 }
 
 template <class A>
@@ -212,47 +221,59 @@ template <class T>
 void backward(const Shape& s, const T* grad_y, const T* u, const std::vector<acc_t<T>>& scales, const T* w, T* grad_u,
               Gradients<acc_t<T>>& gradients) {
   using A = acc_t<T>;
-  const int64_t per_chunk = s.images_per_chunk(sizeof(A)), most = per_chunk * s.image();
-  const int64_t of_weights = s.weights_of_samples() ? per_chunk * s.n * s.n : 0;
-  const Buffer<A> g(of_weights);
-  const Buffer<T> scratch(s.weights_of_samples() ? of_weights : most);
-  const Buffer<T> scaled(s.weights_of_samples() ? 0 : most);
-  const Matrices<A> dw{gradients.w.data(), 1, s.n, s.n, 0, s.n, 1};
-  for (int64_t first = 0; first < s.images; first += per_chunk) {
-    const int64_t images = std::min(per_chunk, s.images - first);
-    const T* const in = u + first * s.image();
-    const T* const dy = grad_y + first * s.image();
-    T* const du = grad_u + first * s.image();
-    const A* const scale_of = scales.data() + first * s.n;
-    A* const d_scales = gradients.scales.data() + first * s.n;
-    if (s.weights_of_samples()) {
-      gradients_of_weights(s, images, dy, in, g.data());
-      reduce_weights(s, images, g.data(), w, scale_of, gradients.w.data(), d_scales);
-      make_weights(s, images, w, scale_of, scratch.data());
-      multiply<T>(s, by_image(s, images, du), square<T>(s, scratch.data(), images, true).transposed(),
-                  by_image(s, images, dy), dy);
-    } else {
-      const auto h = together(s, images, scratch.data());
-      const auto left = together(s, images, dy), right = together<const T>(s, images, scaled.data());
-      multiply<T>(s, h, square(s, w, h.batch, false).transposed(), left);
-      for_pieces(s, images, [&](const Piece& p) {
-        const int64_t of_channel = p.image * s.n + p.channel;
-        PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, scratch.data() + p.at, scale_of + of_channel, du + p.at,
-                          scaled.data() + p.at, d_scales + of_channel, p.rows, p.columns, p.stride);
-      });
-      s.channels_last ? gemm_sum<T>(dw, left.transposed(), right, first > 0)
-                      : gemm_sum<T>(dw, left, right.transposed(), first > 0);
-    }
-    if (!gradients.bias.empty()) {
-      // Images in turn, so that each sum belongs to one thread.
-      for (int64_t i = 0; i < images; ++i) {
-        for_pieces(s, 1, [&](const Piece& p) {
-          PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + p.at, gradients.bias.data() + p.channel, p.rows, p.columns,
-                            p.stride);
-        });
+  // Runs of chunks are given to threads, and each adds up its part of dW and db; there are not so many that the parts
+  // are larger than u.
+  constexpr int64_t kMostRuns = 16;
+  const int64_t per_chunk = s.images_per_chunk(sizeof(A)), chunks = ceil_div(s.images, per_chunk);
+  const int64_t runs = std::clamp<int64_t>(s.images * s.pixels / s.n, 1, std::min(chunks, kMostRuns));
+  const int64_t of_weight = s.n * s.n, of_bias = gradients.bias.size();
+  std::vector<A> parts((runs - 1) * of_weight);
+  std::vector<double> bias_parts((runs - 1) * of_bias);
+  const auto weight = weight_of_all(s, w, true);
+  for_large_items(runs, [&](int64_t begin, int64_t end) {
+    const Buffer<A> g(s.weights_of_samples() ? per_chunk * of_weight : 0);
+    const Buffer<T> scratch(per_chunk * (s.weights_of_samples() ? of_weight : s.image()));
+    const Buffer<T> scaled(s.weights_of_samples() ? 0 : per_chunk * s.image());
+    for (int64_t run = begin; run < end; ++run) {
+      A* const dw = run == 0 ? gradients.w.data() : parts.data() + (run - 1) * of_weight;
+      double* const db = run == 0 ? gradients.bias.data() : bias_parts.data() + (run - 1) * of_bias;
+      const int64_t last = std::min(chunks * (run + 1) / runs * per_chunk, s.images);
+      for (int64_t first = chunks * run / runs * per_chunk; first < last; first += per_chunk) {
+        const int64_t images = std::min(per_chunk, last - first);
+        const T* const in = u + first * s.image();
+        const T* const dy = grad_y + first * s.image();
+        T* const du = grad_u + first * s.image();
+        const A* const scale_of = scales.data() + first * s.n;
+        A* const d_scales = gradients.scales.data() + first * s.n;
+        if (s.weights_of_samples()) {
+          gradients_of_weights(s, images, dy, in, g.data());
+          reduce_weights(s, images, g.data(), w, scale_of, dw, d_scales);
+          make_weights(s, images, w, scale_of, scratch.data());
+          multiply<T>(s, by_image(s, images, du), squares<T>(s, scratch.data(), images).transposed(),
+                      by_image(s, images, dy), dy);
+        } else {
+          const auto left = together(s, images, dy), right = together<const T>(s, images, scaled.data());
+          weight->multiply(together(s, images, scratch.data()), left);
+          for_pieces(s, images, [&](const Piece& p) {
+            const int64_t of_channel = p.image * s.n + p.channel;
+            PIXNORM_BY_LAYOUT(scale_backward, in + p.at, dy + p.at, scratch.data() + p.at, scale_of + of_channel,
+                              du + p.at, scaled.data() + p.at, d_scales + of_channel, p.rows, p.columns, p.stride);
+          });
+          const Matrices<A> sum{dw, 1, s.n, s.n, 0, s.n, 1};
+          s.channels_last ? gemm_sum<T>(sum, left.transposed(), right, true)
+                          : gemm_sum<T>(sum, left, right.transposed(), true);
+        }
+        // Images in turn, so that each sum belongs to one thread.
+        for (int64_t i = 0; i < (of_bias ? images : 0); ++i) {
+          for_pieces(s, 1, [&](const Piece& p) {
+            PIXNORM_BY_LAYOUT(add_sums, dy + i * s.image() + p.at, db + p.channel, p.rows, p.columns, p.stride);
+          });
+        }
       }
     }
-  }
+  });
+  add_matrices<A>({gradients.w.data(), 1, s.n, s.n, 0, s.n, 1}, parts.data(), runs - 1);
+  for (int64_t i = 0; i < (runs - 1) * of_bias; ++i) gradients.bias[i % of_bias] += bias_parts[i];
 }
 
 void check(const Shape& s, const Tensor& u, const Tensor& scales, const Tensor& mix_weight) {
