@@ -28,13 +28,22 @@ class BackwardBlock {
         dy_(dy, s.w * U, end(1) * U, arena.pixels(band_rows(s.w * U) * s.w * U)),
         dx_(dx, s.w, tile.h0, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
         dp_(dp, s.w, tile.h0, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
-        sums_(sums) {
-    make_mask(tile.h0 - 2);
-    make_mask(tile.h0 - 1);
+        sums_(sums) {}
+
+  // The rows of an image of the tile, and one more at either end, its halo; then call next_image().
+  void run() {
+    make_mask(tile_.h0 - 2);
+    make_mask(tile_.h0 - 1);
+    for (int64_t h = tile_.h0 - 1; h < tile_.h1 + 1; ++h) step(h);
   }
 
-  // Call for h from h0 - 1 to h1. Rows h0 - 1 and h1 are the halo of the tile.
-  void step(int64_t h) {
+  void next_image() {
+    x_.next_image(), p_.next_image(), dy_.next_image();
+    if constexpr (kApply) dx_.next_image(), dp_.next_image();
+  }
+
+ private:
+  PIXNORM_INLINE void step(int64_t h) {
     make_mask(h + 1);
     if (h >= 0 && h < s_.h) {
       if (s_.activation.on) {
@@ -46,7 +55,6 @@ class BackwardBlock {
     if (h > tile_.h0) make_q(h - 1);
   }
 
- private:
   int64_t end(int64_t halo) const { return tile_.h1 + halo < s_.h ? tile_.h1 + halo : s_.h; }
 
   PIXNORM_INLINE void make_mask(int64_t h) {

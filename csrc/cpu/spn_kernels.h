@@ -172,15 +172,23 @@ class ForwardBlock {
                const Plane<A>& p, const Plane<A>& y)
       : s_(s),
         params_(params),
+        tile_(tile),
         mask_(arena, s.h, s.w),
         x_(x, s.w, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
         p_(p, s.w, tile.h1 < s.h ? tile.h1 + 1 : s.h, arena.pixels(band_rows(s.w) * s.w)),
-        y_(y, s.w * U, tile.h0 * U, tile.h1 * U, arena.pixels(band_rows(s.w * U) * s.w * U)) {
-    make_mask(tile.h0 - 1);
-    make_mask(tile.h0);
+        y_(y, s.w * U, tile.h0 * U, tile.h1 * U, arena.pixels(band_rows(s.w * U) * s.w * U)) {}
+
+  // The rows of an image of the tile; then call next_image().
+  void run() {
+    make_mask(tile_.h0 - 1);
+    make_mask(tile_.h0);
+    for (int64_t h = tile_.h0; h < tile_.h1; ++h) step(h);
   }
 
-  void step(int64_t h) {
+  void next_image() { x_.next_image(), p_.next_image(), y_.next_image(); }
+
+ private:
+  PIXNORM_INLINE void step(int64_t h) {
     make_mask(h + 1);
     const A* const mask[3] = {mask_.row(h - 1), mask_.row(h), mask_.row(h + 1)};
     const A* x = x_.row(h);
@@ -195,7 +203,6 @@ class ForwardBlock {
     }
   }
 
- private:
   PIXNORM_INLINE void make_mask(int64_t h) {
     if (h < 0 || h >= s_.h) return;
     mask_row<false>(params_, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr), [&] {
@@ -227,6 +234,7 @@ class ForwardBlock {
 
   const Shape& s_;
   const BlockParams<A>& params_;
+  const Tile tile_;
   Ring<A> mask_;
   RowReader<A> x_, p_;
   RowWriter<A> y_;
@@ -242,26 +250,26 @@ int64_t block_scratch(const Shape& s) {
   return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(BlockParams<A>);
 }
 
-// Steps through the rows of each image of the tile, and `halo` rows more at either end, with the Block that make(arena,
-// block_params, n) returns.
+// Goes through the images of the tile with the Block that make(arena, block_params) returns for the first one.
 template <class A, class Make>
-PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Tile& tile, int64_t block, int halo,
-                              void* scratch, const Make& make) {
+PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Tile& tile, int64_t block, void* scratch,
+                              const Make& make) {
   auto* block_params = static_cast<BlockParams<A>*>(scratch);
   const int64_t c0 = block * kBlock;
   block_params->set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
+  auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1)}, *block_params);
   for (int64_t n = tile.n0; n < tile.n1; ++n) {
-    auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1), n == tile.n0}, *block_params, n);
-    for (int64_t h = tile.h0 - halo; h < tile.h1 + halo; ++h) rows.step(h);
+    rows.run();
+    rows.next_image();
   }
 }
 
 template <class T, int U>
 void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch, const T* x,
              const T* p, T* y) {
-  run_block(s, params, tile, block, 0, scratch, [&](auto arena, const auto& block_params, int64_t n) {
-    return ForwardBlock<acc_t<T>, U>(arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block),
-                                     plane(y, s, U, n, block));
+  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
+    return ForwardBlock<acc_t<T>, U>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
+                                     plane(p, s, 1, tile.n0, block), plane(y, s, U, tile.n0, block));
   });
 }
 
@@ -269,9 +277,10 @@ void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, i
 template <class T, int U>
 void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                      const T* x, const T* p, const T* dy, acc_t<T>* sums) {
-  run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
-    return BackwardBlock<acc_t<T>, U, false>(arena, s, block_params, tile, plane(x, s, 1, n, block),
-                                             plane(p, s, 1, n, block), plane(dy, s, U, n, block), {}, {}, sums);
+  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
+    return BackwardBlock<acc_t<T>, U, false>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
+                                             plane(p, s, 1, tile.n0, block), plane(dy, s, U, tile.n0, block), {}, {},
+                                             sums);
   });
 }
 
@@ -279,9 +288,10 @@ void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile&
 template <class T, int U>
 void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                     const T* x, const T* p, const T* dy, T* dx, T* dp, int64_t first_n) {
-  run_block(s, params, tile, block, 1, scratch, [&](auto arena, const auto& block_params, int64_t n) {
-    return BackwardBlock<acc_t<T>, U, true>(
-        arena, s, block_params, tile, plane(x, s, 1, n, block), plane(p, s, 1, n, block), plane(dy, s, U, n, block),
-        plane(dx, s, 1, n - first_n, block), plane(dp, s, 1, n - first_n, block), nullptr);
+  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
+    return BackwardBlock<acc_t<T>, U, true>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
+                                            plane(p, s, 1, tile.n0, block), plane(dy, s, U, tile.n0, block),
+                                            plane(dx, s, 1, tile.n0 - first_n, block),
+                                            plane(dp, s, 1, tile.n0 - first_n, block), nullptr);
   });
 }
