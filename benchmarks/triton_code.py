@@ -153,12 +153,15 @@ def in_place_of_launch(function: Callable) -> Iterator[None]:
         for package in (triton_kernels, ops)
     )
     functions = {name: value for module in kernels for name, value in vars(module).items()}
+
+    def plain(name: str, backward: str = "bwd") -> tuple[Callable, Callable]:
+        return functions[f"{name}_fwd"], functions[f"{name}_{backward}"]
+
     with ExitStack() as stack:
         for module in (module for module in kernels if hasattr(module, "launch")):
             stack.enter_context(patch.object(module, "launch", function))
         for module in (module for module in wrappers if hasattr(module, "triton_ops")):
-            plain = {"new": lambda name: (functions[f"{name}_fwd"], functions[f"{name}_bwd"])}
-            stack.enter_context(patch.object(module, "triton_ops", **plain))
+            stack.enter_context(patch.object(module, "triton_ops", plain))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import dis
+import functools
 import importlib
 import importlib.metadata
 import subprocess
@@ -19,9 +20,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pixnorm
-from pixnorm.functional import gconv_mix, spn
+from pixnorm.functional import gconv_mix, label_conv2d, spn
 from pixnorm.ops import _dispatch
 from pixnorm.ops import gconv as gconv_module
+from pixnorm.ops import label_conv as label_conv_module
 from pixnorm.ops import modulate as modulate_module
 from pixnorm.ops import spn as spn_module
 from pixnorm.testing import GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
@@ -87,6 +89,8 @@ WRITTEN = {
     "gconv_mix_fwd": "y",
     "gconv_mix_bwd_input": "grad_u partials",
     "gconv_mix_bwd_weight": "weights biases",
+    "label_conv_fwd": "y",
+    "label_conv_grad": "sums",
 }
 STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 
@@ -166,29 +170,48 @@ def test_the_compiler_sees_the_kernels(
     pretended_gpu, monkeypatch, spec, layout, options, sizes, allow_tf32, dynamic, forward, backward
 ):
     """No graph break. The graphs contain our kernels and PyTorch's convolutions, and no opaque op."""
-    torch.compiler.reset()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow_tf32)
+    tensors = spec.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
+    y, graphs = traced(functools.partial(spec.call("triton"), **options), tensors, spec.differentiable, dynamic)
+    upsample = options.get("upsample", 1)
+    assert y.shape == (2, 8, 4 * upsample, 8 * upsample)
+    assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+    check_graphs(graphs, spec.name, (forward, backward))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_compiler_sees_the_kernels_of_label_convolution(pretended_gpu, dynamic):
+    tensors = {"weight": torch.randn(8, 5, 3, 3), "bias": torch.randn(8), "labels": torch.randint(5, (2, 4, 6))}
+    function = functools.partial(label_conv2d, activation="relu", impl="triton")
+    y, graphs = traced(function, tensors, ("weight", "bias"), dynamic)
+    assert y.shape == (2, 8, 4, 6)
+    check_graphs(graphs, "label_conv", (["label_conv_fwd"], ["label_conv_grad"]))
+
+
+def traced(function, tensors, differentiable, dynamic):
+    """The output, and the graphs of forward and backward."""
+    torch.compiler.reset()
     graphs = []
 
     def keep(graph, _):
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    tensors = spec.inputs(Case((2, 8, 4, 8), "", options, sizes=sizes), layout=layout)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if dynamic else None) as mode:
         fakes = {name: mode.from_tensor(tensor, static_shapes=not dynamic) for name, tensor in tensors.items()}
-        leaves = [fakes[name].requires_grad_() for name in spec.differentiable if name in fakes]
+        leaves = [fakes[name].requires_grad_() for name in differentiable if name in fakes]
         backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-        compiled = torch.compile(spec.call("triton"), fullgraph=True, backend=backend, dynamic=dynamic)
-        y = compiled(**fakes, **options)
+        y = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)(**fakes)
         grads = torch.autograd.grad(y.sum(), leaves)
-    upsample = options.get("upsample", 1)
-    assert y.shape == (2, 8, 4 * upsample, 8 * upsample)
-    assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    return y, graphs
 
-    assert f"pixnorm.{spec.name}" not in graphs[0].code + graphs[1].code
-    for graph, wanted in zip(graphs, (forward, backward), strict=True):
+
+def check_graphs(graphs, op, kernels):
+    """Their kernels and convolutions, parts of names; none of them may look as if it wrote what it reads."""
+    assert f"pixnorm.{op}" not in graphs[0].code + graphs[1].code
+    for graph, wanted in zip(graphs, kernels, strict=True):
         nodes = [node for node in graph.graph.nodes if name_of_kernel(node)]
         found = [name_of_kernel(node) for node in nodes]
         assert len(found) == len(wanted), found
@@ -224,6 +247,8 @@ def test_pytorch_finds_the_kernels_of_the_ops():
         "modulate_bwd_triton": ["modulate_bwd_reduce", "modulate_bwd_finish", "modulate_bwd_apply"],
         "gconv_mix_fwd_triton": ["gconv_mix_fwd"],
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
+        "label_conv_fwd_triton": ["label_conv_fwd"],
+        "label_conv_grad_triton": ["label_conv_grad"],
     }.items():
         found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
         assert found == {f"{name}_kernel" for name in names}
@@ -251,7 +276,10 @@ def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
             assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
-@pytest.mark.parametrize("module", [spn_module, gconv_module, modulate_module], ids=lambda module: module.__name__)
+MODULES = [spn_module, gconv_module, modulate_module, label_conv_module]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_the_ops_have_the_schemas_of_the_native_ones(module):
     assert _dispatch.find_triton_obstacle("meta", None) is None
     for native, ours in zip(module.ops_of("native"), module.ops_of("triton"), strict=True):

@@ -101,8 +101,7 @@ class SPADE2d(ModulatedNorm2d):
         size = [side * self.upsample for side in input.shape[2:]]
         if segmap.dim() == 3:
             labels = nearest_labels(segmap, size)
-            # Whose kernels are for the CPU alone: other impls are those of the norm.
-            impl = "reference" if self.impl == "reference" else "auto"
+            impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
             hidden = label_conv2d(labels, self.shared_weight, self.shared_bias, "relu", impl=impl)
         else:
             resized = F.interpolate(segmap.to(self.shared_weight.dtype), size, mode="nearest")

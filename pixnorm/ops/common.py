@@ -163,10 +163,10 @@ def products_allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def triton_ops(name: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+def triton_ops(name: str, backward: str = "bwd") -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The forward and the backward op in Triton; their schemas are those of the native ops."""
     of = torch.ops.pixnorm
-    return getattr(of, f"{name}_fwd_triton").default, getattr(of, f"{name}_bwd_triton").default
+    return getattr(of, f"{name}_fwd_triton").default, getattr(of, f"{name}_{backward}_triton").default
 
 
 def through_reference() -> bool:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from pixnorm.ops._dispatch import choose, define_op
 from pixnorm.ops.checks import check_device, check_floating, check_option, check_shape
-from pixnorm.ops.common import activate, public, reference_grads, slope_of, through_reference
+from pixnorm.ops.common import (
+    activate,
+    like_parameter,
+    public,
+    reference_grads,
+    slope_of,
+    through_reference,
+    triton_ops,
+)
 
 ACTIVATIONS = (None, "relu")
 
@@ -35,37 +43,43 @@ def label_conv2d_reference(
 
 
 # `ignore` is a label that adds nothing, -1 for none.
-def _fwd_fake(labels, weight, bias, ignore, negative_slope):
+def label_conv_fwd_fake(labels, weight, bias, ignore, negative_slope):
     n, h, w = labels.shape
     return weight.new_empty((n, weight.shape[0], h, w))
 
 
-def _grad_fake(grad_y, labels, weight, y, has_bias, ignore, negative_slope):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(
-        (weight.shape[0] if has_bias else 0,)
-    )
+def label_conv_grad_fake(grad_y, labels, weight, y, has_bias, ignore, negative_slope):
+    return weight.new_empty(weight.shape), weight.new_empty((weight.shape[0] if has_bias else 0,))
 
 
 label_conv_fwd = define_op(
     "label_conv_fwd(Tensor labels, Tensor weight, Tensor? bias, int ignore, float? negative_slope) -> Tensor y",
-    _fwd_fake,
+    label_conv_fwd_fake,
     native=("cpu",),
+    triton="label_conv",
 )
 # It has no gradient of its first argument, so it is not named as the backward ops of the OpSpecs are.
 label_conv_grad = define_op(
     "label_conv_grad(Tensor grad_y, Tensor labels, Tensor weight, Tensor? y, bool has_bias, int ignore, "
     "float? negative_slope) -> (Tensor grad_weight, Tensor grad_bias)",
-    _grad_fake,
+    label_conv_grad_fake,
     native=("cpu",),
+    triton="label_conv",
 )
+
+
+def ops_of(impl: str):
+    """The forward op and that of the weight's gradient of an impl."""
+    return triton_ops("label_conv", "grad") if impl == "triton" else (label_conv_fwd, label_conv_grad)
 
 
 class LabelConvFunction(torch.autograd.Function):
     """Saves labels, the weight and, with an activation, y."""
 
     @staticmethod
-    def forward(ctx, ignore, negative_slope, labels, weight, bias):
-        y = label_conv_fwd(labels, weight, bias, ignore, negative_slope)
+    def forward(ctx, impl, ignore, negative_slope, labels, weight, bias):
+        forward, ctx.backward_op = ops_of(impl)
+        y = forward(labels, weight, bias, ignore, negative_slope)
         ctx.options = ignore, negative_slope, bias is not None
         ctx.save_for_backward(labels, weight, bias, y if negative_slope is not None else None)
         return y
@@ -81,11 +95,11 @@ class LabelConvFunction(torch.autograd.Function):
             def reference(weight, bias):
                 return label_conv2d_reference(labels, weight, bias, **options)
 
-            grads = reference_grads(reference, (weight, bias), grad_y, ctx.needs_input_grad[3:])
+            grads = reference_grads(reference, (weight, bias), grad_y, ctx.needs_input_grad[4:])
         else:
-            found = label_conv_grad(grad_y, labels, weight, y, has_bias, ignore, negative_slope)
-            grads = [found[0], found[1] if has_bias else None]
-        return None, None, None, *grads
+            found = ctx.backward_op(grad_y, labels, weight, y, has_bias, ignore, negative_slope)
+            grads = [like_parameter(found[0], weight), found[1] if has_bias else None]
+        return None, None, None, None, *grads
 
 
 @public
@@ -107,7 +121,7 @@ def label_conv2d(
         activation: None or ``"relu"``.
         ignore_index: a label, in [0, L) or not, that adds nothing, as zeros in the one-hot tensor do (255 in many data
             sets).
-        impl: ``"auto"``, ``"native"`` (CPU) or ``"reference"``.
+        impl: ``"auto"``, ``"native"`` (CPU), ``"triton"`` (GPUs) or ``"reference"``.
 
     Returns:
         (N, O, H, W), contiguous, in the weight's dtype.
@@ -139,8 +153,8 @@ def label_conv2d(
     ignore = -1 if ignore_index is None else ignore_index
     slope = slope_of(activation, 0.0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)):
-        return LabelConvFunction.apply(ignore, slope, labels, weight, bias)
-    return label_conv_fwd(labels, weight, bias, ignore, slope)
+        return LabelConvFunction.apply(chosen, ignore, slope, labels, weight, bias)
+    return ops_of(chosen)[0](labels, weight, bias, ignore, slope)
 
 
 def _check_range(labels: Tensor, classes: int, ignore_index: int | None) -> None:
