@@ -16,10 +16,13 @@ from benchmarks import cuda_code, machine_code, triton_code
 from benchmarks.machine_code import Kernel
 from benchmarks.model import GPUS
 from benchmarks.ops import OPS
+from benchmarks.ops.label_conv import LabelConvConfiguration
 from benchmarks.registry import Op
 
 DESIGNS = {**cuda_code.SHARED, **{name: design for op in OPS.values() for name, design in op.cuda.items()}}
 SHAPES = [("float", (64, 256, 32, 32)), ("BFloat16", (64, 256, 32, 32)), ("float", (32, 64, 128, 128))]  # of y
+# Of several ops, or of one that is not measured.
+OTHER_TRITON = {"statistics": triton_code.StatisticsConfiguration, "label_conv": LabelConvConfiguration}
 LAYOUTS = {False: "NCHW", True: "channels_last"}
 
 
@@ -122,7 +125,7 @@ def check_cuda(show_all: bool) -> list[str]:
 
 
 def check_triton(show_all: bool) -> list[str]:
-    configurations = [triton_code.StatisticsConfiguration, *(op.triton for op in OPS.values() if op.triton)]
+    configurations = [*OTHER_TRITON.values(), *(op.triton for op in OPS.values() if op.triton)]
     wanted = [one for of in configurations for one in (of.everything if show_all else of.selection)()]
     with triton_code.Processes() as processes:
         found = triton_code.kernels(processes, wanted)

@@ -277,6 +277,25 @@ class TritonKernel(Kernel):
         return True
 
 
+MULTIPLIERS = ("HGMMA", "HMMA", "DMMA")
+
+
+class ProductKernel(TritonKernel):
+    """A kernel that multiplies matrices, with one gate more: by which tensor cores."""
+
+    @property
+    def multiplier(self) -> str | None:
+        """The tensor-core instruction of the design, None for products without."""
+        raise NotImplementedError
+
+    def violations(self) -> list[str]:
+        found = super().violations()
+        used = {opcode.split(".")[0] for opcode in self.code.main_loop} & {*MULTIPLIERS}
+        if used != {self.multiplier} - {None}:
+            found.append(f"multiplies by {sorted(used) or 'no'} tensor cores, not {self.multiplier}")
+        return found
+
+
 class StatisticsKernel(TritonKernel):
     @property
     def design(self) -> Moves:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks import kernels as report
-from benchmarks.kernels import OPS
+from benchmarks.kernels import OPS, OTHER_TRITON
 from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
+from benchmarks.ops import label_conv
 from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
 from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
@@ -19,7 +20,6 @@ from benchmarks.triton_code import (
     Launch,
     Pointer,
     Processes,
-    StatisticsConfiguration,
     TritonKernel,
     compiled,
     kernel_of,
@@ -43,8 +43,7 @@ def processes():
 @pytest.fixture(scope="module")
 def found(processes):
     """By op."""
-    configurations = {name: op.triton for name, op in OPS.items() if op.triton}
-    configurations["statistics"] = StatisticsConfiguration
+    configurations = OTHER_TRITON | {name: op.triton for name, op in OPS.items() if op.triton}
     all_found = kernels(processes, [wanted for of in configurations.values() for wanted in of.selection()])
     return {
         name: [kernel for kernel in all_found if isinstance(kernel.launch.configuration, of)]
@@ -62,7 +61,7 @@ def of_gconv(found):
     return found["gconv_mix"]
 
 
-@pytest.mark.parametrize("op", [*IN_TRITON, "statistics"])
+@pytest.mark.parametrize("op", [*IN_TRITON, *OTHER_TRITON])
 def test_all_kernels_pass_the_gates(found, op):
     assert [f"{kernel}: {violation}" for kernel in found[op] for violation in kernel.violations()] == []
 
@@ -70,6 +69,14 @@ def test_all_kernels_pass_the_gates(found, op):
 def test_selection_has_statistics_of_instances_for_every_gpu(found):
     names = (STATISTICS, "finish_statistics_kernel")
     assert {(k.gpu.arch, k.name) for k in found["statistics"]} == set(product((g.arch for g in TRITON_GPUS), names))
+
+
+def test_selection_has_both_kernels_of_label_convolution_for_every_gpu(found):
+    kernels = label_conv.FORWARD, label_conv.GRADIENT
+    assert {(k.gpu.arch, k.name) for k in found["label_conv"]} == set(product((g.arch for g in TRITON_GPUS), kernels))
+    usual = {(k.name, k.dtype, k.channels_last) for k in found["label_conv"] if k.dtype != "double"}
+    assert usual == set(product(kernels, ("float", "BFloat16"), (False, True)))
+    assert {k.multiplier for k in found["label_conv"] if k.name == label_conv.GRADIENT} == {"HMMA", "DMMA", None}
 
 
 @pytest.mark.parametrize("op", IN_TRITON)
@@ -156,6 +163,22 @@ def test_each_gate_of_gconv_can_fail(of_gconv, processes):
     assert "not 8 LDGSTS of 16 bytes" in " ".join(replace(forward, code=loads_again).violations())
     shares_much = replace(forward, shared=forward.gpu.shared_per_block + 1)
     assert shares_much.violations() == [f"room for 0 warps, not {TritonKernel.warps_needed}"]
+
+
+def test_each_gate_of_label_convolution_can_fail(found, processes):
+    """Take kernels that pass, and make one thing worse at a time."""
+    of = {k.name: k for k in found["label_conv"] if k.dtype == "float" and not k.channels_last and k.k == 3}
+    forward, gradient = of[label_conv.FORWARD], of[label_conv.GRADIENT]
+    many = gradient.launch._replace(arguments=gradient.launch.arguments | {"LABELS": 128, "CHANNELS": 128})
+    at_fault = [_unaligned(forward.launch), _unaligned(gradient.launch), many]
+    faults = _faults(processes, [(launch, gradient.gpu) for launch in at_fault])
+    assert "LDG of 4 bytes" in faults[0] and "moves in the main loop" in faults[0]
+    assert "moves in the main loop" in faults[1]
+    assert "bytes of local memory" in faults[2]
+    in_double = replace(gradient.launch.configuration, dtype="double")
+    assert "not DMMA" in " ".join(
+        replace(gradient, gpu=TRITON_GPUS[0], launch=gradient.launch._replace(configuration=in_double)).violations()
+    )
 
 
 def _unaligned(launch: Launch) -> Launch:

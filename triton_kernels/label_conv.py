@@ -2,14 +2,14 @@
 ``pixnorm::label_conv_grad_triton``, with the schemas of ``label_conv_fwd`` and ``label_conv_grad``
 (pixnorm/ops/label_conv.py).
 
-Forward gathers. A pixel's outputs are the sum of k² rows of a table [tap][label][O]: the weight with its output channels
-innermost, so that a row moves as vectors of up to 16 bytes. Labels outside the image, ignored or out of range have no
-row.
+Forward gathers. A pixel's outputs are the sum of k² rows of a table [tap][label][O], which is the weight with its
+output channels innermost: a row moves as vectors of up to 16 bytes. Labels outside the image, ignored or out of range
+have no row.
 
-The gradient of the weight multiplies: for each tap a one-hot matrix, which exists in registers alone, with dy. Tensor
-cores take 0 and 1 as they are, and a float32 as three bfloat16 pieces that add up to it, so nothing is rounded but sums.
-A row of ones beside the labels gives the gradient of the bias. Parts of the pixels have sums of their own, which are
-added up in a fixed order: there are no atomics.
+The gradient of the weight multiplies dy by a one-hot matrix for each tap, which exists on the chip alone. Tensor cores
+take 0 and 1 as they are, and a float32 as three bfloat16 pieces that add up to it, so only sums are rounded. A row of
+ones beside the labels gives the gradient of the bias. Parts of the pixels have sums of their own, which are added up in
+a fixed order: there are no atomics.
 """
 
 import torch
@@ -37,8 +37,8 @@ RUN, PIXELS, WARPS = 128, 64, 4
 # Labels and channels of a tile of the gradient, at most; it has sums of one row of taps, 48 registers for three.
 ROWS, COLUMNS, ROWS_OF_DOUBLE, COLUMNS_OF_DOUBLE = 32, 64, 16, 32
 LEAST = 16  # of tl.dot
-# Programs for the gradient: four per SM of an H200, and the same number on every GPU, so that the order of sums does not
-# depend on the GPU.
+# Programs for the gradient: four per SM of an H200. The same number on every GPU, so that the order of sums does not
+# depend on it.
 PROGRAMS = 528
 # One binary serves all of them.
 NOT_SPECIALISED = ["classes", "ignore", "H", "W", "tiles", "each"]
@@ -122,9 +122,9 @@ def label_conv_grad_kernel(
     K: tl.constexpr, BIAS: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, LABELS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums [part][tap][label][O] of dy where a tap of a pixel has a label: a row of taps, a block of labels and channels.
+    """Sums [part][tap][label][O] of dy over the pixels with that label at that tap.
 
-    With BIAS there is one label more, that every pixel has.
+    A program has a row of taps, a block of labels and one of channels. With BIAS every pixel has one label more.
     """
     blocks = tl.cdiv(out, CHANNELS)
     c = tl.program_id(0) % blocks * CHANNELS
