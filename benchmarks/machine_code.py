@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -54,18 +54,27 @@ class Function(NamedTuple):
     @property
     def moves(self) -> Moves:
         """Loads and stores of global memory in the main loop."""
-        widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-        found = Counter()
-        for opcode in self.main_loop:
-            kind, *modifiers = opcode.split(".")
-            if kind in ("LDG", "LDGSTS", "STG"):
-                found[kind, next((widths[modifier] for modifier in modifiers if modifier in widths), 4)] += 1
-        return found
+        return moves_of(Counter(self.main_loop))
+
+    @property
+    def all_moves(self) -> Moves:
+        """The same of the whole kernel."""
+        return moves_of(self.opcodes)
 
     @property
     def local_moves(self) -> dict[str, int]:
         """Loads and stores of local memory, anywhere."""
         return {opcode: count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL"))}
+
+
+def moves_of(opcodes: Mapping[str, int]) -> Moves:
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    found = Counter()
+    for opcode, count in opcodes.items():
+        kind, *modifiers = opcode.split(".")
+        if kind in ("LDG", "LDGSTS", "STG"):
+            found[kind, next((widths[modifier] for modifier in modifiers if modifier in widths), 4)] += count
+    return found
 
 
 def moves(kind: str, size: int, width: int = 16, count: int = 1) -> Moves:
@@ -115,6 +124,11 @@ class Kernel:
         """The same in all, for an input of shape x that is read so many times."""
         return prod(x) * self.upsample**2
 
+    @property
+    def moves(self) -> Moves:
+        """What is compared with the design."""
+        return self.code.moves
+
     # ---- what follows ----
 
     @property
@@ -126,7 +140,7 @@ class Kernel:
     def rounds(self) -> int:
         """How often the main loop repeats the design."""
         found, designed = (
-            sum(n for move, n in of.items() if self.counts_rounds(*move)) for of in (self.code.moves, self.design)
+            sum(n for move, n in of.items() if self.counts_rounds(*move)) for of in (self.moves, self.design)
         )
         return max(1, found // designed) if designed else 1
 
@@ -142,8 +156,8 @@ class Kernel:
         if (self.code.local > self.parked or not local.keys().isdisjoint(searched)) and not self.may_spill:
             found.append(f"{self.code.local} bytes of local memory: {local}")
         wanted = Counter({move: self.rounds * count for move, count in self.design.items()})
-        if self.design and (wanted - self.code.moves or not self.may_move(self.code.moves - wanted)):
-            found.append(f"moves in the main loop: {listed(self.code.moves)}, not {listed(self.design)}")
+        if self.design and (wanted - self.moves or not self.may_move(self.moves - wanted)):
+            found.append(f"moves in the main loop: {listed(self.moves)}, not {listed(self.design)}")
         if self.warps < self.warps_needed:
             found.append(f"room for {self.warps} warps, not {self.warps_needed}")
         return found

@@ -11,7 +11,7 @@ from benchmarks import kernels as report
 from benchmarks.kernels import OPS, OTHER_TRITON
 from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
-from benchmarks.ops import label_conv
+from benchmarks.ops import label_conv, modulate
 from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
 from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
@@ -26,6 +26,7 @@ from benchmarks.triton_code import (
     kernels,
     missing,
 )
+from pixnorm.testing.modulate import ROWS
 
 triton = pytest.importorskip("triton")
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -43,7 +44,8 @@ def processes():
 @pytest.fixture(scope="module")
 def found(processes):
     """By op."""
-    configurations = OTHER_TRITON | {name: op.triton for name, op in OPS.items() if op.triton}
+    # A kernel that several launch is the first one's.
+    configurations = {name: op.triton for name, op in OPS.items() if op.triton} | OTHER_TRITON
     all_found = kernels(processes, [wanted for of in configurations.values() for wanted in of.selection()])
     return {
         name: [kernel for kernel in all_found if isinstance(kernel.launch.configuration, of)]
@@ -163,6 +165,27 @@ def test_each_gate_of_gconv_can_fail(of_gconv, processes):
     assert "not 8 LDGSTS of 16 bytes" in " ".join(replace(forward, code=loads_again).violations())
     shares_much = replace(forward, shared=forward.gpu.shared_per_block + 1)
     assert shares_much.violations() == [f"room for 0 warps, not {TritonKernel.warps_needed}"]
+
+
+def test_each_gate_of_modulated_norm_can_fail(found, processes):
+    """Take kernels that pass, and make one thing worse at a time."""
+    of = {
+        k.name: k
+        for k in found["modulate"]
+        if k.dtype == "float" and not k.channels_last and k.upsample == 1 and k.affine == ROWS and k.activated
+    }
+    reduce, forward, backward = (of[name] for name in (modulate.REDUCE, *modulate.RESIDENT))
+    crowded = backward.launch._replace(arguments=backward.launch.arguments | {"PIXELS": 16384})
+    at_fault = [_unaligned(of[modulate.FORWARD].launch), _unaligned(reduce.launch), _unaligned(forward.launch), crowded]
+    faults = _faults(processes, [(launch, forward.gpu) for launch in at_fault])
+    assert all("moves in the main loop" in fault and "of 4 bytes" in fault for fault in faults[:3])
+    assert "bytes of local memory" in faults[3]
+    twice = forward.code._replace(opcodes=forward.code.opcodes | {"LDG.E.128.CONSTANT.X": 4})
+    assert "moves in the main loop" in " ".join(replace(forward, code=twice).violations())
+    loads_again = reduce.code._replace(main_loop=[*reduce.code.main_loop, "LDG.E.128"])
+    assert "moves in the main loop" in " ".join(replace(reduce, code=loads_again).violations())
+    few = replace(backward, gpu=backward.gpu._replace(registers=16 * KB))
+    assert few.violations() == [f"room for {few.warps} warps, not {TritonKernel.warps_needed}"]
 
 
 def test_each_gate_of_label_convolution_can_fail(found, processes):

@@ -2,391 +2,47 @@
 
 They have the schemas of ``modulate_fwd`` and ``modulate_bwd`` (pixnorm/ops/modulate.py, where the equations are).
 
-Nothing needs neighbours, so the kernels stream over tiles of CHANNELS channels and PIXELS pixels of one sample:
-[channel][pixel] in NCHW, [pixel][channel] in channels_last. Either way the last axis is contiguous in memory and moves
-as vectors of up to 16 bytes; parameters are broadcast along the pixels, and sums are taken along them. With upsampling
-by U a tile of x is U tiles of y in NCHW, one for each row of the U x U pixels, and U^2 in channels_last: the phases.
+Kernels stream over x (modulate_stream.py). Planes that fit registers and are normalised by themselves, as in instance
+norm, are read once (modulate_resident.py).
 """
 
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixnorm.ops.common import dense, dense_like, is_channels_last
 from pixnorm.ops.modulate import modulate_bwd_fake, modulate_fwd_fake
 from pixnorm.triton_kernels.common import (
-    SIZES,
     WARP,
     accumulator,
-    activated,
-    activation_gradient,
     launch,
     op_of_kernels,
     power_of_two_from,
     power_of_two_in,
-    record,
-    to_accumulator,
     wrap_triton,
+)
+from pixnorm.triton_kernels.modulate_resident import modulate_bwd_resident_kernel, modulate_fwd_resident_kernel
+from pixnorm.triton_kernels.modulate_stream import (
+    modulate_bwd_apply_kernel,
+    modulate_bwd_finish_kernel,
+    modulate_bwd_reduce_kernel,
+    modulate_fwd_kernel,
 )
 from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
 
 # Elements of y per tile: each of 128 threads moves two vectors of 16 bytes of a tensor at once, or four in float32.
 TILE, TILE_OF_DOUBLE, WARPS = 2048, 1024, 4
-# Bytes per pixel of a tile in channels_last, at least.
-RUN = 128
+# Bytes per pixel of a tile in channels_last, at least; of whole planes shorter ones where planes are large.
+RUN, SHORT_RUN = 128, 32
+# Elements of planes that stay in registers, at most: of x, in backward also of its gradient; fewer beside maps.
+# A thread has EACH of them, or more where that would take more than MOST_WARPS.
+RESIDENT, RESIDENT_BACKWARD_OF_MAPS, EACH, MOST_WARPS = 16384, 8192, 16, 16
 # Programs in total where planes are large: enough to fill any GPU, and few partial sums.
 PROGRAMS = 4096
 # Parts, samples and channels that the kernel which adds partial sums up reads at once.
 SUMS, CHANNELS_OF_SUMS = 32, 16
-NOT_SPECIALISED = [*SIZES, "pixels", "tiles"]
-# Kinds of gamma and beta: the number of their dimensions (0 where there are none).
-VECTOR, ROWS, MAPS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-
-META_FIELDS = tl.constexpr("U LAST V CHANNELS PIXELS AFFINE INSTANCE ACTIVATED SLOPE OFFSET EPS")
-SIZE_FIELDS = tl.constexpr("C pixels W parts tiles")
-
-
-@triton.jit
-def place_of_program(size, META: tl.constexpr):
-    """The sample, first channel and part of a plane's pixels of a program; neighbours are adjacent in memory.
-
-    Sizes are rounded to vectors, which changes nothing but tells the compiler that masks are of whole vectors.
-    """
-    blocks = tl.cdiv(size.C, META.CHANNELS)
-    program = tl.program_id(0)
-    if META.LAST:
-        block = program % blocks
-        part = (program // blocks) % size.parts
-        channels = (size.C // META.V) * META.V
-        pixels = size.pixels
-    else:
-        part = program % size.parts
-        block = (program // size.parts) % blocks
-        channels = size.C
-        pixels = (size.pixels // META.V) * META.V
-    n = (program // (blocks * size.parts)).to(tl.int64)
-    return record("n c part channels pixels")(n, block * META.CHANNELS, part, channels, pixels)
-
-
-@triton.jit
-def tile_at(place, first, META: tl.constexpr):
-    """Offsets in a sample of x, and which exist, of the tile from pixel ``first`` on."""
-    o_channel = tl.arange(0, META.CHANNELS)
-    o_pixel = tl.arange(0, META.PIXELS)
-    if META.LAST:
-        starts = tl.multiple_of((first + o_pixel) * place.channels + place.c, META.V)
-        offset = starts[:, None] + o_channel[None, :]
-        exists = (o_pixel < place.pixels - first)[:, None] & (o_channel < place.channels - place.c)[None, :]
-    else:
-        starts = tl.multiple_of((place.c + o_channel) * place.pixels + first, META.V)
-        # No more adjacent pixels than a vector, so that a thread's pixels of x and of y are the same.
-        pixel = tl.max_contiguous(tl.multiple_of(o_pixel, META.V), META.V)
-        offset = starts[:, None] + pixel[None, :]
-        exists = (o_channel < place.channels - place.c)[:, None] & (o_pixel < place.pixels - first)[None, :]
-    return record("offset exists")(offset, exists)
-
-
-@triton.jit
-def upsampled_tile_at(place, first, W, phase: tl.constexpr, META: tl.constexpr):
-    """The same of y, for a phase (a, b), or a in NCHW. Pixel p = h W + w of x is 2 (p + h W) + 2 a W + b of y."""
-    if META.U == 1:
-        tile = tile_at(place, first, META)
-        offset = tile.offset
-        exists = tile.exists
-    elif META.LAST:
-        o_channel = tl.arange(0, META.CHANNELS)
-        o_pixel = tl.arange(0, META.PIXELS)
-        p = first + o_pixel
-        at = 2 * (p + p // W * W) + (phase // 2) * 2 * W + phase % 2
-        starts = tl.multiple_of(at * place.channels + place.c, META.V)
-        offset = starts[:, None] + o_channel[None, :]
-        exists = (o_pixel < place.pixels - first)[:, None] & (o_channel < place.channels - place.c)[None, :]
-    else:
-        o_channel = tl.arange(0, META.CHANNELS)
-        o_pixel = tl.arange(0, 2 * META.PIXELS)
-        p = first + o_pixel // 2
-        at = 2 * (p + p // W * W) + phase * 2 * W + o_pixel % 2
-        # W is a multiple of V, so the pixels of a vector are in one row.
-        at = tl.max_contiguous(tl.multiple_of(at, 2 * META.V), 2 * META.V)
-        starts = tl.multiple_of((place.c + o_channel) * (place.pixels * 4), 2 * META.V)
-        offset = starts[:, None] + at[None, :]
-        exists = (o_channel < place.channels - place.c)[:, None] & (o_pixel < 2 * (place.pixels - first))[None, :]
-    return record("offset exists")(offset, exists)
-
-
-@triton.jit
-def spread(tile, META: tl.constexpr):
-    """A tile of x at the pixels of a phase: in NCHW each twice."""
-    if META.U == 2:
-        if not META.LAST:
-            tile = tl.reshape(tl.join(tile, tile), [META.CHANNELS, 2 * META.PIXELS])
-    return tile
-
-
-@triton.jit
-def fold(tile, META: tl.constexpr):
-    """The adjoint of ``spread``: sums over the pixels of a phase that come from one of x."""
-    if META.U == 2:
-        if not META.LAST:
-            even, odd = tl.split(tl.reshape(tile, [META.CHANNELS, META.PIXELS, 2]))
-            tile = even + odd
-    return tile
-
-
-@triton.jit
-def of_channels(pointer, place, PER_SAMPLE: tl.constexpr, META: tl.constexpr):
-    """One number for each channel of a tile, to be broadcast along its pixels."""
-    o_channel = tl.arange(0, META.CHANNELS)
-    if PER_SAMPLE:
-        pointer += place.n * place.channels
-    value = tl.load(pointer + place.c + o_channel, mask=o_channel < place.channels - place.c, other=0.0)
-    value = to_accumulator(value, pointer)
-    if META.LAST:
-        return value[None, :]
-    else:
-        return value[:, None]
-
-
-@triton.jit
-def norm_of(mean_ptr, var_ptr, place, META: tl.constexpr):
-    mean = of_channels(mean_ptr, place, META.INSTANCE, META)
-    var = of_channels(var_ptr, place, META.INSTANCE, META)
-    return record("mean rstd")(mean, 1.0 / tl.sqrt(var + META.EPS))
-
-
-@triton.jit
-def rows_of(gamma_ptr, beta_ptr, norm, place, META: tl.constexpr):
-    """Scale and shift of each channel, in the dtype of sums."""
-    if (META.AFFINE == ROWS) | (META.AFFINE == VECTOR):
-        gamma = META.OFFSET + of_channels(gamma_ptr, place, META.AFFINE == ROWS, META).to(norm.mean.dtype)
-        beta = of_channels(beta_ptr, place, META.AFFINE == ROWS, META).to(norm.mean.dtype)
-    else:
-        gamma = tl.full([1, 1], 1.0, norm.mean.dtype)
-        beta = tl.full([1, 1], 0.0, norm.mean.dtype)
-    return record("gamma beta")(gamma, beta)
-
-
-@triton.jit
-def load_tile(pointer, at):
-    return to_accumulator(tl.load(pointer + at.offset, mask=at.exists, other=0.0), pointer)
-
-
-@triton.jit
-def store_tile(pointer, at, tile):
-    tl.store(pointer + at.offset, tile.to(pointer.dtype.element_ty), mask=at.exists)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED)
-def modulate_fwd_kernel(
-    x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, y_ptr, C, pixels, W, parts, tiles,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr, U: tl.constexpr,
-    ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, V: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """y = act((o + γ) x̂ + β)."""
-    META: tl.constexpr = record(META_FIELDS)(
-        U=U, LAST=LAST, V=V, CHANNELS=CHANNELS, PIXELS=PIXELS, AFFINE=AFFINE, INSTANCE=INSTANCE, ACTIVATED=ACTIVATED,
-        SLOPE=SLOPE, OFFSET=OFFSET, EPS=EPS,
-    )  # fmt: skip
-    PHASES: tl.constexpr = U * U if LAST else U
-    place = place_of_program(record(SIZE_FIELDS)(C, pixels, W, parts, tiles), META)
-    norm = norm_of(mean_ptr, var_ptr, place, META)
-    rows = rows_of(gamma_ptr, beta_ptr, norm, place, META)
-    start = tl.multiple_of(place.n * C * pixels, V)
-    end = tl.minimum((place.part + 1) * tiles, tl.cdiv(pixels, PIXELS))
-    for tile in range(place.part * tiles, end):
-        first = tile * PIXELS
-        x_hat = (load_tile(x_ptr + start, tile_at(place, first, META)) - norm.mean) * norm.rstd
-        if AFFINE == MAPS:
-            x_hat = spread(x_hat, META)
-            for phase in tl.static_range(PHASES):
-                at = upsampled_tile_at(place, first, W, phase, META)
-                gamma = OFFSET + load_tile(gamma_ptr + start * (U * U), at)
-                y = gamma * x_hat + load_tile(beta_ptr + start * (U * U), at)
-                if ACTIVATED:
-                    y = activated(y, SLOPE)
-                store_tile(y_ptr + start * (U * U), at, y)
-        else:
-            y = rows.gamma * x_hat + rows.beta
-            if ACTIVATED:
-                y = activated(y, SLOPE)
-            y = spread(y.to(y_ptr.dtype.element_ty), META)
-            for phase in tl.static_range(PHASES):
-                store_tile(y_ptr + start * (U * U), upsampled_tile_at(place, first, W, phase, META), y)
-
-
-@triton.jit
-def summed_gradient(dy_ptr, rows, x_hat, place, first, W, META: tl.constexpr):
-    """dy', of y before its activation, summed over the pixels of y that are one of x; with rows or none.
-
-    The sign of y is the same for all of them.
-    """
-    PHASES: tl.constexpr = META.U * META.U if META.LAST else META.U
-    total = fold(load_tile(dy_ptr, upsampled_tile_at(place, first, W, 0, META)), META)
-    for phase in tl.static_range(1, PHASES):
-        total += fold(load_tile(dy_ptr, upsampled_tile_at(place, first, W, phase, META)), META)
-    if META.ACTIVATED:
-        total = activation_gradient(rows.gamma * x_hat + rows.beta, total, META.SLOPE)
-    return total
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED)
-def modulate_bwd_reduce_kernel(
-    dy_ptr, x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, d_gamma_ptr, d_beta_ptr, sums_ptr,
-    C, pixels, W, parts, tiles,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr, U: tl.constexpr,
-    ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, V: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Sums [N][part][dy', dy' x̂][C], with maps of γ dy' and γ dy' x̂; maps' gradients are written here too."""
-    META: tl.constexpr = record(META_FIELDS)(
-        U=U, LAST=LAST, V=V, CHANNELS=CHANNELS, PIXELS=PIXELS, AFFINE=AFFINE, INSTANCE=INSTANCE, ACTIVATED=ACTIVATED,
-        SLOPE=SLOPE, OFFSET=OFFSET, EPS=EPS,
-    )  # fmt: skip
-    PHASES: tl.constexpr = U * U if LAST else U
-    place = place_of_program(record(SIZE_FIELDS)(C, pixels, W, parts, tiles), META)
-    norm = norm_of(mean_ptr, var_ptr, place, META)
-    rows = rows_of(gamma_ptr, beta_ptr, norm, place, META)
-    start = tl.multiple_of(place.n * C * pixels, V)
-    zero = to_accumulator(tl.zeros([PIXELS, CHANNELS] if LAST else [CHANNELS, PIXELS], dtype=tl.float32), x_ptr)
-    sum_d = zero
-    sum_dx = zero
-    end = tl.minimum((place.part + 1) * tiles, tl.cdiv(pixels, PIXELS))
-    for tile in range(place.part * tiles, end):
-        first = tile * PIXELS
-        x_hat = (load_tile(x_ptr + start, tile_at(place, first, META)) - norm.mean) * norm.rstd
-        if AFFINE == MAPS:
-            d = zero
-            large = spread(x_hat, META)
-            for phase in tl.static_range(PHASES):
-                at = upsampled_tile_at(place, first, W, phase, META)
-                dy = load_tile(dy_ptr + start * (U * U), at)
-                gamma = OFFSET + load_tile(gamma_ptr + start * (U * U), at)
-                if ACTIVATED:
-                    beta = load_tile(beta_ptr + start * (U * U), at)
-                    dy = activation_gradient(gamma * large + beta, dy, SLOPE)
-                store_tile(d_beta_ptr + start * (U * U), at, dy)
-                store_tile(d_gamma_ptr + start * (U * U), at, dy * large)
-                # Zero outside the image, also where γ was not read.
-                d += fold(gamma * dy, META)
-        else:
-            d = summed_gradient(dy_ptr + start * (U * U), rows, x_hat, place, first, W, META)
-        sum_d += d
-        sum_dx += d * x_hat
-    o_channel = tl.arange(0, CHANNELS)
-    exists = o_channel < place.channels - place.c
-    to = sums_ptr + (place.n * parts + place.part) * 2 * C + place.c + o_channel
-    tl.store(to, tl.sum(sum_d, axis=0 if LAST else 1), mask=exists)
-    tl.store(to + C, tl.sum(sum_dx, axis=0 if LAST else 1), mask=exists)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED)
-def modulate_bwd_finish_kernel(
-    sums_ptr, gamma_ptr, d_gamma_ptr, d_beta_ptr, means_ptr, N, C, parts, count,
-    OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr,
-    SAMPLES: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Adds the parts up: the gradients of rows, and the means [group][dy γ, dy γ x̂][C] that backward subtracts.
-
-    Σ dy γ = Σ_n γ_n dβ_n and Σ dy γ x̂ = Σ_n γ_n dγ_n. Maps are in the sums already.
-    """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    o_part = tl.arange(0, PARTS)
-    of_c = c < C
-    nothing = to_accumulator(tl.zeros([CHANNELS], dtype=tl.float32), sums_ptr)
-    d_beta = nothing
-    d_gamma = nothing
-    mean_g = nothing
-    mean_gx = nothing
-    # Groups' numbers of pixels are at most 2^31, beyond float32's integers but not beyond its range.
-    each = 1.0 / (to_accumulator(tl.full([], 1.0, tl.float32), sums_ptr) * count)
-    for first in range(0, N, SAMPLES):
-        n = (first + tl.arange(0, SAMPLES)).to(tl.int64)
-        exists = (n < N)[:, None] & of_c[None, :]
-        zero = to_accumulator(tl.zeros([SAMPLES, CHANNELS], dtype=tl.float32), sums_ptr)
-        sum_d = zero
-        sum_dx = zero
-        for first_part in range(0, parts, PARTS):
-            part = first_part + o_part
-            at = ((n[:, None] * parts + part[None, :]) * 2 * C)[:, :, None] + c[None, None, :]
-            valid = ((n < N)[:, None] & (part < parts)[None, :])[:, :, None] & of_c[None, None, :]
-            sum_d += tl.sum(tl.load(sums_ptr + at, mask=valid, other=0.0), axis=1)
-            sum_dx += tl.sum(tl.load(sums_ptr + (at + C), mask=valid, other=0.0), axis=1)
-        row = n[:, None] * C + c[None, :]
-        g = sum_d
-        gx = sum_dx
-        if (AFFINE == ROWS) | (AFFINE == VECTOR):
-            if AFFINE == ROWS:
-                gamma = tl.load(gamma_ptr + row, mask=exists, other=0.0)
-                tl.store(d_beta_ptr + row, sum_d.to(d_beta_ptr.dtype.element_ty), mask=exists)
-                tl.store(d_gamma_ptr + row, sum_dx.to(d_gamma_ptr.dtype.element_ty), mask=exists)
-            else:
-                gamma = tl.load(gamma_ptr + c, mask=of_c, other=0.0)[None, :]
-                d_beta += tl.sum(sum_d, axis=0)
-                d_gamma += tl.sum(sum_dx, axis=0)
-            scale = OFFSET + to_accumulator(gamma, gamma_ptr).to(sum_d.dtype)
-            g = scale * sum_d
-            gx = scale * sum_dx
-        if INSTANCE:
-            to = means_ptr + (n[:, None] * 2 * C + c[None, :])
-            tl.store(to, g * each, mask=exists)
-            tl.store(to + C, gx * each, mask=exists)
-        else:
-            # Not γ times 0 of samples that do not exist.
-            mean_g += tl.sum(tl.where(exists, g, 0.0), axis=0)
-            mean_gx += tl.sum(tl.where(exists, gx, 0.0), axis=0)
-    if AFFINE == VECTOR:
-        tl.store(d_beta_ptr + c, d_beta.to(d_beta_ptr.dtype.element_ty), mask=of_c)
-        tl.store(d_gamma_ptr + c, d_gamma.to(d_gamma_ptr.dtype.element_ty), mask=of_c)
-    if not INSTANCE:
-        tl.store(means_ptr + c, mean_g * each, mask=of_c)
-        tl.store(means_ptr + (C + c), mean_gx * each, mask=of_c)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED)
-def modulate_bwd_apply_kernel(
-    dy_ptr, x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, means_ptr, dx_ptr, C, pixels, W, parts, tiles,
-    CENTRED: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr,
-    U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, V: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """dx = (dy' γ - mean(dy' γ) - x̂ mean(dy' γ x̂)) rstd, without the means if the statistics were given (not CENTRED).
-
-    With maps dy is dβ, which is dy' already, so β is not read again.
-    """
-    META: tl.constexpr = record(META_FIELDS)(
-        U=U, LAST=LAST, V=V, CHANNELS=CHANNELS, PIXELS=PIXELS, AFFINE=AFFINE, INSTANCE=INSTANCE, ACTIVATED=ACTIVATED,
-        SLOPE=SLOPE, OFFSET=OFFSET, EPS=EPS,
-    )  # fmt: skip
-    PHASES: tl.constexpr = U * U if LAST else U
-    place = place_of_program(record(SIZE_FIELDS)(C, pixels, W, parts, tiles), META)
-    norm = norm_of(mean_ptr, var_ptr, place, META)
-    rows = rows_of(gamma_ptr, beta_ptr, norm, place, META)
-    means_of_sample = means_ptr
-    if INSTANCE:
-        means_of_sample += place.n * C
-    mean_g = of_channels(means_of_sample, place, INSTANCE, META)
-    mean_gx = of_channels(means_of_sample + C, place, INSTANCE, META)
-    start = tl.multiple_of(place.n * C * pixels, V)
-    end = tl.minimum((place.part + 1) * tiles, tl.cdiv(pixels, PIXELS))
-    for tile in range(place.part * tiles, end):
-        first = tile * PIXELS
-        here = tile_at(place, first, META)
-        x_hat = (load_tile(x_ptr + start, here) - norm.mean) * norm.rstd
-        if AFFINE == MAPS:
-            g = to_accumulator(tl.zeros([PIXELS, CHANNELS] if LAST else [CHANNELS, PIXELS], dtype=tl.float32), x_ptr)
-            for phase in tl.static_range(PHASES):
-                at = upsampled_tile_at(place, first, W, phase, META)
-                gamma = OFFSET + load_tile(gamma_ptr + start * (U * U), at)
-                g += fold(gamma * load_tile(dy_ptr + start * (U * U), at), META)
-        else:
-            g = rows.gamma * summed_gradient(dy_ptr + start * (U * U), rows, x_hat, place, first, W, META)
-        if CENTRED:
-            g -= mean_g + x_hat * mean_gx
-        store_tile(dx_ptr + start, here, g * norm.rstd)
 
 
 class Tiling(NamedTuple):
@@ -431,6 +87,22 @@ class Tiling(NamedTuple):
         vectors = channels * pixels // columns
         return cls(columns, channels, pixels, tiles, parts, n * blocks * parts, max(1, min(WARPS, vectors // WARP)))
 
+    @classmethod
+    def of_planes(cls, x: Tensor, most: int) -> "Tiling | None":
+        """A tile of whole planes per program, of up to so many elements (float64: half as many); None if too large."""
+        n, c, h, w = x.shape
+        itemsize, planes = x.element_size(), power_of_two_from(h * w)
+        tile, most = (TILE_OF_DOUBLE, most // 2) if x.dtype == torch.float64 else (TILE, most)
+        vector, channels = 16 // itemsize, max(1, tile // planes)
+        if is_channels_last(x):
+            channels = max(SHORT_RUN // itemsize, min(max(RUN // itemsize, channels), most // planes))
+        channels = min(channels, power_of_two_from(c))
+        if channels * planes > most:
+            return None
+        columns = power_of_two_in(c if is_channels_last(x) else h * w, vector)
+        warps = max(1, min(MOST_WARPS, channels * planes // (EACH * WARP)))
+        return cls(columns, channels, planes, 1, 1, n * triton.cdiv(c, channels), warps)
+
 
 def _arguments(
     x: Tensor,
@@ -449,8 +121,8 @@ def _arguments(
     _, c, h, w = x.shape
     return {
         "x_ptr": x,
-        "gamma_ptr": mean if gamma is None else gamma,  # not read
-        "beta_ptr": mean if beta is None else beta,
+        "gamma_ptr": x if gamma is None else gamma,  # not read
+        "beta_ptr": x if beta is None else beta,
         "mean_ptr": mean,
         "var_ptr": var,
         "C": c,
@@ -495,22 +167,24 @@ def modulate_fwd(
     n, c = x.shape[:2]
     shape = (n, c) if instance else (c,)
     y = dense_like(x, upsample)
+    planes = Tiling.of_planes(x, RESIDENT) if instance and upsample == 1 else None
     if mean is not None:
         used = [s.to(accumulator(x), copy=True).contiguous() for s in (mean, var)]
     elif x.numel() == 0:
         used = [x.new_zeros(shape, dtype=accumulator(x)) for _ in range(2)]
+    elif planes:
+        used = [torch.empty(shape, dtype=accumulator(x), device=x.device) for _ in range(2)]
     else:
         used = [t.view(shape) for t in finish_statistics(partial_statistics([x], instance))]
     if x.numel() == 0:
         return y, *used
     gamma, beta = _dense_affine(x, gamma, beta)
-    tiling = Tiling.of(x, upsample)
-    launch(
-        wrap_triton(modulate_fwd_kernel),
-        (tiling.programs,),
-        y_ptr=y,
-        **_arguments(x, gamma, beta, *used, eps, instance, gamma_offset, upsample, negative_slope, tiling),
-    )
+    tiling = planes or Tiling.of(x, upsample)
+    arguments = _arguments(x, gamma, beta, *used, eps, instance, gamma_offset, upsample, negative_slope, tiling)
+    if planes:
+        launch(wrap_triton(modulate_fwd_resident_kernel), (tiling.programs,), y_ptr=y, **arguments)
+    else:
+        launch(wrap_triton(modulate_fwd_kernel), (tiling.programs,), y_ptr=y, **arguments)
     return y, *used
 
 
@@ -546,8 +220,26 @@ def modulate_bwd(
         return dx, *(_as_fake(torch.zeros_like(grad), of) for grad, of in zip(grads, wanted, strict=True))
     grad_y = dense(grad_y, x)
     mean, var = mean.contiguous(), var.contiguous()
-    tiling = Tiling.of(x, upsample)
+    planes = (
+        Tiling.of_planes(x, RESIDENT_BACKWARD_OF_MAPS if maps else RESIDENT) if instance and upsample == 1 else None
+    )
+    tiling = planes or Tiling.of(x, upsample)
     arguments = _arguments(x, gamma, beta, mean, var, eps, instance, gamma_offset, upsample, negative_slope, tiling)
+    if planes:
+        vectors = gamma is not None and gamma.dim() == 1
+        of_planes = [torch.empty((n, c), dtype=mean.dtype, device=x.device) for _ in range(2)] if vectors else grads
+        launch(
+            wrap_triton(modulate_bwd_resident_kernel),
+            (tiling.programs,),
+            dy_ptr=grad_y,
+            d_gamma_ptr=of_planes[0],
+            d_beta_ptr=of_planes[1],
+            dx_ptr=dx,
+            **arguments,
+        )
+        if vectors:
+            grads = [grad.sum(0).to(of.dtype) for grad, of in zip(of_planes, grads, strict=True)]
+        return dx, *(_as_fake(grad, of) for grad, of in zip(grads, wanted, strict=True))
     sums = torch.empty((n, tiling.parts, 2, c), dtype=mean.dtype, device=x.device)
     launch(
         wrap_triton(modulate_bwd_reduce_kernel),

@@ -25,7 +25,7 @@ from pixnorm.testing.modulate import MAPS, NONE, ROWS, VECTOR
 
 FORWARD = "modulate_fwd_kernel"
 REDUCE, APPLY = "modulate_bwd_reduce_kernel", "modulate_bwd_apply_kernel"
-# In CUDA C++ alone: maps, and planes that stay in registers, have kernels of their own.
+# In CUDA C++ alone maps have kernels of their own.
 FORWARD_MAPS, REDUCE_MAPS, APPLY_MAPS = (
     "modulate_fwd_maps_kernel",
     "modulate_bwd_reduce_maps_kernel",
@@ -159,9 +159,44 @@ class Stream(TritonKernel):
         return prod(x)
 
 
+class Resident(TritonKernel):
+    """There is no loop: every tensor moves once, by 16 bytes; beside them rows and statistics."""
+
+    @property
+    def moves(self) -> Moves:
+        return self.code.all_moves
+
+    @property
+    def elements(self) -> float:
+        return self.launch.arguments["CHANNELS"] * self.launch.arguments["PIXELS"] / self.code.threads
+
+    @property
+    def design(self) -> Moves:
+        maps, activated = self.affine == MAPS, self.launch.arguments["ACTIVATED"]
+        loads, stores = {
+            FORWARD_RESIDENT: (1 + 2 * maps, 1),  # x, gamma, beta; y
+            BACKWARD_RESIDENT: (2 + maps * (1 + activated), 1 + 2 * maps),  # x, dy, gamma, beta; dx, d gamma, d beta
+        }[self.name]
+        size = int(self.elements) * self.itemsize
+        return moves("LDG", loads * size) + moves("STG", stores * size)
+
+    def may_move(self, beyond: Moves) -> bool:
+        """Rows and statistics, at most four loaded and two stored for each channel of a thread."""
+        channels = self.columns if self.channels_last else self.launch.arguments["CHANNELS"]
+        moved = sum(width * count for (_, width), count in beyond.items())
+        return moved <= 6 * channels * max(4, self.itemsize)
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.code.opcodes.values()) / self.elements
+
+    def work(self, x: Shape, reads: int) -> float:
+        return prod(x)
+
+
 @dataclass(frozen=True, order=True)
 class ModulateConfiguration(Configuration):
-    kernels: ClassVar = dict.fromkeys((FORWARD, REDUCE, APPLY), Stream)
+    kernels: ClassVar = dict.fromkeys((FORWARD, REDUCE, APPLY), Stream) | dict.fromkeys(RESIDENT, Resident)
 
     upsample: int = 1
     affine: int = ROWS
@@ -184,19 +219,25 @@ class ModulateConfiguration(Configuration):
     def cases(self) -> Iterator[Case]:
         options = {"upsample": self.upsample, "activation": "leaky_relu" if self.activated else None}
         options["statistics"] = "instance" if self.instance else "batch"
-        # With so many parts that the statistics of a batch are merged in two steps.
-        yield Case((4, 256, 64, 64), "", options, sizes={"affine": self.affine})
+        # With so many parts that the statistics of a batch are merged in two steps. Instances in registers, and larger.
+        shapes = [(4, 256, 32, 32), (4, 64, 256, 256)] if self.instance else [(4, 256, 64, 64)]
+        yield from (Case(shape, "", options, sizes={"affine": self.affine}) for shape in shapes)
 
     @classmethod
     def selection(cls) -> list[Wanted]:
         """Rows and maps in all layouts, with and without upsampling, in float32 and bfloat16, on the GPUs in turn; and
-        what is left: no gamma and beta, float64, instances. Half is as bfloat16."""
+        what is left: planes in registers in the same way, no gamma and beta, float64, large planes. Half is as
+        bfloat16."""
         pairs = list(product((False, True), (1, 2)))
         found = []
         for i, gpu in enumerate(TRITON_GPUS):
             rows = [cls("float", *pairs[i], ROWS, True), cls("BFloat16", *pairs[~i], VECTOR, True)]
             maps = [cls("BFloat16", *pairs[i], MAPS, True), cls("float", *pairs[~i], MAPS, True)]
             found += [Wanted(of, gpu) for of in (*rows, *maps)]
+            last, kind = pairs[i]
+            planes = [cls("float", last, 1, (ROWS, MAPS)[kind - 1], True, True)]
+            planes += [cls("BFloat16", not last, 1, (MAPS, ROWS)[kind - 1], True, True)]
+            found += [Wanted(of, gpu, RESIDENT) for of in planes]
         others = cls("float", False, 1, NONE), cls("double", True), cls("float", True, 1, ROWS, False, True)
         return found + [Wanted(of, gpu, tuple(cls.kernels)) for of, gpu in zip(others, TRITON_GPUS, strict=False)]
 

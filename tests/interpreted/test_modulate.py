@@ -11,6 +11,7 @@ from pixnorm.functional import modulated_norm
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, MODULATE, MODULATE_MAPS, Case, OpSpec, check_against_eager, evaluate
 from pixnorm.testing.modulate import INSTANCE, MAPS, NONE, ROWS, UP, VECTOR
 from pixnorm.triton_kernels import modulate as kernels
+from pixnorm.triton_kernels import statistics
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
@@ -30,7 +31,8 @@ def small_cases() -> Iterator[tuple[OpSpec, Case, str]]:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a plane has several, of several programs, whose sums are added up in several rounds."""
-    for name, value in {"TILE": 8, "TILE_OF_DOUBLE": 8, "RUN": 16, "PROGRAMS": 18, "SUMS": 2}.items():
+    small = {"TILE": 8, "TILE_OF_DOUBLE": 8, "RUN": 16, "PROGRAMS": 18, "SUMS": 2}
+    for name, value in (small | {"RESIDENT": 0, "RESIDENT_BACKWARD_OF_MAPS": 0}).items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -85,6 +87,72 @@ def test_several_programs(small_tiles, affine, options, layout):
 def test_tiles_of_planes(shape, upsample, expected):
     """Vector, channels and pixels of a tile, tiles of a program, programs of a plane."""
     assert kernels.Tiling.of(torch.empty(shape, device="meta"), upsample)[:5] == expected
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched."""
+    names = []
+
+    def record(kernel, *args, **kwargs):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **kwargs)
+
+    launch = kernels.launch
+    for module in (kernels, statistics):
+        monkeypatch.setattr(module, "launch", record)
+    return names
+
+
+@both_layouts
+@pytest.mark.parametrize("affine", [NONE, VECTOR, ROWS, MAPS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+def test_planes_in_registers(monkeypatch, launched, dtype, affine, layout):
+    """Of 45 pixels, so with elements beyond the plane; several programs; |mean| >> std. One launch each way."""
+    monkeypatch.setattr(kernels, "TILE", 128)
+    monkeypatch.setattr(kernels, "RUN", 16)
+    case = Case((2, 5, 5, 9), "", LEAKY, "offset", {"affine": affine})
+    check_against_eager(SPECS[affine == MAPS], "triton", case, dtype, layout=layout)
+    assert set(launched) == {"modulate_fwd_resident_kernel", "modulate_bwd_resident_kernel"}
+
+
+@both_layouts
+@pytest.mark.parametrize("limit", ["RESIDENT", "RESIDENT_BACKWARD_OF_MAPS"])
+def test_planes_that_do_not_fit_are_streamed(monkeypatch, launched, limit, layout):
+    monkeypatch.setattr(kernels, limit, 32)
+    check_against_eager(MODULATE_MAPS, "triton", Case((2, 3, 5, 8), "", LEAKY), layout=layout)
+    backward = {f"modulate_bwd_{name}_kernel" for name in ("reduce", "finish", "apply")}
+    streamed = {"statistics_kernel", "finish_statistics_kernel", "modulate_fwd_kernel"}
+    assert set(launched) == (
+        {"modulate_bwd_resident_kernel", *streamed}
+        if limit == "RESIDENT"
+        else {"modulate_fwd_resident_kernel", *backward}
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, layout, dtype, expected",
+    [
+        ((64, 256, 32, 32), "contiguous", torch.float32, (4, 2, 1024, 4)),
+        ((64, 256, 128, 128), "contiguous", torch.bfloat16, (8, 1, 16384, 16)),
+        ((64, 256, 128, 129), "contiguous", torch.float32, None),
+        ((64, 256, 91, 90), "contiguous", torch.float64, (2, 1, 8192, 16)),
+        ((64, 256, 91, 91), "contiguous", torch.float64, None),
+        ((64, 256, 4, 4), "channels_last", torch.float32, (4, 128, 16, 4)),
+        ((64, 256, 16, 16), "channels_last", torch.float32, (4, 32, 256, 16)),
+        ((64, 256, 32, 32), "channels_last", torch.bfloat16, (8, 16, 1024, 16)),
+        ((64, 256, 32, 64), "channels_last", torch.float32, (4, 8, 2048, 16)),
+        ((64, 256, 64, 64), "channels_last", torch.float32, None),
+        ((64, 3, 64, 64), "channels_last", torch.float32, (1, 4, 4096, 16)),
+    ],
+    ids=str,
+)
+def test_which_planes_stay_in_registers(shape, layout, dtype, expected):
+    """Vector, channels, pixels and warps of a program."""
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=formats[layout])
+    tiling = kernels.Tiling.of_planes(x, kernels.RESIDENT)
+    assert (tiling and (*tiling[:3], tiling.warps)) == expected
 
 
 @both_specs
