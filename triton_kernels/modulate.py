@@ -41,6 +41,9 @@ RUN, SHORT_RUN = 128, 32
 RESIDENT, RESIDENT_BACKWARD_OF_MAPS, EACH, MOST_WARPS = 16384, 8192, 16, 16
 # Programs in total where planes are large: enough to fill any GPU, and few partial sums.
 PROGRAMS = 4096
+# Partial statistics of its channels that a program merges itself, at most: three numbers each, in all fewer than a tile
+# has. And how many of a channel at once.
+MERGED, MERGED_AT_ONCE = 512, 32
 # Parts, samples and channels that the kernel which adds partial sums up reads at once.
 SUMS, CHANNELS_OF_SUMS = 32, 16
 
@@ -168,23 +171,34 @@ def modulate_fwd(
     shape = (n, c) if instance else (c,)
     y = dense_like(x, upsample)
     planes = Tiling.of_planes(x, RESIDENT) if instance and upsample == 1 else None
+    tiling = planes or Tiling.of(x, upsample)
+    partials = None
     if mean is not None:
         used = [s.to(accumulator(x), copy=True).contiguous() for s in (mean, var)]
     elif x.numel() == 0:
         used = [x.new_zeros(shape, dtype=accumulator(x)) for _ in range(2)]
-    elif planes:
-        used = [torch.empty(shape, dtype=accumulator(x), device=x.device) for _ in range(2)]
     else:
-        used = [t.view(shape) for t in finish_statistics(partial_statistics([x], instance))]
+        partials = None if planes else partial_statistics([x], instance)
+        if partials is not None and (instance or partials.shape[2] * tiling.channels > MERGED):
+            used, partials = [t.view(shape) for t in finish_statistics(partials)], None
+        else:
+            used = [torch.empty(shape, dtype=accumulator(x), device=x.device) for _ in range(2)]
     if x.numel() == 0:
         return y, *used
     gamma, beta = _dense_affine(x, gamma, beta)
-    tiling = planes or Tiling.of(x, upsample)
     arguments = _arguments(x, gamma, beta, *used, eps, instance, gamma_offset, upsample, negative_slope, tiling)
     if planes:
         launch(wrap_triton(modulate_fwd_resident_kernel), (tiling.programs,), y_ptr=y, **arguments)
     else:
-        launch(wrap_triton(modulate_fwd_kernel), (tiling.programs,), y_ptr=y, **arguments)
+        launch(
+            wrap_triton(modulate_fwd_kernel),
+            (tiling.programs,),
+            y_ptr=y,
+            partials_ptr=x if partials is None else partials,  # not read
+            partials=0 if partials is None else partials.shape[2],
+            PARTS=0 if partials is None else min(MERGED_AT_ONCE, MERGED // tiling.channels),
+            **arguments,
+        )
     return y, *used
 
 

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from pixnorm.triton_kernels.common import SIZES, activated, activation_gradient, record, to_accumulator
+from pixnorm.triton_kernels.statistics import merged
 
-NOT_SPECIALISED = [*SIZES, "pixels", "tiles"]
+NOT_SPECIALISED = [*SIZES, "pixels", "tiles", "partials"]
 # Kinds of gamma and beta: the number of their dimensions (0 where there are none).
 VECTOR, ROWS, MAPS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
@@ -128,6 +129,23 @@ def norm_of(mean_ptr, var_ptr, place, META: tl.constexpr):
 
 
 @triton.jit
+def merged_norm(partials_ptr, mean_ptr, var_ptr, partials, place, PARTS: tl.constexpr, META: tl.constexpr):
+    """The same from the partial statistics of a batch, PARTS at a time; one of the programs writes them."""
+    channel = place.c + tl.arange(0, META.CHANNELS)
+    whole, mean, squares = merged(partials_ptr, 0, partials, channel, place.channels, PARTS)
+    exists = channel < place.channels
+    var = squares / tl.where(exists, whole, 1.0)
+    writes = exists & (place.n == 0) & (place.part == 0)
+    tl.store(mean_ptr + channel, mean, mask=writes)
+    tl.store(var_ptr + channel, var, mask=writes)
+    rstd = 1.0 / tl.sqrt(var + META.EPS)
+    if META.LAST:
+        return record("mean rstd")(mean[None, :], rstd[None, :])
+    else:
+        return record("mean rstd")(mean[:, None], rstd[:, None])
+
+
+@triton.jit
 def rows_of(gamma_ptr, beta_ptr, norm, place, META: tl.constexpr):
     """Scale and shift of each channel, in the dtype of sums."""
     if (META.AFFINE == ROWS) | (META.AFFINE == VECTOR):
@@ -151,19 +169,22 @@ def store_tile(pointer, at, tile):
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def modulate_fwd_kernel(
-    x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, y_ptr, C, pixels, W, parts, tiles,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr, U: tl.constexpr,
-    ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
+    x_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, y_ptr, partials_ptr, C, pixels, W, parts, tiles, partials,
+    PARTS: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, AFFINE: tl.constexpr, INSTANCE: tl.constexpr,
+    U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
     LAST: tl.constexpr, V: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """y = act((o + γ) x̂ + β)."""
+    """y = act((o + γ) x̂ + β). Merges partial statistics first, unless PARTS is 0."""
     META: tl.constexpr = record(META_FIELDS)(
         U=U, LAST=LAST, V=V, CHANNELS=CHANNELS, PIXELS=PIXELS, AFFINE=AFFINE, INSTANCE=INSTANCE, ACTIVATED=ACTIVATED,
         SLOPE=SLOPE, OFFSET=OFFSET, EPS=EPS,
     )  # fmt: skip
     PHASES: tl.constexpr = U * U if LAST else U
     place = place_of_program(record(SIZE_FIELDS)(C, pixels, W, parts, tiles), META)
-    norm = norm_of(mean_ptr, var_ptr, place, META)
+    if PARTS > 0:
+        norm = merged_norm(partials_ptr, mean_ptr, var_ptr, partials, place, PARTS, META)
+    else:
+        norm = norm_of(mean_ptr, var_ptr, place, META)
     rows = rows_of(gamma_ptr, beta_ptr, norm, place, META)
     start = tl.multiple_of(place.n * C * pixels, V)
     end = tl.minimum((place.part + 1) * tiles, tl.cdiv(pixels, PIXELS))

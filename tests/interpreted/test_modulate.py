@@ -105,6 +105,24 @@ def launched(monkeypatch):
 
 
 @both_layouts
+@pytest.mark.parametrize("most", [0, 512])
+def test_partial_statistics_are_merged(monkeypatch, launched, most, layout):
+    """By each program, several at a time, or by a kernel of their own."""
+    for module, values in {
+        statistics: {"TILE_OF_DOUBLE": 32, "RUN": 32, "LEAST_TILES": 1},
+        kernels: {"TILE_OF_DOUBLE": 32, "RUN": 32, "MERGED": most, "MERGED_AT_ONCE": 2},
+    }.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    case = Case((3, 5, 6, 8), "", {"activation": "relu"}, "offset")
+    partials = statistics.partial_statistics([MODULATE.inputs(case, torch.float64, layout=layout)["x"]])
+    assert partials.shape[2] > 2 * kernels.MERGED_AT_ONCE
+    launched.clear()
+    check_against_eager(MODULATE, "triton", case, torch.float64, layout=layout)
+    assert ("finish_statistics_kernel" in launched) == (most == 0)
+
+
+@both_layouts
 @pytest.mark.parametrize("affine", [NONE, VECTOR, ROWS, MAPS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
 def test_planes_in_registers(monkeypatch, launched, dtype, affine, layout):
