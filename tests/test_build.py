@@ -47,7 +47,10 @@ def best_capability() -> str:
 @pytest.mark.parametrize("limit", CAPABILITIES)
 def test_capability_can_be_lowered_and_not_raised(best_capability, limit):
     found = run(PRINT_CAPABILITY, PIXNORM_CPU_CAPABILITY=limit).stdout.strip()
-    assert found == min(best_capability, limit, key=CAPABILITIES.index)
+    allowed = {min(best_capability, limit, key=CAPABILITIES.index)}
+    if limit == "avx512_bf16" and best_capability == "avx512":  # slower on an Intel CPU, and used there only if named
+        allowed.add(limit)
+    assert found in allowed
 
 
 def test_unknown_capability_is_an_error():

@@ -80,8 +80,8 @@ bool same_bits(bool channels_last, int64_t c, int64_t h, int64_t w) {
                               v[8].data(),
                               v[9].data()};
   std::vector<A> scratch(1 << 20);
-  std::vector<T> y[2];
-  std::vector<A> dx[2], dp[2], sums[2];
+  std::vector<T> y[2], dx[2], dp[2];
+  std::vector<A> sums[2];
   for (int i = 0; i < 2; ++i) {
     y[i].resize(count * U * U), dx[i].resize(count), dp[i].resize(count);
     sums[i].resize(s.blocks() * spn::kSums * kBlock);
@@ -126,38 +126,47 @@ struct Matrix {
 
 // A product by short and by long vectors has the same bits, and is right: also where 0 meets infinity, where out holds
 // NaN and is not to be read, and beside its last column.
-template <class A>
+template <class T, class O>
 bool product(int64_t rows, int64_t columns, int64_t depth) {
+  using A = acc_t<T>;
   const auto coin = [] { return std::rand() % 2 == 0; };
-  Matrix<A> a(rows, depth, coin()), b(columns, depth, coin());
+  Matrix<T> a(rows, depth, coin()), b(columns, depth, coin());
   a.data[0] = 0;
-  if (coin()) b.data[0] = std::numeric_limits<A>::infinity();
-  const bool add = coin(), b_in_place = b.stride == 1 && columns % long_vectors::kLanes<A> == 0 && coin();
-  const Operand<A> left = a.operand(coin()), right = b.operand(b_in_place);
+  if (coin()) b.data[0] = std::numeric_limits<T>::infinity();
+  constexpr bool kMayLie = std::is_same_v<T, A>;
+  const bool add = coin(), b_in_place = kMayLie && b.stride == 1 && columns % long_vectors::kLanes<A> == 0 && coin();
+  const Operand<T> left = a.operand(kMayLie && coin()), right = b.operand(b_in_place);
   const GemmBlock whole{0, rows, 0, columns, 0, depth};
   const int64_t out_stride = columns + 1;
-  std::vector<A> before = random_values<A>(rows * out_stride), out[2];
-  if (!add) before.assign(before.size(), std::numeric_limits<A>::quiet_NaN());
-  static std::vector<A> scratch(1 << 20);
+  std::vector<O> before = random_values<O>(rows * out_stride), out[2];
+  if (!add) before.assign(before.size(), std::numeric_limits<O>::quiet_NaN());
+  const std::vector<A> of_rows = random_values<A>(rows), of_columns = random_values<A>(columns + kBeyondColumns);
+  const bool add_of_rows = coin(), add_of_columns = !add_of_rows && coin();
+  static std::vector<double> scratch(1 << 20);
   for (int i = 0; i < 2; ++i) {
     out[i] = before;
-    const auto multiply = i ? long_vectors::multiply_block<A> : short_vectors::multiply_block<A>;
-    multiply(whole, left, right, out[i].data(), out_stride, add, scratch.data());
+    const auto multiply = i ? long_vectors::multiply_block<T, O> : short_vectors::multiply_block<T, O>;
+    const Addends<O> addends{add ? out[i].data() : nullptr, add_of_rows ? of_rows.data() : nullptr,
+                             add_of_columns ? of_columns.data() : nullptr};
+    multiply(whole, left, right, out[i].data(), out_stride, addends, scratch.data());
   }
   int64_t wrong = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
-      double sum = add ? before[r * out_stride + c] : 0, size = std::abs(sum);
+      const double matrix = add ? static_cast<double>(before[r * out_stride + c]) : 0;
+      const double bias = add_of_rows ? of_rows[r] : add_of_columns ? of_columns[c] : 0;
+      double sum = matrix + bias, size = std::abs(matrix) + std::abs(bias);
       for (int64_t k = 0; k < depth; ++k) {
-        const double term = static_cast<double>(a.at(r, k)) * b.at(c, k);
+        const double term = static_cast<double>(a.at(r, k)) * static_cast<double>(b.at(c, k));
         sum += term;
         size += std::abs(term);
       }
       const double is = out[0][r * out_stride + c], error = std::abs(is - sum);
-      wrong += std::isfinite(sum) ? !(error <= 8 * std::numeric_limits<A>::epsilon() * size)
+      const double rounding = std::is_same_v<O, A> ? 0 : std::numeric_limits<O>::epsilon() * std::abs(sum);
+      wrong += std::isfinite(sum) ? !(error <= 8 * std::numeric_limits<A>::epsilon() * size + rounding)
                                   : !(std::isnan(sum) ? std::isnan(is) : is == sum);
     }
-    wrong += std::memcmp(&out[0][r * out_stride + columns], &before[r * out_stride + columns], sizeof(A)) != 0;
+    wrong += std::memcmp(&out[0][r * out_stride + columns], &before[r * out_stride + columns], sizeof(O)) != 0;
   }
   const int64_t different = differences(out[0], out[1]);
   if (wrong || different)
@@ -174,8 +183,10 @@ int main() {
   for (int64_t rows = 1; rows <= 14; ++rows) {
     for (const int64_t columns : {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100}) {
       for (const int64_t depth : {1, 2, 7, 16, 33, 600}) {
-        same = pixnorm::product<float>(rows, columns, depth) && same;
-        same = pixnorm::product<double>(rows, columns, depth) && same;
+        same = pixnorm::product<float, float>(rows, columns, depth) && same;
+        same = pixnorm::product<double, double>(rows, columns, depth) && same;
+        same = pixnorm::product<pixnorm::BFloat16, pixnorm::BFloat16>(rows, columns, depth) && same;
+        same = pixnorm::product<pixnorm::Half, float>(rows, columns, depth) && same;
       }
     }
   }

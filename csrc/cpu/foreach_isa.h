@@ -7,7 +7,8 @@
 // PIXNORM_BY_ISA(f) selects one by CPU. The file may include other vector code but no ordinary headers: their inline
 // functions would be compiled for AVX-512, and the linker might keep that copy for all callers.
 //
-// PIXNORM_BF16_CODE, if defined, names a file for the instruction sets beyond: pixnorm::bf16::f, where PIXNORM_HAS_BF16.
+// PIXNORM_BF16_CODE, if defined, names a file for the instruction sets beyond: pixnorm::bf16::f, where
+// PIXNORM_HAS_BF16.
 
 #include <cstdint>
 #include <cstring>
@@ -73,7 +74,7 @@ namespace pixnorm::avx512 {
 #if defined(PIXNORM_BF16_CODE) && __has_include(<amxbf16intrin.h>)
 #define PIXNORM_HAS_BF16 1
 #if defined(__clang__)
-#pragma clang attribute push(                                                                             \
+#pragma clang attribute push(                                                                            \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c"))), \
     apply_to = function)
 #else

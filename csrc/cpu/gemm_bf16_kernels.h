@@ -2,8 +2,9 @@
 // tiles, or those of AVX-512 for vectors. Included by gemm.cpp for x86-64.
 //
 // Both operands are packed as tiles of 16 rows (columns) by 32 depths, 1 KB each: by rows, as [row][depth], and by
-// columns as [pair of depths][column][2]. That is a tile of AMX, and a row of the second is a vector for AVX-512. Missing
-// rows, columns and depths are zero. Rows whose depths are neighbours are tiles already, and are read where they lie.
+// columns as [pair of depths][column][2]. That is a tile of AMX, and a row of the second is a vector for AVX-512.
+// Missing rows, columns and depths are zero. Rows whose depths are neighbours are tiles already, and are read where
+// they lie.
 
 constexpr int kTile = 16;       // rows and columns
 constexpr int kTileDepth = 32;  // 64 bytes
@@ -40,12 +41,15 @@ void pack_tile(const Operand<BFloat16>& from, int64_t first, int64_t count, int6
     const __m512i evens = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(kTile));
     const __m512i interleave = _mm512_or_si512(evens, _mm512_slli_epi32(odds, 16));
+    const bool one_run = k % from.run + depth <= from.run;
+    const BFloat16* const data = from.at(first, k);
+    const auto row = [&](int64_t j) __attribute__((always_inline)) {
+      return _mm256_maskz_loadu_epi16(mask, one_run ? data + j * from.depth_stride : from.at(first, k + j));
+    };
 #pragma GCC unroll 16
     for (int j = 0; j < kTile; ++j) {
       if (2 * j < depth) {
-        const __m256i even = _mm256_maskz_loadu_epi16(mask, from.at(first, k + 2 * j));
-        const __m256i odd = 2 * j + 1 < depth ? _mm256_maskz_loadu_epi16(mask, from.at(first, k + 2 * j + 1))
-                                              : _mm256_setzero_si256();
+        const __m256i even = row(2 * j), odd = 2 * j + 1 < depth ? row(2 * j + 1) : _mm256_setzero_si256();
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
         tile[j] = bit_cast<Vec<float>>(_mm512_permutexvar_epi16(interleave, both));
       }
@@ -56,18 +60,29 @@ void pack_tile(const Operand<BFloat16>& from, int64_t first, int64_t count, int6
   for (int i = 0; i < kTile; ++i) store(static_cast<float*>(to) + i * kTile, tile[i]);
 }
 
-// A group of rows (columns), packed: [kTileDepth of depth][half][tile].
+PIXNORM_INLINE int64_t group_elements(int64_t depth) { return ceiling(depth, kTileDepth) * 2 * kTileElements; }
+
+// A group of rows (columns) from the first on, by depths [k0, k1): for each kTileDepth of them two tiles.
 template <bool kByRows>
 void pack_group(const Operand<BFloat16>& from, int64_t first, int64_t end, int64_t k0, int64_t k1, BFloat16* to) {
   for (int64_t k = k0; k < k1; k += kTileDepth) {
-    for (int half = 0; half < 2; ++half, to += kTileElements, first += kTile) {
-      if (first < end) pack_tile<kByRows>(from, first, least(kTile, end - first), k, least(kTileDepth, k1 - k), to);
+    for (int64_t i = first; i < first + kGroup; i += kTile, to += kTileElements) {
+      if (i < end) pack_tile<kByRows>(from, i, least(kTile, end - i), k, least(kTileDepth, k1 - k), to);
     }
-    first -= kGroup;
   }
 }
 
-PIXNORM_INLINE int64_t group_elements(int64_t depth) { return ceiling(depth, kTileDepth) * 2 * kTileElements; }
+// All groups, one after the other; in the order in which the numbers lie in memory.
+template <bool kByRows>
+void pack_groups(const Operand<BFloat16>& from, int64_t first, int64_t end, int64_t k0, int64_t k1, BFloat16* to) {
+  const int64_t group = group_elements(k1 - k0), depth = from.stride == 1 ? kTileDepth : k1 - k0;
+  for (int64_t k = k0; k < k1; k += depth) {
+    for (int64_t i = first; i < end; i += kGroup) {
+      pack_group<kByRows>(from, i, end, k, least(k + depth, k1),
+                          to + (i - first) / kGroup * group + group_elements(k - k0));
+    }
+  }
+}
 
 template <bool kRows>
 int64_t groups_of(const GemmBlock& g) {
@@ -112,12 +127,12 @@ struct alignas(64) TileConfig {
 };
 
 // The compiler does not know that instructions on tiles read and write memory.
-#define PIXNORM_MEMORY_BARRIER asm volatile("" ::: "memory")
+PIXNORM_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
 
 // kRows, kColumns: tiles. Tiles 0 to 3 are sums, 4 and 5 of rows, 6 and 7 of columns.
 template <int kRows, int kColumns>
 void multiply_tiles(const RowGroup& a, const BFloat16* b, int64_t tiles, float* sums) {
-  PIXNORM_MEMORY_BARRIER;
+  memory_barrier();
   _tile_zero(0);
   if constexpr (kColumns == 2) _tile_zero(1);
   if constexpr (kRows == 2) _tile_zero(2);
@@ -143,7 +158,7 @@ void multiply_tiles(const RowGroup& a, const BFloat16* b, int64_t tiles, float* 
   if constexpr (kColumns == 2) _tile_stored(1, sums + kTile, kStride);
   if constexpr (kRows == 2) _tile_stored(2, sums + kTile * kGroup, kStride);
   if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, sums + kTile * kGroup + kTile, kStride);
-  PIXNORM_MEMORY_BARRIER;
+  memory_barrier();
 }
 
 template <int kColumns>
@@ -159,7 +174,8 @@ void multiply_vectors(const RowGroup& a, const BFloat16* b, int64_t tiles, int64
         __m512bh right[kColumns];
 #pragma GCC unroll 2
         for (int v = 0; v < kColumns; ++v) {
-          right[v] = bit_cast<__m512bh>(load(reinterpret_cast<const float*>(column + v * kTileElements) + pair * kTile));
+          right[v] =
+              bit_cast<__m512bh>(load(reinterpret_cast<const float*>(column + v * kTileElements) + pair * kTile));
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kAtOnce; ++i) {
@@ -183,8 +199,9 @@ template <bool kTiles>
 PIXNORM_INLINE void multiply_group(const RowGroup& a, const BFloat16* b, int64_t tiles, int64_t rows, int64_t columns,
                                    float* sums) {
   if constexpr (kTiles) {
-    const auto multiply = rows > kTile ? columns > kTile ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
-                                       : columns > kTile ? multiply_tiles<1, 2> : multiply_tiles<1, 1>;
+    const auto multiply = rows > kTile      ? columns > kTile ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
+                          : columns > kTile ? multiply_tiles<1, 2>
+                                            : multiply_tiles<1, 1>;
     multiply(a, b, tiles, sums);
   } else {
     const auto multiply = columns > kTile ? multiply_vectors<2> : multiply_vectors<1>;
@@ -234,7 +251,8 @@ PIXNORM_INLINE int64_t step_depth(const GemmBlock& g) {
 
 template <class O>
 int64_t scratch_bytes(const GemmBlock& g) {
-  return (groups_of<true>(g) + 1) * group_elements(step_depth<O>(g)) * static_cast<int64_t>(sizeof(BFloat16));
+  return (groups_of<true>(g) + groups_of<false>(g)) * group_elements(step_depth<O>(g)) *
+         static_cast<int64_t>(sizeof(BFloat16));
 }
 
 // out = a b + addends of a block; what is to be packed here goes into scratch.
@@ -243,37 +261,33 @@ void multiply_block(const GemmBlock& g, const Operand<BFloat16>& a, const Operan
                     int64_t out_stride, const Addends<O>& add, void* scratch) {
   static constexpr TileConfig config;
   if constexpr (kTiles) _tile_loadconfig(&config);
-  const int64_t step = step_depth<O>(g), group = group_elements(step);
-  BFloat16* const packed_columns = static_cast<BFloat16*>(scratch);
-  BFloat16* const packed_rows = packed_columns + group;
+  const int64_t step = step_depth<O>(g);
   for (int64_t k0 = g.k0; k0 < g.k1; k0 += step) {
     const int64_t k1 = least(k0 + step, g.k1), tiles = ceiling(k1 - k0, kTileDepth);
-    // Of all depths, so that a step begins within a group.
-    const int64_t packed_group = group_elements(g.k1 - g.k0), packed_at = group_elements(k0 - g.k0);
-    for (int64_t n = g.n0; n < g.n1; n += kGroup) {
-      const int64_t columns = least(kGroup, g.n1 - n);
-      const BFloat16* right = packed_columns;
-      if (b.use == Use::kPacked) {
-        right = static_cast<const BFloat16*>(b.packed) + (n - g.n0) / kGroup * packed_group + packed_at;
-      } else {
-        pack_group<false>(b, n, g.n1, k0, k1, packed_columns);
-      }
-      for (int64_t m = g.m0; m < g.m1; m += kGroup) {
-        const int64_t rows = least(kGroup, g.m1 - m);
-        RowGroup left{packed_rows + (m - g.m0) / kGroup * group, kTileDepth, kTileElements, 2 * kTileElements};
-        if (a.use == Use::kPacked) {
-          left.data = static_cast<const BFloat16*>(a.packed) + (m - g.m0) / kGroup * packed_group + packed_at;
-        } else if (a.use == Use::kInPlace && rows % kTile == 0 && (k1 - k0) % kTileDepth == 0) {
-          left = {a.at(m, k0), a.stride, kTile * a.stride, kTileDepth};
-        } else if (n == g.n0) {
-          pack_group<true>(a, m, g.m1, k0, k1, packed_rows + (m - g.m0) / kGroup * group);
-        }
+    const int64_t group = group_elements(k1 - k0);
+    BFloat16* const packed_rows = static_cast<BFloat16*>(scratch);
+    BFloat16* const packed_columns = packed_rows + groups_of<true>(g) * group;
+    const bool in_place = a.use == Use::kInPlace && (k1 - k0) % kTileDepth == 0 && (g.m1 - g.m0) % kTile == 0;
+    if (a.use != Use::kPacked && !in_place) pack_groups<true>(a, g.m0, g.m1, k0, k1, packed_rows);
+    if (b.use != Use::kPacked) pack_groups<false>(b, g.n0, g.n1, k0, k1, packed_columns);
+    // Groups that were packed before have the depths of all steps.
+    const int64_t all = group_elements(g.k1 - g.k0), before = group_elements(k0 - g.k0);
+    const auto packed = [&](const Operand<BFloat16>& o, const BFloat16* here, int64_t i) {
+      return o.use == Use::kPacked ? static_cast<const BFloat16*>(o.packed) + i * all + before : here + i * group;
+    };
+    for (int64_t m = g.m0; m < g.m1; m += kGroup) {
+      const int64_t rows = least(kGroup, g.m1 - m);
+      const RowGroup row_group = in_place ? RowGroup{a.at(m, k0), a.stride, kTile * a.stride, kTileDepth}
+                                          : RowGroup{packed(a, packed_rows, (m - g.m0) / kGroup), kTileDepth,
+                                                     kTileElements, 2 * kTileElements};
+      for (int64_t n = g.n0; n < g.n1; n += kGroup) {
+        const int64_t columns = least(kGroup, g.n1 - n);
         O* const to = out + m * out_stride + n;
         for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(to + r * out_stride, 1);
         alignas(64) float sums[kGroup * kGroup];
-        multiply_group<kTiles>(left, right, tiles, rows, columns, sums);
-        const Addends<O> here = k0 > g.k0 ? Addends<O>{to} : add.at(m, n, out_stride);
-        finish_group<O>(sums, rows, columns, here, to, out_stride);
+        const BFloat16* const right = packed(b, packed_columns, (n - g.n0) / kGroup);
+        multiply_group<kTiles>(row_group, right, tiles, rows, columns, sums);
+        finish_group<O>(sums, rows, columns, k0 > g.k0 ? Addends<O>{to} : add.at(m, n, out_stride), to, out_stride);
       }
     }
   }

@@ -162,8 +162,8 @@ PIXNORM_INLINE void put(const A* from, const A* addend, A* to, int64_t count) {
 // out = R rows of a times n vectors of columns, of which the last may be missing, + addends. kRows: rows of a are
 // neighbours and depths a_stride apart; else it is the other way round.
 template <class A, int R, int n, bool kRows>
-void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth,
-                   const Addends<A>& add, A* out, int64_t out_stride, int64_t columns) {
+void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, const Addends<A>& add,
+                   A* out, int64_t out_stride, int64_t columns) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {  // it would be waited for at the end
 #pragma GCC unroll 2
@@ -221,8 +221,7 @@ void multiply_tile(const A* a, int64_t a_stride, const A* b, int64_t b_stride, i
 }
 
 template <class A>
-using MultiplyTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const Addends<A>&, A*, int64_t,
-                              int64_t);
+using MultiplyTile = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const Addends<A>&, A*, int64_t, int64_t);
 
 template <class A, int n, bool kRows, int... r>
 PIXNORM_INLINE MultiplyTile<A> tile_of_rows(int64_t rows, std::integer_sequence<int, r...>) {

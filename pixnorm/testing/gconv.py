@@ -51,6 +51,7 @@ def _cases() -> tuple[Case, ...]:
         (2, 33, 6, 6): "n = 32 + 1: remainders of every vector and of a tile",
         (2, 40, 3, 67): "201 pixels: a full and a partial tile",
         (1, 130, 9, 9): "n > 128: two tiles of channels, the last one nearly empty",
+        (1, 130, 24, 24): "one sample: operands packed once, in products of bfloat16 for sums of several steps",
         (600, 64, 2, 4): "more than a chunk of images in float32, by one product",
         (5, 16, 128, 64): "the same with per-sample weights",
         (0, 3, 5, 7): "empty batch",
