@@ -68,7 +68,8 @@ void for_entries_of(const Shape& s, int tap, const F& f) {
   f(1 + 2 * s.k + tap);
 }
 
-// [label][entry][O], padded with zeros. The bias is part of the central tap, that of `classes` too.
+// [label][entry][O], padded with zeros. The bias is part of the central tap, that of `classes` too. The sum over all
+// taps is a pixel of y, behind the activation.
 template <class T>
 Buffer<acc_t<T>> make_table(const Shape& s, const Tensor& weight, const std::optional<Tensor>& bias) {
   using A = acc_t<T>;
@@ -96,6 +97,10 @@ Buffer<acc_t<T>> make_table(const Shape& s, const Tensor& weight, const std::opt
           for (int64_t o = 0; o < s.out; ++o) to[o] += own[o];
         });
       }
+      if (!s.activation.on) continue;
+      for (int64_t o = 0; o < s.out; ++o) {
+        baseline::activate(rows[kAll * width + o], static_cast<A>(s.activation.slope));
+      }
     }
   });
   return table;
@@ -119,12 +124,12 @@ Tensor label_conv_fwd(const Tensor& labels, const Tensor& weight, const std::opt
     T* const to = static_cast<T*>(y.data_ptr());
     const int64_t strips = ceil_div(s.pixels(), kStrip);
     parallel_for(0, s.n * strips, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<A> strip(s.blocks() * kStrip * kBlock);
+      const Buffer<A> sums(kStrip * s.out_padded());
       const Buffer<int32_t> rows(s.k * s.k);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / strips, first = i % strips * kStrip;
         kernel(s, table.data(), padded.data() + n * s.padded(), first, std::min(kStrip, s.pixels() - first),
-               to + n * s.out * s.pixels(), strip.data(), rows.data());
+               to + n * s.out * s.pixels(), sums.data(), rows.data());
       }
     });
     return y;

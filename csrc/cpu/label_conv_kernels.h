@@ -55,50 +55,48 @@ PIXNORM_INLINE void for_strip(const Shape& s, const int32_t* labels, int64_t fir
   }
 }
 
-// Pixels [first, first + count) of an image, count <= kStrip. `strip` holds [block][kStrip][kBlock], `rows` k² numbers.
+// Pixels [first, first + count) of an image, count <= kStrip. Every pixel is a row of the table, or the sum of rows,
+// which is kept: [pixel][channel] in `sums`. Then the strip is transposed to y in registers.
 template <class T>
 void label_forward(const Shape& s, const acc_t<T>* table, const int32_t* labels, int64_t first, int64_t count, T* y,
-                   acc_t<T>* strip, int32_t* rows) {
+                   acc_t<T>* sums, int32_t* rows) {
   using A = acc_t<T>;
-  constexpr int n = kLanes<A>, kWays = 4;
+  constexpr int n = kLanes<A>;
   const int64_t width = s.out_padded();
-  // The lines of y that the strip will be written to lie a plane apart: the hardware prefetcher does not see that.
-  constexpr int64_t kLine = 64, kLines = kStrip * sizeof(T) / kLine;
-  const auto look_ahead = [&](int64_t pixel) __attribute__((always_inline)) {
-    for (int64_t line = pixel * s.blocks(); line < (pixel + 1) * s.blocks() && line < s.out * kLines; ++line) {
-      __builtin_prefetch(reinterpret_cast<const char*>(y + line / kLines * s.pixels() + first) + line % kLines * kLine,
-                         1);
-    }
-  };
   const A slope = s.activation.on ? static_cast<A>(s.activation.slope) : A(1);
+  const A* values[kStrip];
   for_strip(s, labels, first, count, rows,
             [&](int64_t pixel, const int32_t* list, int size) __attribute__((always_inline)) {
-              const auto add = [&](auto ways, int64_t c) __attribute__((always_inline)) {
-                constexpr int kVectors = decltype(ways)::value;
-                Vec<A> sums[kVectors];
-                const A* row = table + list[0] * width + c;
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sums[v] = load(row + v * n);
-                for (int i = 1; i < size; ++i) {
-                  row = table + list[i] * width + c;
-#pragma GCC unroll 4
-                  for (int v = 0; v < kVectors; ++v) sums[v] += load(row + v * n);
-                }
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) {
-                  activate(sums[v], slope);
-                  const int64_t channel = c + v * n;
-                  store(strip + (channel / kBlock * kStrip + pixel) * kBlock + channel % kBlock, sums[v]);
-                }
-              };
-              look_ahead(pixel);
-              int64_t c = 0;
-              for (; c + kWays * n <= width; c += kWays * n) add(std::integral_constant<int, kWays>{}, c);
-              for (; c < width; c += n) add(std::integral_constant<int, 1>{}, c);
+              if (size == 1) {
+                values[pixel] = table + list[0] * width;
+                return;
+              }
+              A* const to = sums + pixel * width;
+              values[pixel] = to;
+              for (int64_t c = 0; c < width; c += n) {
+                Vec<A> sum = load(table + list[0] * width + c);
+                for (int i = 1; i < size; ++i) sum += load(table + list[i] * width + c);
+                activate(sum, slope);
+                store(to + c, sum);
+              }
             });
-  for (int64_t block = 0; block < s.blocks(); ++block) {
-    const Plane<A> plane = plane_of<T>(y, false, s.out, s.pixels(), 0, block);
-    plane.write(plane, first, count, strip + block * kStrip * kBlock);
+  for (int64_t c = 0; c < s.out; c += n) {
+    T* const to = y + c * s.pixels() + first;
+    const int live = s.out - c < n ? static_cast<int>(s.out - c) : n;
+    int64_t i = 0;
+    for (; i + n <= count; i += n) {
+      Vec<A> tile[n];
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) tile[l] = load(values[i + l] + c);
+      transpose<A>(tile);
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) {
+        if (l < live) store_as<T>(to + l * s.pixels() + i, tile[l]);
+      }
+    }
+    for (; i < count; ++i) {
+      for (int l = 0; l < live; ++l) to[l * s.pixels() + i] = static_cast<T>(values[i][c + l]);
+    }
   }
 }
 

@@ -50,13 +50,8 @@ struct Call {
     slope = activation.on ? activation.slope : 1;
     n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
     layout = layout_of(x);
-    const bool channels_last = layout == MemoryFormat::ChannelsLast;
-    shape = {channels_last ? n : n * c,
-             channels_last ? c : 1,
-             upsample == 1 ? h * w : h,
-             upsample == 1 ? int64_t{1} : w,
-             upsample,
-             channels_last};
+    shape = {c, upsample == 1 ? h * w : h, upsample == 1 ? int64_t{1} : w, upsample,
+             layout == MemoryFormat::ChannelsLast};
     affine = !gamma              ? Affine::kNone
              : gamma->dim() == 1 ? Affine::kVector
              : gamma->dim() == 2 ? Affine::kRows
@@ -74,51 +69,40 @@ struct Call {
   }
 
   bool maps() const { return affine == Affine::kMaps; }
-  int64_t statistics() const { return (instance ? n : 1) * c; }
-  // Where the numbers of image q are in an array (N, C) or (C,).
-  int64_t at(int64_t q, bool per_sample) const {
-    return per_sample ? q * shape.channels : shape.channels_last ? 0 : q % c;
-  }
+  int64_t groups() const { return instance ? n : 1; }  // of statistics
+  int64_t statistics() const { return groups() * c; }
+  int64_t samples() const { return instance ? 1 : n; }  // of a group
+  bool per_sample() const { return affine == Affine::kRows; }
 };
 
 // ---- cutting the work ----
 
-// Images are cut into parts, and grouped into units, whose statistics depend on nothing else. If a unit fits in the L2
-// cache it is resident: one thread takes it through all passes, so that memory is read once. Otherwise all threads go
-// through the parts, pass by pass.
+// Images are cut into pieces, and grouped into units, whose statistics depend on nothing else: the pieces of some
+// channels of a group of samples. If a unit fits in the L2 cache it is resident: one thread takes it through all
+// passes, so that memory is read once. Otherwise all threads go through the pieces, pass by pass.
 //
-// A unit of batch statistics in NCHW is some channels, so that runs are long even if planes are small; a unit of
-// instances is an image.
+// A piece is contiguous: in channels_last it has all channels, and in NCHW several channels only if planes are small
+// and whole, so that what is done once per piece does not count.
 struct Plan {
-  int64_t part_rows, parts, grain;
-  int64_t units, together, samples, step;  // images [i * step + unit * together, ...) for each sample i of the unit
+  int64_t block, blocks;      // channels of a piece
+  int64_t part_rows, parts;   // rows of a piece
+  int64_t grain, unit_grain;  // pieces and units that are worth a thread
   bool resident;
 
-  // `bytes`: of what the passes over an image have in common.
+  // `bytes`: of what the passes over a channel of an image have in common.
   Plan(const Call& call, int64_t bytes) {
     const Shape& s = call.shape;
     // Sums over a part are in float32.
-    constexpr int64_t kPixels = 4096, kPixelsOfAllChannels = 256;
-    const int64_t pixels = s.channels_last ? kPixelsOfAllChannels : kPixels;
-    part_rows = std::clamp<int64_t>(pixels / s.w, 1, s.h);
+    constexpr int64_t kPixels = 4096, kPixelsOfAllChannels = 256, kGrain = 1 << 14;
+    part_rows = std::clamp<int64_t>((s.channels_last ? kPixelsOfAllChannels : kPixels) / s.w, 1, s.h);
     parts = ceil_div(s.h, part_rows);
-    grain = ceil_div(1 << 14, part_rows * s.row());
-    constexpr int64_t kRunBytes = 1 << 12, kResidentBytes = 1 << 20, kEnoughUnits = 8;
-    const bool by_channel = !call.instance && !s.channels_last;
-    together = by_channel ? std::clamp<int64_t>(kRunBytes / bytes, 1, ceil_div(call.c, kEnoughUnits)) : 1;
-    step = by_channel ? call.c : 1;
-    samples = call.instance ? 1 : call.n;
-    units = call.instance ? s.images : by_channel ? ceil_div(call.c, together) : 1;
-    resident = units >= kEnoughUnits && samples * together * bytes <= kResidentBytes;
-  }
-
-  // Calls f(image) for the images of a unit.
-  template <class F>
-  void for_images(int64_t unit, const F& f) const {
-    const int64_t first = unit * together, count = std::min(together, step - first % step);
-    for (int64_t i = 0; i < samples; ++i) {
-      for (int64_t j = 0; j < count; ++j) f(first + i * step + j);
-    }
+    constexpr int64_t kPieceBytes = 1 << 12, kResidentBytes = 1 << 20, kEnoughUnits = 8;
+    const int64_t most = std::min(call.c, ceil_div(call.statistics(), kEnoughUnits));
+    block = s.channels_last ? call.c : parts > 1 ? 1 : std::clamp<int64_t>(kPieceBytes / bytes, 1, most);
+    blocks = ceil_div(call.c, block);
+    grain = ceil_div(kGrain, part_rows * s.w * block);
+    unit_grain = ceil_div(kGrain, call.samples() * block * s.pixels());
+    resident = call.groups() * blocks >= kEnoughUnits && call.samples() * block * bytes <= kResidentBytes;
   }
 };
 
@@ -129,7 +113,7 @@ struct Work {
 
   const Call& call;
   const Plan plan;
-  Rows<T> tensors{};  // of image 0
+  Piece<T> tensors{};
   std::vector<A> mean, var, rstd, gamma, beta, centre, centre_x;
 
   Work(const Call& call, int64_t bytes, const OptionalTensor& given_gamma, const OptionalTensor& given_beta)
@@ -154,53 +138,56 @@ struct Work {
     for (int64_t i = begin; i < end; ++i) rstd[i] = static_cast<A>(1 / std::sqrt(var[i] + call.eps));
   }
 
-  Coefficients<A> coefficients(int64_t q) const {
-    const int64_t at = call.at(q, call.instance), row = call.at(q, call.affine == Affine::kRows);
+  int64_t channels(int64_t block) const { return std::min(plan.block, call.c - block * plan.block); }
+
+  Coefficients<A> coefficients(int64_t n, int64_t block) const {
+    const int64_t c0 = block * plan.block;
+    const int64_t at = (call.instance ? n * call.c : 0) + c0, row = (call.per_sample() ? n * call.c : 0) + c0;
     return {mean.data() + at,   rstd.data() + at,     gamma.data() + row,          beta.data() + row,
             centre.data() + at, centre_x.data() + at, static_cast<A>(call.offset), static_cast<A>(call.slope)};
   }
 
-  Rows<T> rows(int64_t q, int64_t part) const {
-    const int64_t at = q * call.shape.elements(), up = q * call.shape.output_elements();
+  Piece<T> piece(int64_t n, int64_t block, int64_t part) const {
+    const Shape& s = call.shape;
+    const int64_t h = part * plan.part_rows;
+    const int64_t at = n * s.elements() + block * plan.block * s.pixels() + h * s.row();
+    const int64_t up = at * s.upsample * s.upsample;
     const auto moved = [](auto* t, int64_t by) { return t ? t + by : t; };
-    return {part * plan.part_rows,     std::min((part + 1) * plan.part_rows, call.shape.h),
+    return {channels(block),           std::min(plan.part_rows, s.h - h),
             moved(tensors.x, at),      moved(tensors.gamma, up),
             moved(tensors.beta, up),   moved(tensors.dy, up),
             moved(tensors.y, up),      moved(tensors.dx, at),
             moved(tensors.dgamma, up), moved(tensors.dbeta, up)};
   }
 
-  // Calls f(image, part, scratch) for all parts of all images.
+  // Calls f(sample, block, part, scratch) for all pieces.
   template <class F>
-  void for_parts(const F& f) const {
-    parallel_for(0, call.shape.images * plan.parts, plan.grain, [&](int64_t begin, int64_t end) {
+  void for_pieces(const F& f) const {
+    parallel_for(0, call.n * plan.blocks * plan.parts, plan.grain, [&](int64_t begin, int64_t end) {
       const Buffer<A> scratch(baseline::scratch_of(call.shape));
-      for (int64_t i = begin; i < end; ++i) f(i / plan.parts, i % plan.parts, scratch.data());
+      for (int64_t i = begin; i < end; ++i) {
+        f(i / plan.parts / plan.blocks, i / plan.parts % plan.blocks, i % plan.parts, scratch.data());
+      }
     });
   }
 
-  // Calls f(unit, scratch, moments of each channel of a unit and of an image) for all units.
+  // Calls f(group, block, scratch, moments of each channel of the unit and of a sample of it) for all units.
   template <class F>
   void for_units(const F& f) const {
-    const int64_t elements = plan.samples * plan.together * call.shape.elements();
-    parallel_for(0, plan.units, ceil_div(1 << 14, elements), [&](int64_t begin, int64_t end) {
-      const Buffer<A> scratch(baseline::scratch_of(call.shape) + 3 * call.shape.channels);
-      const Buffer<Moments> totals((plan.together + 1) * call.shape.channels);
-      for (int64_t unit = begin; unit < end; ++unit) f(unit, scratch.data(), totals.data());
+    parallel_for(0, call.groups() * plan.blocks, plan.unit_grain, [&](int64_t begin, int64_t end) {
+      const Buffer<A> scratch(baseline::scratch_of(call.shape) + 3 * call.c);
+      const Buffer<Moments> moments(2 * plan.block);
+      for (int64_t i = begin; i < end; ++i) f(i / plan.blocks, i % plan.blocks, scratch.data(), moments.data());
     });
   }
 
-  // Calls f(image, part) for the parts of a unit.
+  // Calls f(sample, part) for the pieces of a unit.
   template <class F>
-  void for_parts_of(int64_t unit, const F& f) const {
-    plan.for_images(unit, [&](int64_t q) {
-      for (int64_t part = 0; part < plan.parts; ++part) f(q, part);
-    });
+  void for_pieces_of(int64_t group, const F& f) const {
+    for (int64_t n = group * call.samples(); n < (group + 1) * call.samples(); ++n) {
+      for (int64_t part = 0; part < plan.parts; ++part) f(n, part);
+    }
   }
-
-  // The statistics of a unit are [first, last) of call.statistics().
-  int64_t first_statistic(int64_t unit) const { return unit * plan.together * call.shape.channels; }
-  int64_t last_statistic(int64_t unit) const { return std::min(first_statistic(unit + 1), call.statistics()); }
 };
 
 // f(layout, maps) with both as compile-time constants.
@@ -214,39 +201,32 @@ auto dispatch_kind(const Call& call, const F& f) {
 
 // ---- forward ----
 
-// The statistics of one unit. `totals` holds those of its channels, and of the channels of an image.
+// The statistics of one unit. `moments` holds those of its channels, and of the channels of a sample.
 template <class T>
-void set_statistics(Work<T>& work, int64_t unit, acc_t<T>* scratch, Moments* totals) {
+void set_statistics(Work<T>& work, int64_t group, int64_t block, acc_t<T>* scratch, Moments* moments) {
   const Call& call = work.call;
   const Shape& s = call.shape;
-  const int64_t pixels = s.h * s.w, first = work.first_statistic(unit), last = work.last_statistic(unit);
-  Moments* const more = totals + (last - first);
-  std::fill(totals, more, Moments{0, 0});
+  const int64_t pixels = s.pixels(), samples = call.samples(), channels = work.channels(block);
+  Moments* const more = moments + channels;
   const auto by_channel = PIXNORM_BY_ISA(moments_by_channel<T>);
-  const auto of_plane = PIXNORM_BY_ISA(moments_of<T>);
-  work.plan.for_images(unit, [&](int64_t q) {
-    const T* x = work.tensors.x + q * s.elements();
+  const auto of_planes = PIXNORM_BY_ISA(moments_of_planes<T>);
+  for (int64_t i = 0; i < samples; ++i) {
+    const T* x = work.piece(group * samples + i, block, 0).x;
+    Moments* const to = i == 0 ? moments : more;
     if (s.channels_last) {
-      by_channel(x, pixels, s.channels, scratch, more);
+      by_channel(x, pixels, channels, scratch, to);
     } else {
-      more[0] = of_plane(x, pixels);
+      of_planes(x, channels, pixels, to);
     }
-    const auto before = static_cast<double>(q / work.plan.step * pixels);
-    Moments* const to = totals + (call.at(q, call.instance) - first);
-    for (int64_t c = 0; c < s.channels; ++c) {
-      if (work.plan.samples == 1) {
-        to[c] = more[c];
-      } else {
-        merge(to[c], before, more[c], static_cast<double>(pixels));
-      }
-    }
-  });
-  const double share = 1.0 / static_cast<double>(work.plan.samples * pixels);
-  for (int64_t i = first; i < last; ++i) {
-    work.mean[i] = static_cast<acc_t<T>>(totals[i - first].mean);
-    work.var[i] = static_cast<acc_t<T>>(totals[i - first].m2 * share);
+    if (i > 0) merge(moments, static_cast<double>(i * pixels), more, static_cast<double>(pixels), channels);
   }
-  work.set_rstd(first, last);
+  const double share = 1.0 / static_cast<double>(samples * pixels);
+  const int64_t first = group * call.c + block * work.plan.block;
+  for (int64_t c = 0; c < channels; ++c) {
+    work.mean[first + c] = static_cast<acc_t<T>>(moments[c].mean);
+    work.var[first + c] = static_cast<acc_t<T>>(moments[c].m2 * share);
+  }
+  work.set_rstd(first, first + channels);
 }
 
 template <class T>
@@ -255,13 +235,13 @@ void forward(Work<T>& work, bool given) {
   const auto kernel = dispatch_kind(call, [](auto channels_last, auto maps) {
     return PIXNORM_BY_ISA(forward<T, decltype(channels_last)::value, decltype(maps)::value>);
   });
-  const auto normalise = [&](int64_t q, int64_t part, acc_t<T>* scratch) {
-    kernel(call.shape, work.coefficients(q), work.rows(q, part), scratch);
+  const auto normalise = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+    kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch);
   };
   if (!given && work.plan.resident) {
-    work.for_units([&](int64_t unit, acc_t<T>* scratch, Moments* totals) {
-      set_statistics(work, unit, scratch, totals);
-      work.for_parts_of(unit, [&](int64_t q, int64_t part) { normalise(q, part, scratch); });
+    work.for_units([&](int64_t group, int64_t block, acc_t<T>* scratch, Moments* moments) {
+      set_statistics(work, group, block, scratch, moments);
+      work.for_pieces_of(group, [&](int64_t n, int64_t part) { normalise(n, block, part, scratch); });
     });
     return;
   }
@@ -271,7 +251,7 @@ void forward(Work<T>& work, bool given) {
     found.finish(work.mean.data(), work.var.data());
   }
   work.set_rstd(0, call.statistics());
-  work.for_parts(normalise);
+  work.for_pieces(normalise);
 }
 
 template <class T>
@@ -301,7 +281,7 @@ Result modulate_fwd(const Tensor& x, const OptionalTensor& gamma, const Optional
       return {y, statistic<T>(call, given ? to_vector<A>(*mean) : zeros),
               statistic<T>(call, given ? to_vector<A>(*var) : zeros)};
     }
-    Work<T> work(call, call.shape.elements() * sizeof(T), gamma, beta);
+    Work<T> work(call, call.shape.pixels() * sizeof(T), gamma, beta);
     work.tensors.x = data_of<T>(x_dense);
     work.tensors.y = static_cast<T*>(y.data_ptr());
     Tensor maps[2];
@@ -327,40 +307,35 @@ struct Sums {
   const Plan& plan;
   Buffer<double> data;
 
-  Sums(const Call& call, const Plan& plan)
-      : call(call), plan(plan), data(call.shape.images * plan.parts * 2 * call.shape.channels) {}
+  Sums(const Call& call, const Plan& plan) : call(call), plan(plan), data(call.n * plan.parts * 2 * call.c) {}
 
-  double* of(int64_t q, int64_t part) const { return data.data() + (q * plan.parts + part) * 2 * call.shape.channels; }
+  double* of(int64_t n, int64_t part, int which) const {
+    return data.data() + ((n * plan.parts + part) * 2 + which) * call.c;
+  }
 };
 
-// For channels [c0, c1) of the images of a unit, the means of dy γ and dy γ x̂ (times rstd). For rows these follow from
-// the sums of dy and dy x̂, which are the gradients of β and γ.
+// For channels [c0, c1) of a group, the means of dy γ and dy γ x̂ (times rstd). For rows these follow from the sums of
+// dy and dy x̂, which are the gradients of β and γ.
 template <class T>
-void set_centre(Work<T>& work, const Sums& sums, int64_t unit, int64_t c0, int64_t c1) {
+void set_centre(Work<T>& work, const Sums& sums, int64_t group, int64_t c0, int64_t c1) {
   using A = acc_t<T>;
   const Call& call = work.call;
-  const Shape& s = call.shape;
-  const bool per_sample = call.affine == Affine::kRows;
-  const int64_t first = work.first_statistic(unit), count = work.last_statistic(unit) - first;
-  constexpr int64_t kOnStack = 128;
-  double on_stack[2 * kOnStack];
-  std::vector<double> on_heap(count > kOnStack ? 2 * count : 0);
-  double* const total = count > kOnStack ? on_heap.data() : on_stack;
-  std::fill(total, total + 2 * count, 0.0);
-  work.for_parts_of(unit, [&](int64_t q, int64_t part) {
-    const A* gamma = work.gamma.data() + call.at(q, per_sample);
-    const double* from = sums.of(q, part);
-    double* to = total + 2 * (call.at(q, call.instance) - first);
-    for (int64_t c = c0; c < c1; ++c) {
-      to[2 * c] += gamma[c] * from[c];
-      to[2 * c + 1] += gamma[c] * from[s.channels + c];
+  const double share = 1.0 / static_cast<double>(call.samples() * call.shape.pixels());
+  constexpr int64_t kChannels = 64;
+  for (; c0 < c1; c0 += kChannels) {
+    const int64_t channels = std::min(kChannels, c1 - c0), first = group * call.c + c0;
+    double total[2][kChannels] = {};
+    work.for_pieces_of(group, [&](int64_t n, int64_t part) {
+      const A* gamma = work.gamma.data() + (call.per_sample() ? n * call.c : 0) + c0;
+      for (int of = 0; of < 2; ++of) {
+        const double* from = sums.of(n, part, of) + c0;
+        for (int64_t c = 0; c < channels; ++c) total[of][c] += gamma[c] * from[c];
+      }
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      work.centre[first + c] = static_cast<A>(total[0][c] * share * work.rstd[first + c]);
+      work.centre_x[first + c] = static_cast<A>(total[1][c] * share * work.rstd[first + c]);
     }
-  });
-  const double share = 1.0 / static_cast<double>(work.plan.samples * s.h * s.w);
-  for (int64_t i = first; i < first + count; ++i) {
-    if (s.channels > 1 && (i - first < c0 || i - first >= c1)) continue;
-    work.centre[i] = static_cast<A>(total[2 * (i - first)] * share * work.rstd[i]);
-    work.centre_x[i] = static_cast<A>(total[2 * (i - first) + 1] * share * work.rstd[i]);
   }
 }
 
@@ -374,34 +349,37 @@ void backward(Work<T>& work, const Sums& sums, bool centred) {
   const auto apply_kernel = dispatch_kind(call, [](auto channels_last, auto maps) {
     return PIXNORM_BY_ISA(backward_apply<T, decltype(channels_last)::value, decltype(maps)::value>);
   });
-  const auto reduce = [&](int64_t q, int64_t part, acc_t<T>* scratch) {
-    reduce_kernel(call.shape, work.coefficients(q), work.rows(q, part), scratch, sums.of(q, part));
+  const auto reduce = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+    const int64_t c0 = block * plan.block;
+    reduce_kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch,
+                  {sums.of(n, part, 0) + c0, sums.of(n, part, 1) + c0});
   };
-  const auto apply = [&](int64_t q, int64_t part, acc_t<T>* scratch) {
-    apply_kernel(call.shape, work.coefficients(q), work.rows(q, part), scratch);
+  const auto apply = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+    apply_kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch);
   };
   if (!centred) {
-    work.for_parts([&](int64_t q, int64_t part, acc_t<T>* scratch) {
-      reduce(q, part, scratch);
-      apply(q, part, scratch);
+    work.for_pieces([&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+      reduce(n, block, part, scratch);
+      apply(n, block, part, scratch);
     });
   } else if (plan.resident) {
-    work.for_units([&](int64_t unit, acc_t<T>* scratch, Moments*) {
-      work.for_parts_of(unit, [&](int64_t q, int64_t part) { reduce(q, part, scratch); });
-      set_centre(work, sums, unit, 0, call.shape.channels);
-      work.for_parts_of(unit, [&](int64_t q, int64_t part) { apply(q, part, scratch); });
+    work.for_units([&](int64_t group, int64_t block, acc_t<T>* scratch, Moments*) {
+      const int64_t c0 = block * plan.block;
+      work.for_pieces_of(group, [&](int64_t n, int64_t part) { reduce(n, block, part, scratch); });
+      set_centre(work, sums, group, c0, c0 + work.channels(block));
+      work.for_pieces_of(group, [&](int64_t n, int64_t part) { apply(n, block, part, scratch); });
     });
   } else {
-    work.for_parts(reduce);
+    work.for_pieces(reduce);
     constexpr int64_t kChannels = 64;
-    const int64_t blocks = ceil_div(call.shape.channels, kChannels);
-    parallel_for(0, plan.units * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t blocks = ceil_div(call.c, kChannels);
+    parallel_for(0, call.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t c0 = i % blocks * kChannels;
-        set_centre(work, sums, i / blocks, c0, std::min(c0 + kChannels, call.shape.channels));
+        set_centre(work, sums, i / blocks, c0, std::min(c0 + kChannels, call.c));
       }
     });
-    work.for_parts(apply);
+    work.for_pieces(apply);
   }
 }
 
@@ -409,24 +387,23 @@ void backward(Work<T>& work, const Sums& sums, bool centred) {
 template <class A>
 void add_sums(const Sums& sums, std::vector<A> (&gradients)[2]) {
   const Call& call = sums.call;
-  const Shape& s = call.shape;
-  const bool per_sample = call.affine == Affine::kRows;
-  for (std::vector<A>& gradient : gradients) gradient.assign((per_sample ? call.n : 1) * call.c, 0);
-  parallel_for(0, call.c, 16, [&](int64_t begin, int64_t end) {
+  for (std::vector<A>& gradient : gradients) gradient.assign((call.per_sample() ? call.n : 1) * call.c, 0);
+  parallel_for(0, call.c, 64, [&](int64_t begin, int64_t end) {
     for (int of = 0; of < 2; ++of) {
       std::vector<double> total(end - begin, 0);
+      const auto give = [&](int64_t row) {
+        std::copy(total.begin(), total.end(), gradients[1 - of].begin() + row * call.c + begin);
+      };
       for (int64_t n = 0; n < call.n; ++n) {
-        for (int64_t c = begin; c < end; ++c) {
-          const int64_t q = s.channels_last ? n : n * call.c + c, channel = s.channels_last ? c : 0;
-          double& sum = total[c - begin];
-          for (int64_t part = 0; part < sums.plan.parts; ++part) sum += sums.of(q, part)[of * s.channels + channel];
-          if (per_sample) {
-            gradients[1 - of][n * call.c + c] = static_cast<A>(sum);
-            sum = 0;
-          }
+        for (int64_t part = 0; part < sums.plan.parts; ++part) {
+          const double* from = sums.of(n, part, of);
+          for (int64_t c = begin; c < end; ++c) total[c - begin] += from[c];
         }
+        if (!call.per_sample()) continue;
+        give(n);
+        std::fill(total.begin(), total.end(), 0.0);
       }
-      if (!per_sample) std::copy(total.begin(), total.end(), gradients[1 - of].begin() + begin);
+      if (!call.per_sample()) give(0);
     }
   });
 }
@@ -464,7 +441,7 @@ Result modulate_bwd(const Tensor& grad_y, const Tensor& x, const OptionalTensor&
       return {dx, gradients[0], gradients[1]};
     }
     // Both passes read x and dy; of maps x, gamma and the gradient of beta.
-    const int64_t in_both = call.shape.elements() + (call.maps() ? 2 : 1) * call.shape.output_elements();
+    const int64_t in_both = call.h * call.w + (call.maps() ? 2 : 1) * height * width;
     Work<T> work(call, in_both * sizeof(T), gamma, beta);
     work.tensors.x = data_of<T>(x_dense);
     work.tensors.dy = data_of<T>(dy_dense);

@@ -6,21 +6,18 @@
 
 namespace pixnorm::modulate {
 
-// An image is what is contiguous in memory and shares a statistic: in NCHW a plane of one channel, so that channel c of
-// sample n is image n * C + c; in channels_last a sample with all its channels. So in both layouts channel k of image q
-// has the number q * channels + k in an array (N, C).
 struct Shape {
-  int64_t images, channels;  // channels of an image
-  int64_t h, w;              // of x; without upsampling its pixels are rows of width 1, to be cut anywhere
+  int64_t channels;
+  int64_t h, w;  // of x; without upsampling its pixels are rows of width 1, to be cut anywhere
   int64_t upsample;
   bool channels_last;
 
-  int64_t row() const { return w * channels; }
-  int64_t elements() const { return h * row(); }
-  int64_t output_elements() const { return elements() * upsample * upsample; }
+  int64_t pixels() const { return h * w; }
+  int64_t elements() const { return channels * pixels(); }  // of an image
+  int64_t row() const { return channels_last ? w * channels : w; }
 };
 
-// Of the channels of one image. Kernels of maps read no gamma and beta here.
+// Of the channels of a piece. Kernels of maps read no gamma and beta here.
 template <class A>
 struct Coefficients {
   const A *mean, *rstd;
@@ -31,10 +28,11 @@ struct Coefficients {
   A slope;   // 1 without an activation
 };
 
-// Rows [h0, h1) of x of an image; the pointers are to row 0.
+// A piece of an image that is contiguous in memory: in channels_last some of its rows; in NCHW the planes of some
+// channels, or some rows of one plane. The pointers are to its first element.
 template <class T>
-struct Rows {
-  int64_t h0, h1;
+struct Piece {
+  int64_t channels, rows;
   const T *x, *gamma, *beta, *dy;
   T *y, *dx, *dgamma, *dbeta;
 };

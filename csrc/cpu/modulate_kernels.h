@@ -9,7 +9,7 @@
 #include "cpu/moments_kernels.h"
 
 using modulate::Coefficients;
-using modulate::Rows;
+using modulate::Piece;
 using modulate::Shape;
 
 // ---- vectors and, for remainders, scalars: V is Vec<A> or A ----
@@ -37,15 +37,15 @@ PIXNORM_INLINE V coefficient(const A* of, int64_t c) {
   if constexpr (kChannelsLast || std::is_arithmetic_v<V>) {
     return read<V>(of + c);
   } else {
-    return broadcast<A>(*of);
+    return broadcast<A>(of[c]);
   }
 }
 
-// Visits the elements of a run of pixels: values<V>(c) gives the coefficients of channels from c on, at(values, i,
-// sums) processes the elements from i on and adds to two sums. Sums are those of each channel, [2][channels]; they are
-// added in a fixed order.
+// Visits the elements of a piece, `pixels` of each channel: values<V>(c) gives the coefficients of channels from c on,
+// at(values, i, sums) processes the elements from i on and adds to two sums. sums[0] and [1] point to those of each
+// channel; they are added in a fixed order.
 template <bool kChannelsLast, bool kSums, class A, class Body>
-PIXNORM_INLINE void for_run(int64_t pixels, int64_t channels, A* sums, const Body& body) {
+PIXNORM_INLINE void for_run(int64_t pixels, int64_t channels, A* const (&sums)[2], const Body& body) {
   using V = Vec<A>;
   constexpr int n = kLanes<A>, kWays = 4;
   if constexpr (kChannelsLast) {
@@ -59,8 +59,7 @@ PIXNORM_INLINE void for_run(int64_t pixels, int64_t channels, A* sums, const Bod
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i) body.at(values, (p + i) * channels + c, sum);
         if constexpr (kSums) {
-          store(sums + c, load(sums + c) + sum[0]);
-          store(sums + channels + c, load(sums + channels + c) + sum[1]);
+          for (int of = 0; of < 2; ++of) store(sums[of] + c, load(sums[of] + c) + sum[of]);
         }
       }
       for (; c < channels; ++c) {
@@ -68,30 +67,42 @@ PIXNORM_INLINE void for_run(int64_t pixels, int64_t channels, A* sums, const Bod
         A sum[2] = {};
         for (int i = 0; i < kPixels; ++i) body.at(values, (p + i) * channels + c, sum);
         if constexpr (kSums) {
-          sums[c] += sum[0];
-          sums[channels + c] += sum[1];
+          for (int of = 0; of < 2; ++of) sums[of][c] += sum[of];
         }
       }
     };
     for (; p + kWays <= pixels; p += kWays) visit(std::integral_constant<int, kWays>{});
     for (; p < pixels; ++p) visit(std::integral_constant<int, 1>{});
   } else {
-    const auto values = body.template values<V>(0);
-    V sum[kWays][2] = {};
-    int64_t i = 0;
-    for (; i + kWays * n <= pixels; i += kWays * n) {
+    // Sums over lanes for as many planes at once as a vector has lanes: of small planes they take as long as the rest.
+    V totals[2][n];
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto values = body.template values<V>(c);
+      V sum[kWays][2] = {};
+      int64_t i = c * pixels;
+      const int64_t end = i + pixels;
+      for (; i + kWays * n <= end; i += kWays * n) {
 #pragma GCC unroll 4
-      for (int way = 0; way < kWays; ++way) body.at(values, i + way * n, sum[way]);
-    }
-    for (; i + n <= pixels; i += n) body.at(values, i, sum[0]);
-    A tail[2] = {};
-    if (i < pixels) {
-      const auto scalars = body.template values<A>(0);
-      for (; i < pixels; ++i) body.at(scalars, i, tail);
-    }
-    if constexpr (kSums) {
-      for (int of = 0; of < 2; ++of) {
-        sums[of] += sum_lanes<A>((sum[0][of] + sum[1][of]) + (sum[2][of] + sum[3][of])) + tail[of];
+        for (int way = 0; way < kWays; ++way) body.at(values, i + way * n, sum[way]);
+      }
+      for (; i + n <= end; i += n) body.at(values, i, sum[0]);
+      A tail[2] = {};
+      if (i < end) {
+        const auto scalars = body.template values<A>(c);
+        for (; i < end; ++i) body.at(scalars, i, tail);
+      }
+      if constexpr (kSums) {
+        const int64_t in_group = c % n, first = c - in_group;
+        for (int of = 0; of < 2; ++of) {
+          V& total = totals[of][in_group];
+          total = (sum[0][of] + sum[1][of]) + (sum[2][of] + sum[3][of]);
+          total[0] += tail[of];
+          if (first + n > channels) {
+            sums[of][c] += sum_lanes<A>(total);
+          } else if (in_group == n - 1) {
+            store(sums[of] + first, V(load(sums[of] + first) + sum_each<A>(totals[of])));
+          }
+        }
       }
     }
   }
@@ -151,8 +162,8 @@ PIXNORM_INLINE void expand(const From* from, int64_t readable, int64_t rows, int
   }
 }
 
-// The inverse: sums of what `get` gives at the four copies of each pixel, for `rows` rows of w pixels. `to` has room
-// for one vector more.
+// The inverse: sums of what `get` gives at the four copies of each pixel, for `rows` rows of w pixels. In NCHW `to` has
+// room for three times as many numbers, and three vectors.
 template <bool kChannelsLast, class A, class Get>
 PIXNORM_INLINE void fold(const Get& get, int64_t rows, int64_t w, int64_t channels, A* to) {
   using V = Vec<A>;
@@ -174,22 +185,25 @@ PIXNORM_INLINE void fold(const Get& get, int64_t rows, int64_t w, int64_t channe
     }
   } else {
     constexpr auto kIndices = std::make_integer_sequence<int, n>{};
+    // First pairs of rows, then pairs of columns: rows shorter than a vector would leave lanes of the second step idle.
+    A* const columns = to + rows * w + n;
     const int64_t end = 4 * rows * w;
     for (int64_t h = 0; h < rows; ++h) {
       const int64_t top = 4 * h * w, bottom = top + 2 * w;
-      for (int64_t i = 0; i < w; i += n) {
-        A* target = to + h * w + i;
-        if (end - (bottom + 2 * i) >= 2 * n) {
-          const V a = get.template at<V>(top + 2 * i) + get.template at<V>(bottom + 2 * i);
-          const V b = get.template at<V>(top + 2 * i + n) + get.template at<V>(bottom + 2 * i + n);
-          store(target, V(every_other<0>(a, b, kIndices) + every_other<1>(a, b, kIndices)));
+      for (int64_t i = 0; i < 2 * w; i += n) {
+        A* const sum = columns + 2 * h * w + i;
+        if (end - (bottom + i) >= n) {
+          store(sum, V(get.template at<V>(top + i) + get.template at<V>(bottom + i)));
         } else {
-          for (int64_t j = i; j < w && j < i + n; ++j, ++target) {
-            *target = (get.template at<A>(top + 2 * j) + get.template at<A>(bottom + 2 * j)) +
-                      (get.template at<A>(top + 2 * j + 1) + get.template at<A>(bottom + 2 * j + 1));
+          for (int64_t j = 0; i + j < 2 * w; ++j) {
+            sum[j] = get.template at<A>(top + i + j) + get.template at<A>(bottom + i + j);
           }
         }
       }
+    }
+    for (int64_t i = 0; i < rows * w; i += n) {
+      const V a = load(columns + 2 * i), b = load(columns + 2 * i + n);
+      store(to + i, V(every_other<0>(a, b, kIndices) + every_other<1>(a, b, kIndices)));
     }
   }
 }
@@ -337,121 +351,150 @@ struct MapApply : MapBody<kChannelsLast, acc_t<T>> {
   }
 };
 
-// ---- entry points: some rows of an image ----
+// ---- entry points: a piece of an image ----
 
 constexpr int64_t kBandElements = 1024;  // of x: four times as many at the resolution of y
 
 inline int64_t band_of(const Shape& s) { return s.row() < kBandElements ? kBandElements / s.row() : 1; }
 
-// Elements of scratch: sums, and with upsampling a band of pixels at either resolution and one vector more.
+// Elements of scratch: sums, and with upsampling a band of pixels at either resolution and vectors more.
 inline int64_t scratch_of(const Shape& s) {
   return 2 * s.channels + (s.upsample == 2 ? 4 * band_of(s) * s.row() : 0) + 64;
 }
 
-// Calls body(first row, rows) for bands of rows.
-template <class T, class Body>
-PIXNORM_INLINE void for_bands(const Shape& s, const Rows<T>& rows, const Body& body) {
-  const int64_t band = band_of(s);
-  for (int64_t h = rows.h0; h < rows.h1; h += band) body(h, rows.h1 - h < band ? rows.h1 - h : band);
+template <class T>
+PIXNORM_INLINE T* moved(T* from, int64_t by) {
+  return from ? from + by : from;
+}
+
+// Calls body(coefficients, band, first channel, elements of x from the band to the piece's end) for bands, which are
+// pieces of the piece: some rows of an image or a plane, or several whole planes.
+template <bool kChannelsLast, class T, class Body>
+PIXNORM_INLINE void for_bands(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece,
+                              const Body& body) {
+  const int64_t rows = band_of(s), planes = rows < piece.rows ? 1 : rows / piece.rows;
+  const int64_t together = kChannelsLast ? piece.channels : planes;
+  const int64_t elements = piece.rows * s.w * piece.channels;
+  for (int64_t c = 0; c < piece.channels; c += together) {
+    const Coefficients<acc_t<T>> of_band{k.mean + c,   k.rstd + c,     k.gamma + c, k.beta + c,
+                                         k.centre + c, k.centre_x + c, k.offset,    k.slope};
+    for (int64_t h = 0; h < piece.rows; h += rows) {
+      const int64_t at = c * piece.rows * s.w + h * s.row(), up = 4 * at;
+      body(of_band,
+           Piece<T>{piece.channels - c < together ? piece.channels - c : together,
+                    piece.rows - h < rows ? piece.rows - h : rows, moved(piece.x, at), moved(piece.gamma, up),
+                    moved(piece.beta, up), moved(piece.dy, up), moved(piece.y, up), moved(piece.dx, at),
+                    moved(piece.dgamma, up), moved(piece.dbeta, up)},
+           c, elements - at);
+    }
+  }
+}
+
+// Rows of expand() and fold(): in NCHW those of all planes.
+template <bool kChannelsLast, class T>
+PIXNORM_INLINE int64_t rows_of(const Piece<T>& band) {
+  return kChannelsLast ? band.rows : band.channels * band.rows;
 }
 
 template <class T, bool kChannelsLast, bool kMaps>
-void forward(const Shape& s, const Coefficients<acc_t<T>>& k, const Rows<T>& rows, acc_t<T>* scratch) {
+void forward(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  const int64_t row = s.row();
-  A* const none = nullptr;
+  A* const none[2] = {};
   if (s.upsample == 1) {
-    const int64_t at = rows.h0 * row, pixels = (rows.h1 - rows.h0) * s.w;
+    const int64_t pixels = piece.rows * s.w;
     if constexpr (kMaps) {
-      const MapForward<kChannelsLast, T, T> body{{k}, rows.x + at, rows.gamma + at, rows.beta + at, rows.y + at};
-      for_run<kChannelsLast, false>(pixels, s.channels, none, body);
+      const MapForward<kChannelsLast, T, T> body{{k}, piece.x, piece.gamma, piece.beta, piece.y};
+      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
     } else {
-      const RowForward<kChannelsLast, T, T> body{{k}, rows.x + at, rows.y + at};
-      for_run<kChannelsLast, false>(pixels, s.channels, none, body);
+      const RowForward<kChannelsLast, T, T> body{{k}, piece.x, piece.y};
+      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
     }
     return;
   }
-  for_bands(s, rows, [&](int64_t h, int64_t count) __attribute__((always_inline)) {
-    const T* x = rows.x + h * row;
-    const int64_t up = 4 * h * row;
-    if constexpr (kMaps) {
-      expand<kChannelsLast, A>(x, (rows.h1 - h) * row, count, s.w, s.channels, scratch);
-      const MapForward<kChannelsLast, T, A> body{{k}, scratch, rows.gamma + up, rows.beta + up, rows.y + up};
-      for_run<kChannelsLast, false>(4 * count * s.w, s.channels, none, body);
-    } else {
-      const RowForward<kChannelsLast, T, A> body{{k}, x, scratch};
-      for_run<kChannelsLast, false>(count * s.w, s.channels, none, body);
-      expand<kChannelsLast, A>(scratch, count * row + kLanes<A>, count, s.w, s.channels, rows.y + up);
-    }
-  });
+  for_bands<kChannelsLast>(
+      s, k, piece, [&](const auto& k, const auto& band, int64_t, int64_t readable) __attribute__((always_inline)) {
+        const int64_t rows = rows_of<kChannelsLast>(band), pixels = band.rows * s.w;
+        if constexpr (kMaps) {
+          expand<kChannelsLast, A>(band.x, readable, rows, s.w, band.channels, scratch);
+          const MapForward<kChannelsLast, T, A> body{{k}, scratch, band.gamma, band.beta, band.y};
+          for_run<kChannelsLast, false>(4 * pixels, band.channels, none, body);
+        } else {
+          const RowForward<kChannelsLast, T, A> body{{k}, band.x, scratch};
+          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+          expand<kChannelsLast, A>(scratch, band.channels * pixels + kLanes<A>, rows, s.w, band.channels, band.y);
+        }
+      });
 }
 
-// Writes the sums over these rows of d and d x̂ (maps: of d γ and d γ x̂) of each channel, [2][channels], where d is dy
-// masked by the activation. Maps: also writes their gradients.
+// Writes the sums over the piece of d and d x̂ (maps: of d γ and d γ x̂) of each channel to to[0] and to[1], where d is
+// dy masked by the activation. Maps: also writes their gradients.
 template <class T, bool kChannelsLast, bool kMaps>
-void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Rows<T>& rows, acc_t<T>* scratch,
-                     double* to) {
+void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch,
+                     double* const (&to)[2]) {
   using A = acc_t<T>;
-  const int64_t row = s.row();
-  A *const sums = scratch, *const band = scratch + 2 * s.channels;
-  for (int64_t c = 0; c < 2 * s.channels; ++c) sums[c] = 0;
+  A* const sums[2] = {scratch, scratch + piece.channels};
+  A* const folded = scratch + 2 * piece.channels;
+  for (int64_t c = 0; c < 2 * piece.channels; ++c) scratch[c] = 0;
   if (s.upsample == 1) {
-    const int64_t at = rows.h0 * row, pixels = (rows.h1 - rows.h0) * s.w;
+    const int64_t pixels = piece.rows * s.w;
     if constexpr (kMaps) {
-      const MapReduce<kChannelsLast, T, T> body{{k},          rows.x + at,      rows.gamma + at, rows.beta + at,
-                                                rows.dy + at, rows.dgamma + at, rows.dbeta + at};
-      for_run<kChannelsLast, true>(pixels, s.channels, sums, body);
+      const MapReduce<kChannelsLast, T, T> body{{k},      piece.x,      piece.gamma, piece.beta,
+                                                piece.dy, piece.dgamma, piece.dbeta};
+      for_run<kChannelsLast, true>(pixels, piece.channels, sums, body);
     } else {
-      const RowReduce<kChannelsLast, T, T> body{{k}, rows.x + at, rows.dy + at};
-      for_run<kChannelsLast, true>(pixels, s.channels, sums, body);
+      const RowReduce<kChannelsLast, T, T> body{{k}, piece.x, piece.dy};
+      for_run<kChannelsLast, true>(pixels, piece.channels, sums, body);
     }
   } else {
-    for_bands(s, rows, [&](int64_t h, int64_t count) __attribute__((always_inline)) {
-      const T* x = rows.x + h * row;
-      const int64_t up = 4 * h * row;
-      if constexpr (kMaps) {
-        expand<kChannelsLast, A>(x, (rows.h1 - h) * row, count, s.w, s.channels, band);
-        const MapReduce<kChannelsLast, T, A> body{
-            {k}, band, rows.gamma + up, rows.beta + up, rows.dy + up, rows.dgamma + up, rows.dbeta + up};
-        for_run<kChannelsLast, true>(4 * count * s.w, s.channels, sums, body);
-      } else {
-        fold<kChannelsLast>(Plain<T>{rows.dy + up}, count, s.w, s.channels, band);
-        const RowReduce<kChannelsLast, T, A> body{{k}, x, band};
-        for_run<kChannelsLast, true>(count * s.w, s.channels, sums, body);
-      }
-    });
+    for_bands<kChannelsLast>(
+        s, k, piece, [&](const auto& k, const auto& band, int64_t c, int64_t readable) __attribute__((always_inline)) {
+          A* const of_band[2] = {sums[0] + c, sums[1] + c};
+          const int64_t rows = rows_of<kChannelsLast>(band), pixels = band.rows * s.w;
+          if constexpr (kMaps) {
+            expand<kChannelsLast, A>(band.x, readable, rows, s.w, band.channels, folded);
+            const MapReduce<kChannelsLast, T, A> body{{k},     folded,      band.gamma, band.beta,
+                                                      band.dy, band.dgamma, band.dbeta};
+            for_run<kChannelsLast, true>(4 * pixels, band.channels, of_band, body);
+          } else {
+            fold<kChannelsLast>(Plain<T>{band.dy}, rows, s.w, band.channels, folded);
+            const RowReduce<kChannelsLast, T, A> body{{k}, band.x, folded};
+            for_run<kChannelsLast, true>(pixels, band.channels, of_band, body);
+          }
+        });
   }
-  for (int64_t c = 0; c < 2 * s.channels; ++c) to[c] = sums[c];
+  for (int of = 0; of < 2; ++of) {
+    for (int64_t c = 0; c < piece.channels; ++c) to[of][c] = sums[of][c];
+  }
 }
 
 // dx, centred. Maps: after backward_reduce has written dβ.
 template <class T, bool kChannelsLast, bool kMaps>
-void backward_apply(const Shape& s, const Coefficients<acc_t<T>>& k, const Rows<T>& rows, acc_t<T>* scratch) {
+void backward_apply(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  const int64_t row = s.row();
-  A* const none = nullptr;
+  A* const none[2] = {};
   if (s.upsample == 1) {
-    const int64_t at = rows.h0 * row, pixels = (rows.h1 - rows.h0) * s.w;
+    const int64_t pixels = piece.rows * s.w;
     if constexpr (kMaps) {
-      const Scaled<T> scaled{rows.dbeta + at, rows.gamma + at, k.offset};
-      const MapApply<kChannelsLast, T, Scaled<T>> body{{k}, rows.x + at, scaled, rows.dx + at};
-      for_run<kChannelsLast, false>(pixels, s.channels, none, body);
+      const Scaled<T> scaled{piece.dbeta, piece.gamma, k.offset};
+      const MapApply<kChannelsLast, T, Scaled<T>> body{{k}, piece.x, scaled, piece.dx};
+      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
     } else {
-      const RowApply<kChannelsLast, T, T> body{{k}, rows.x + at, rows.dy + at, rows.dx + at};
-      for_run<kChannelsLast, false>(pixels, s.channels, none, body);
+      const RowApply<kChannelsLast, T, T> body{{k}, piece.x, piece.dy, piece.dx};
+      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
     }
     return;
   }
-  for_bands(s, rows, [&](int64_t h, int64_t count) __attribute__((always_inline)) {
-    const int64_t at = h * row, up = 4 * at;
-    if constexpr (kMaps) {
-      fold<kChannelsLast>(Scaled<T>{rows.dbeta + up, rows.gamma + up, k.offset}, count, s.w, s.channels, scratch);
-      const MapApply<kChannelsLast, T, Plain<A>> body{{k}, rows.x + at, Plain<A>{scratch}, rows.dx + at};
-      for_run<kChannelsLast, false>(count * s.w, s.channels, none, body);
-    } else {
-      fold<kChannelsLast>(Plain<T>{rows.dy + up}, count, s.w, s.channels, scratch);
-      const RowApply<kChannelsLast, T, A> body{{k}, rows.x + at, scratch, rows.dx + at};
-      for_run<kChannelsLast, false>(count * s.w, s.channels, none, body);
-    }
-  });
+  for_bands<kChannelsLast>(
+      s, k, piece, [&](const auto& k, const auto& band, int64_t, int64_t) __attribute__((always_inline)) {
+        const int64_t rows = rows_of<kChannelsLast>(band), pixels = band.rows * s.w;
+        if constexpr (kMaps) {
+          fold<kChannelsLast>(Scaled<T>{band.dbeta, band.gamma, k.offset}, rows, s.w, band.channels, scratch);
+          const MapApply<kChannelsLast, T, Plain<A>> body{{k}, band.x, Plain<A>{scratch}, band.dx};
+          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+        } else {
+          fold<kChannelsLast>(Plain<T>{band.dy}, rows, s.w, band.channels, scratch);
+          const RowApply<kChannelsLast, T, A> body{{k}, band.x, scratch, band.dx};
+          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+        }
+      });
 }

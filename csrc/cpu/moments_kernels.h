@@ -1,45 +1,93 @@
 // Moments of activations. Vector code, compiled once per instruction set.
 
-// Moments of `count` contiguous values. Two passes over runs that fit in L1: the first finds the run's mean, the second
-// sums deviations from it and corrects it. Stable for |mean| >> std.
+// Sums over a run of what add(values, sums) adds for each vector, and for each value of the remainder, which counts as
+// lane 0.
+template <int kSums, class T, class Add>
+PIXNORM_INLINE void sum_run(const T* run, int64_t size, Vec<acc_t<T>> (&sums)[kSums], const Add& add) {
+  using A = acc_t<T>;
+  constexpr int n = kLanes<A>, kWays = 4;
+  Vec<A> ways[kWays][kSums] = {};
+  int64_t i = 0;
+  for (; i + kWays * n <= size; i += kWays * n) {
+#pragma GCC unroll 4
+    for (int way = 0; way < kWays; ++way) add(load_as<T>(run + i + way * n), ways[way]);
+  }
+  for (; i + n <= size; i += n) add(load_as<T>(run + i), ways[0]);
+#pragma GCC unroll 2
+  for (int of = 0; of < kSums; ++of) sums[of] = (ways[0][of] + ways[1][of]) + (ways[2][of] + ways[3][of]);
+  if (i == size) return;
+  A tail[kSums] = {};
+  for (; i < size; ++i) add(static_cast<A>(run[i]), tail);
+#pragma GCC unroll 2
+  for (int of = 0; of < kSums; ++of) sums[of][0] += tail[of];
+}
+
 template <class T>
-Moments moments_of(const T* data, int64_t count) {
+PIXNORM_INLINE Vec<acc_t<T>> sum_of(const T* run, int64_t size) {
+  Vec<acc_t<T>> sums[1];
+  sum_run(run, size, sums, [](const auto& v, auto& sum) __attribute__((always_inline)) { sum[0] += v; });
+  return sums[0];
+}
+
+// Sums of deviations from `mean`, and of their squares.
+template <class T>
+PIXNORM_INLINE void sum_deviations(const T* run, int64_t size, acc_t<T> mean, Vec<acc_t<T>> (&sums)[2]) {
+  sum_run(run, size, sums, [&](const auto& v, auto& sum) __attribute__((always_inline)) {
+    const auto d = v - mean;
+    sum[0] += d;
+    sum[1] += d * d;
+  });
+}
+
+// Moments of a plane. Two passes over runs that fit in L1: the first finds the run's mean, the second sums deviations
+// from it and corrects it. Stable for |mean| >> std.
+template <class T>
+Moments moments_of_plane(const T* data, int64_t pixels) {
   using A = acc_t<T>;
   constexpr int64_t kRun = 2048;
-  constexpr int n = kLanes<A>, kWays = 4;
   Moments moments{0, 0};
-  for (int64_t first = 0; first < count; first += kRun) {
+  for (int64_t first = 0; first < pixels; first += kRun) {
     const T* run = data + first;
-    const int64_t size = count - first < kRun ? count - first : kRun;
-    Vec<A> sums[kWays] = {};
-    A tail = 0;
-    int64_t i = 0;
-    for (; i + kWays * n <= size; i += kWays * n) {
-      for (int way = 0; way < kWays; ++way) sums[way] += load_as<T>(run + i + way * n);
-    }
-    for (; i < size; ++i) tail += static_cast<A>(run[i]);
-    const A mean = (sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) + tail) / A(size);
-
-    Vec<A> rests[kWays] = {}, squares[kWays] = {};
-    A rest = 0, square = 0;
-    for (i = 0; i + kWays * n <= size; i += kWays * n) {
-      for (int way = 0; way < kWays; ++way) {
-        const Vec<A> d = load_as<T>(run + i + way * n) - mean;
-        rests[way] += d;
-        squares[way] += d * d;
-      }
-    }
-    for (; i < size; ++i) {
-      const A d = static_cast<A>(run[i]) - mean;
-      rest += d;
-      square += d * d;
-    }
-    rest += sum_lanes<A>((rests[0] + rests[1]) + (rests[2] + rests[3]));
-    square += sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const double correction = double(rest) / size;
-    merge(moments, first, {mean + correction, square - correction * rest}, size);
+    const int64_t size = pixels - first < kRun ? pixels - first : kRun;
+    const A mean = sum_lanes<A>(sum_of(run, size)) / A(size);
+    Vec<A> sums[2];
+    sum_deviations(run, size, mean, sums);
+    const double rest = sum_lanes<A>(sums[0]), correction = rest / size;
+    const Moments found{mean + correction, sum_lanes<A>(sums[1]) - correction * rest};
+    merge(&moments, first, &found, size, 1);
   }
   return moments;
+}
+
+// Moments of consecutive planes. Small ones are taken by as many as a vector has lanes: otherwise sums over lanes would
+// take as long as sums over pixels.
+template <class T>
+void moments_of_planes(const T* data, int64_t planes, int64_t pixels, Moments* moments) {
+  using A = acc_t<T>;
+  constexpr int n = kLanes<A>;
+  constexpr int64_t kSmall = 256;
+  int64_t plane = 0;
+  for (; pixels <= kSmall && plane + n <= planes; plane += n) {
+    const T* const group = data + plane * pixels;
+    Vec<A> sums[n], squares[n];
+    for (int j = 0; j < n; ++j) sums[j] = sum_of(group + j * pixels, pixels);
+    const Vec<A> means = sum_each<A>(sums) / A(pixels);
+    A mean[n], rest[n], square[n];
+    store(mean, means);
+    for (int j = 0; j < n; ++j) {
+      Vec<A> of_plane[2];
+      sum_deviations(group + j * pixels, pixels, mean[j], of_plane);
+      sums[j] = of_plane[0], squares[j] = of_plane[1];
+    }
+    store(rest, sum_each<A>(sums));
+    store(square, sum_each<A>(squares));
+    const double share = 1 / double(pixels);
+    for (int j = 0; j < n; ++j) {
+      const double correction = rest[j] * share;
+      moments[plane + j] = {mean[j] + correction, square[j] - correction * rest[j]};
+    }
+  }
+  for (; plane < planes; ++plane) moments[plane] = moments_of_plane(data + plane * pixels, pixels);
 }
 
 // Adds to each channel's sums, [kSums][channels], what body(pixel values, c, sums of kSums) adds for kPixels pixels. So

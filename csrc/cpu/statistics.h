@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu/memory.h"
 #include "cpu/moments.h"
@@ -26,14 +25,16 @@ struct Activations {
 // images, in order from image 0.
 //
 // The images of a chunk that belong to one group are a span: the whole chunk, or one image of it. Spans are cut into
-// runs, so that no run straddles two groups: kRun pixels in channels_last, a plane in NCHW.
+// runs, by shape alone: kRun pixels in channels_last, kPlaneRun of a plane or less in NCHW. No run straddles two
+// groups.
 template <class T>
 class Statistics {
  public:
   Statistics(const Activations& s, int64_t per_chunk)
       : s_(s),
         span_(s.instance ? 1 : per_chunk),
-        runs_(s.channels_last ? ceil_div(span_ * s.pixels, kRun) : span_),
+        per_plane_(ceil_div(s.pixels, kPlaneRun)),
+        runs_(s.channels_last ? ceil_div(span_ * s.pixels, kRun) : span_ * per_plane_),
         moments_(ceil_div(s.n, span_) * runs_ * s.c) {}
 
   // Images [n0, n1): a chunk.
@@ -52,45 +53,62 @@ class Statistics {
           kernel(data + first * s_.c, std::min(kRun, span_end - first), s_.c, scratch.data(), moments + i * s_.c);
         }
       });
-    } else {
-      const auto kernel = PIXNORM_BY_ISA(moments_of<T>);
-      parallel_for(0, (n1 - n0) * s_.c, ceil_div(1 << 14, s_.pixels), [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin; plane < end; ++plane) {
-          moments[plane] = kernel(data + plane * s_.pixels, s_.pixels);
-        }
-      });
+      return;
     }
+    const auto kernel = PIXNORM_BY_ISA(moments_of_planes<T>);
+    const int64_t count = (n1 - n0) * per_plane_ * s_.c, grain = ceil_div(1 << 14, std::min(s_.pixels, kPlaneRun));
+    parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      if (per_plane_ == 1) {
+        kernel(data + begin * s_.pixels, end - begin, s_.pixels, moments + begin);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = i / (per_plane_ * s_.c), first = i / s_.c % per_plane_ * kPlaneRun;
+        kernel(data + (image * s_.c + i % s_.c) * s_.pixels + first, 1, std::min(kPlaneRun, s_.pixels - first),
+               moments + i);
+      }
+    });
   }
 
   // (groups, C) each; the variance is biased.
   void finish(acc_t<T>* mean, acc_t<T>* var) const {
-    const int64_t group_images = s_.n / s_.groups();
-    parallel_for(0, s_.groups() * s_.c, 16, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kChannels = 16;
+    const int64_t images = s_.n / s_.groups(), blocks = ceil_div(s_.c, kChannels);
+    parallel_for(0, s_.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i / s_.c * group_images, last = first + group_images;
-        Moments total{0, 0};
+        const int64_t group = i / blocks, c0 = i % blocks * kChannels, channels = std::min(kChannels, s_.c - c0);
+        Moments total[kChannels] = {};
         double count = 0;
-        for (int64_t n = first; n < last; n += span_) {
-          const Moments* moments = moments_.data() + n / span_ * runs_ * s_.c + i % s_.c;
-          int64_t pixels = std::min(span_, last - n) * s_.pixels;
-          for (; pixels > 0; moments += s_.c) {
-            const int64_t run = std::min(pixels, s_.channels_last ? kRun : s_.pixels);
-            merge(total, count, *moments, run);
-            count += run;
-            pixels -= run;
+        for (int64_t n = group * images; n < (group + 1) * images; n += span_) {
+          const int64_t in_span = std::min(span_, (group + 1) * images - n);
+          for (int64_t run = 0; run < runs_; ++run) {
+            const int64_t size = run_size(run, in_span);
+            if (size <= 0) break;
+            merge(total, count, moments_.data() + (n / span_ * runs_ + run) * s_.c + c0, size, channels);
+            count += size;
           }
         }
-        mean[i] = static_cast<acc_t<T>>(total.mean);
-        var[i] = static_cast<acc_t<T>>(total.m2 / count);
+        for (int64_t c = 0; c < channels; ++c) {
+          mean[group * s_.c + c0 + c] = static_cast<acc_t<T>>(total[c].mean);
+          var[group * s_.c + c0 + c] = static_cast<acc_t<T>>(total[c].m2 / count);
+        }
       }
     });
   }
 
  private:
-  static constexpr int64_t kRun = 512;  // pixels of channels_last that are reduced at a time
+  static constexpr int64_t kRun = 512;           // pixels of channels_last that are reduced at a time
+  static constexpr int64_t kPlaneRun = 1 << 14;  // pixels of a plane
+
+  // Pixels of a run of a span of `images` images; none if it lies beyond them.
+  int64_t run_size(int64_t run, int64_t images) const {
+    if (s_.channels_last) return std::min(kRun, images * s_.pixels - run * kRun);
+    return run >= images * per_plane_ ? 0 : std::min(kPlaneRun, s_.pixels - run % per_plane_ * kPlaneRun);
+  }
+
   const Activations s_;
-  const int64_t span_, runs_;
-  std::vector<Moments> moments_;
+  const int64_t span_, per_plane_, runs_;
+  const Buffer<Moments> moments_;
 };
 
 }  // namespace pixnorm

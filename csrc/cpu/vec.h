@@ -132,6 +132,21 @@ PIXNORM_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
   }
 }
 
+// Lane j: the sum of the lanes of rows[j], with the bits of sum_lanes, for a fraction of its shuffles.
+template <class A, int kDistance = kLanes<A> / 2>
+PIXNORM_INLINE Vec<A> sum_each(Vec<A> (&rows)[kLanes<A>]) {
+  if constexpr (kDistance > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDistance; ++i) {
+      exchange<kDistance>(rows[i], rows[i + kDistance], std::make_integer_sequence<int, kLanes<A>>{});
+      rows[i] += rows[i + kDistance];
+    }
+    return sum_each<A, kDistance / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 template <class A>
 PIXNORM_INLINE Vec<A> min_keep_nan(Vec<A> v, A limit) {
   return v > limit ? broadcast<A>(limit) : v;
