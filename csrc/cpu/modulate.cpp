@@ -89,20 +89,21 @@ struct Plan {
   int64_t grain, unit_grain;  // pieces and units that are worth a thread
   bool resident;
 
-  // `bytes`: of what the passes over a channel of an image have in common.
-  Plan(const Call& call, int64_t bytes) {
+  // `elements`: of what the passes over a channel of an image have in common; of `element` bytes each.
+  Plan(const Call& call, int64_t elements, int64_t element) {
     const Shape& s = call.shape;
     // Sums over a part are in float32.
     constexpr int64_t kPixels = 4096, kPixelsOfAllChannels = 256, kGrain = 1 << 14;
     part_rows = std::clamp<int64_t>((s.channels_last ? kPixelsOfAllChannels : kPixels) / s.w, 1, s.h);
     parts = ceil_div(s.h, part_rows);
-    constexpr int64_t kPieceBytes = 1 << 12, kResidentBytes = 1 << 20, kEnoughUnits = 8;
+    constexpr int64_t kRunBytes = 1 << 12, kResidentBytes = 1 << 20, kEnoughUnits = 8;
+    const int64_t run = s.pixels() * s.upsample * s.upsample * element;
     const int64_t most = std::min(call.c, ceil_div(call.statistics(), kEnoughUnits));
-    block = s.channels_last ? call.c : parts > 1 ? 1 : std::clamp<int64_t>(kPieceBytes / bytes, 1, most);
+    block = s.channels_last ? call.c : parts > 1 ? 1 : std::clamp<int64_t>(kRunBytes / run, 1, most);
     blocks = ceil_div(call.c, block);
     grain = ceil_div(kGrain, part_rows * s.w * block);
     unit_grain = ceil_div(kGrain, call.samples() * block * s.pixels());
-    resident = call.groups() * blocks >= kEnoughUnits && call.samples() * block * bytes <= kResidentBytes;
+    resident = call.groups() * blocks >= kEnoughUnits && call.samples() * block * elements * element <= kResidentBytes;
   }
 };
 
@@ -116,9 +117,9 @@ struct Work {
   Piece<T> tensors{};
   std::vector<A> mean, var, rstd, gamma, beta, centre, centre_x;
 
-  Work(const Call& call, int64_t bytes, const OptionalTensor& given_gamma, const OptionalTensor& given_beta)
+  Work(const Call& call, int64_t elements, const OptionalTensor& given_gamma, const OptionalTensor& given_beta)
       : call(call),
-        plan(call, bytes),
+        plan(call, elements, sizeof(T)),
         mean(call.statistics()),
         var(call.statistics()),
         rstd(call.statistics()),
@@ -281,7 +282,7 @@ Result modulate_fwd(const Tensor& x, const OptionalTensor& gamma, const Optional
       return {y, statistic<T>(call, given ? to_vector<A>(*mean) : zeros),
               statistic<T>(call, given ? to_vector<A>(*var) : zeros)};
     }
-    Work<T> work(call, call.shape.pixels() * sizeof(T), gamma, beta);
+    Work<T> work(call, call.shape.pixels(), gamma, beta);
     work.tensors.x = data_of<T>(x_dense);
     work.tensors.y = static_cast<T*>(y.data_ptr());
     Tensor maps[2];
@@ -442,7 +443,7 @@ Result modulate_bwd(const Tensor& grad_y, const Tensor& x, const OptionalTensor&
     }
     // Both passes read x and dy; of maps x, gamma and the gradient of beta.
     const int64_t in_both = call.h * call.w + (call.maps() ? 2 : 1) * height * width;
-    Work<T> work(call, in_both * sizeof(T), gamma, beta);
+    Work<T> work(call, in_both, gamma, beta);
     work.tensors.x = data_of<T>(x_dense);
     work.tensors.dy = data_of<T>(dy_dense);
     work.tensors.dx = static_cast<T*>(dx.data_ptr());
