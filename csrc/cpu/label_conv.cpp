@@ -122,14 +122,17 @@ Tensor label_conv_fwd(const Tensor& labels, const Tensor& weight, const std::opt
     const Buffer<A> table = make_table<T>(s, weight, bias);
     const auto kernel = PIXNORM_BY_ISA(label_forward<T>);
     T* const to = static_cast<T*>(y.data_ptr());
-    const int64_t strips = ceil_div(s.pixels(), kStrip);
+    // Long runs of y, of sums that fit in the L2 cache.
+    constexpr int64_t kSums = 1 << 17, kLongest = 1024;
+    const int64_t strip = std::clamp(kSums / s.out_padded(), kStrip, kLongest), strips = ceil_div(s.pixels(), strip);
     parallel_for(0, s.n * strips, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<A> sums(kStrip * s.out_padded());
+      const Buffer<A> sums(strip * s.out_padded());
+      const Buffer<const A*> values(strip);
       const Buffer<int32_t> rows(s.k * s.k);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / strips, first = i % strips * kStrip;
-        kernel(s, table.data(), padded.data() + n * s.padded(), first, std::min(kStrip, s.pixels() - first),
-               to + n * s.out * s.pixels(), sums.data(), rows.data());
+        const int64_t n = i / strips, first = i % strips * strip;
+        kernel(s, table.data(), padded.data() + n * s.padded(), first, std::min(strip, s.pixels() - first),
+               to + n * s.out * s.pixels(), sums.data(), values.data(), rows.data());
       }
     });
     return y;

@@ -55,31 +55,32 @@ PIXNORM_INLINE void for_strip(const Shape& s, const int32_t* labels, int64_t fir
   }
 }
 
-// Pixels [first, first + count) of an image, count <= kStrip. Every pixel is a row of the table, or the sum of rows,
-// which is kept: [pixel][channel] in `sums`. Then the strip is transposed to y in registers.
+// Pixels [first, first + count) of an image. Every pixel is a row of the table, or a sum of rows, which is kept in
+// `sums`, [pixel][channel]; `values` points to it. Then some channels at a time are transposed to y in registers.
 template <class T>
 void label_forward(const Shape& s, const acc_t<T>* table, const int32_t* labels, int64_t first, int64_t count, T* y,
-                   acc_t<T>* sums, int32_t* rows) {
+                   acc_t<T>* sums, const acc_t<T>** values, int32_t* rows) {
   using A = acc_t<T>;
   constexpr int n = kLanes<A>;
   const int64_t width = s.out_padded();
   const A slope = s.activation.on ? static_cast<A>(s.activation.slope) : A(1);
-  const A* values[kStrip];
   for_strip(s, labels, first, count, rows,
             [&](int64_t pixel, const int32_t* list, int size) __attribute__((always_inline)) {
               if (size == 1) {
                 values[pixel] = table + list[0] * width;
                 return;
               }
-              A* const to = sums + pixel * width;
-              values[pixel] = to;
+              values[pixel] = sums;
               for (int64_t c = 0; c < width; c += n) {
                 Vec<A> sum = load(table + list[0] * width + c);
                 for (int i = 1; i < size; ++i) sum += load(table + list[i] * width + c);
                 activate(sum, slope);
-                store(to + c, sum);
+                store(sums + c, sum);
               }
+              sums += width;
             });
+  // The lines of a tile lie a plane apart, which the hardware prefetcher sees late.
+  constexpr int64_t kAhead = 2 * 64 / sizeof(T);
   for (int64_t c = 0; c < s.out; c += n) {
     T* const to = y + c * s.pixels() + first;
     const int live = s.out - c < n ? static_cast<int>(s.out - c) : n;
@@ -91,7 +92,10 @@ void label_forward(const Shape& s, const acc_t<T>* table, const int32_t* labels,
       transpose<A>(tile);
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l) {
-        if (l < live) store_as<T>(to + l * s.pixels() + i, tile[l]);
+        if (l < live) {
+          store_as<T>(to + l * s.pixels() + i, tile[l]);
+          __builtin_prefetch(to + l * s.pixels() + i + kAhead, 1);
+        }
       }
     }
     for (; i < count; ++i) {
