@@ -32,8 +32,10 @@ SHAPES = {
     (40, 3, 8, 8): "2560 pixels in small planes",
     (2, 136, 2, 3): "many channels, few pixels: the last block of channels is not full",
     (3, 32, 16, 16): "vectors in both layouts, and no remainders",
-    (2, 33, 30, 70): "2100 pixels: several runs of a plane, several parts in channels_last",
-    (2, 3, 91, 100): "9100 pixels: several parts of a plane",
+    (2, 33, 30, 70): "2100 pixels: two runs of a plane, several parts in channels_last",
+    (2, 3, 91, 100): "9100 pixels: several runs of a plane",
+    (2, 2, 160, 130): "20800 pixels: several parts of a plane",
+    (2, 20, 5, 5): "small planes: more than a vector has lanes",
     (9, 2, 64, 32): "parts that straddle samples, of a batch",
 }
 

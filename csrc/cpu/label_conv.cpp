@@ -150,7 +150,7 @@ void piece_sums(const Shape& s, const int32_t* padded, const T* dy, bool channel
   using A = acc_t<T>;
   // Sums over many pixels would lose digits in float32, so they are emptied into float64 in time; not so often that
   // this takes longer than the sums themselves.
-  constexpr int64_t kFewestStrips = 8, kMostStrips = 64;
+  constexpr int64_t kFewestStrips = 16, kMostStrips = 64;
   const int64_t numbers = (s.rows() + 1) * kGroup;
   const int64_t every = std::clamp<int64_t>(s.rows() / kStrip, kFewestStrips, kMostStrips);
   const int64_t strips = ceil_div(s.pixels(), kStrip);
@@ -209,25 +209,33 @@ std::tuple<Tensor, Tensor> label_conv_grad(const Tensor& grad_y, const Tensor& l
     });
     T *const to = static_cast<T*>(dw.data_ptr()), *const to_bias = static_cast<T*>(db.data_ptr());
     const int taps = s.k * s.k;
-    parallel_for(0, s.out, 4, [&](int64_t begin, int64_t end) {
-      const auto total = [&](int64_t o, int64_t row) {
-        double sum = 0;
+    // The sums of a segment for a label's entries, or from row s.rows() on for the bias.
+    const auto at = [&](int64_t segment, int64_t group, int64_t row) {
+      return sums.data() + (segment * groups + group) * numbers + row * kGroup;
+    };
+    parallel_for(0, groups * s.classes, 4, [&](int64_t begin, int64_t end) {
+      std::vector<double> total(s.entries() * kGroup);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / s.classes, label = i % s.classes, o0 = group * kGroup;
+        std::fill(total.begin(), total.end(), 0.0);
         for (int64_t segment = 0; segment < segments; ++segment) {
-          sum += sums[((segment * groups + o / kGroup) * (s.rows() + 1) + row) * kGroup + o % kGroup];
+          const double* from = at(segment, group, label * s.entries());
+          for (size_t j = 0; j < total.size(); ++j) total[j] += from[j];
         }
-        return sum;
-      };
-      for (int64_t o = begin; o < end; ++o) {
-        for (int64_t label = 0; label < s.classes; ++label) {
+        for (int64_t o = 0; o < std::min<int64_t>(kGroup, s.out - o0); ++o) {
           for (int tap = 0; tap < taps; ++tap) {
             double sum = 0;
-            for_entries_of(s, tap, [&](int64_t entry) { sum += total(o, label * s.entries() + entry); });
-            to[(o * s.classes + label) * taps + tap] = static_cast<T>(sum);
+            for_entries_of(s, tap, [&](int64_t entry) { sum += total[entry * kGroup + o]; });
+            to[((o0 + o) * s.classes + label) * taps + tap] = static_cast<T>(sum);
           }
         }
-        if (has_bias) to_bias[o] = static_cast<T>(total(o, s.rows()));
       }
     });
+    for (int64_t o = 0; o < db.numel(); ++o) {
+      double sum = 0;
+      for (int64_t segment = 0; segment < segments; ++segment) sum += at(segment, o / kGroup, s.rows())[o % kGroup];
+      to_bias[o] = static_cast<T>(sum);
+    }
     return {dw, db};
   });
 }

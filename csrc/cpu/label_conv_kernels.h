@@ -129,9 +129,20 @@ void label_backward(const Shape& s, const int32_t* labels, int64_t first, int64_
       store(to + i, d);
     }
   }
+  // The next strip: its lines lie a plane apart, which the hardware prefetcher does not see.
+  constexpr int64_t kLine = 64 / sizeof(T), kLines = kStrip / kLine, kPerPixel = kBlocks * kBlock * kLines / kStrip;
+  const int64_t next = (image * s.out + block * kBlock) * s.pixels() + first + kStrip;
+  const auto look_ahead = [&](int64_t pixel) __attribute__((always_inline)) {
+    for (int64_t line = pixel * kPerPixel; line < (pixel + 1) * kPerPixel; ++line) {
+      const int64_t at = next + line / kLines * s.pixels() + line % kLines * kLine;
+      if (!channels_last) __builtin_prefetch(dy + at);
+      if (y) __builtin_prefetch(y + at);
+    }
+  };
   Vec<A> total[kVectors] = {};
   for_strip(s, labels, first, count, rows,
             [&](int64_t pixel, const int32_t* list, int size) __attribute__((always_inline)) {
+              look_ahead(pixel);
               Vec<A> d[kVectors];
 #pragma GCC unroll 16
               for (int v = 0; v < kVectors; ++v) {

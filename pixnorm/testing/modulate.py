@@ -90,6 +90,7 @@ SHAPES = {
     (2, 5, 6, 17): "W = 16 + 1 in NCHW",
     (2, 3, 3, 66): "rows longer than 64 pixels",
     (1, 3, 91, 100): "9100 pixels: a plane is split, and does not fit registers",
+    (2, 136, 9, 4): "many small planes of short rows: several in one piece, with remainders",
     (0, 3, 5, 7): "empty batch",
 }
 UP = {"upsample": 2, "activation": "relu"}
