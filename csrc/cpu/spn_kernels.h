@@ -72,13 +72,15 @@ struct BlockParams {
 // Bit 0: row h - 1 exists; bit 1: row h + 1 exists.
 PIXNORM_INLINE int neighbours(int64_t h, int64_t height) { return (h > 0) | (h < height - 1) << 1; }
 
-// Calls body(n, w) for groups of n pixels of [0, width), then for the remaining pixels one by one.
+// Calls body(n, w) for groups of n pixels of [w, width), then for what remains with n / 2, and so on.
 template <int n, class Body>
-PIXNORM_INLINE void for_pixels(int64_t width, const Body& body) {
-  int64_t w = 0;
+PIXNORM_INLINE void for_pixels(int64_t width, const Body& body, int64_t w = 0) {
   for (; w + n <= width; w += n) body(std::integral_constant<int, n>{}, w);
-  for (; w < width; ++w) body(std::integral_constant<int, 1>{}, w);
+  if constexpr (n > 1) for_pixels<n / 2>(width, body, w);
 }
+
+// Vectors whose sigmoids are found side by side, to hide the latency of a chain of 20 operations.
+constexpr int kSigmoids = PIXNORM_ISA == PIXNORM_ISA_AVX512 ? 8 : 4;
 
 // Computes a row of m and, if kKeep, of p̂. Calls look_ahead() once per pixel.
 template <bool kKeep, class A, class LookAhead>
@@ -87,7 +89,7 @@ PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t w
   for (int c = 0; c < kBlock; c += kLanes<A>) {
     const Vec<A> mean = load(params.mask_mean + c), rstd = load(params.mask_rstd + c);
     const Vec<A> weight = load(params.mask_weight + c), bias = load(params.mask_bias + c);
-    for_pixels<4>(width, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
+    for_pixels<kSigmoids>(width, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
       constexpr int n = decltype(pixels)::value;
       Vec<A> m[n];
 #pragma GCC unroll 8

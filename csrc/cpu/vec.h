@@ -149,6 +149,9 @@ PIXNORM_INLINE Vec<A> sum_each(Vec<A> (&rows)[kLanes<A>]) {
 
 template <class A>
 PIXNORM_INLINE Vec<A> min_keep_nan(Vec<A> v, A limit) {
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+  if constexpr (sizeof(A) == 4) return bit_cast<Vec<A>>(_mm512_min_ps(_mm512_set1_ps(limit), bit_cast<__m512>(v)));
+#endif
   return v > limit ? broadcast<A>(limit) : v;
 }
 
@@ -157,9 +160,9 @@ PIXNORM_INLINE Vec<A> max_keep_nan(Vec<A> v, A limit) {
   return v < limit ? broadcast<A>(limit) : v;
 }
 
-// e^v in place, to about 1 ulp, for results in the range of normal numbers. v = k ln 2 + r with |r| <= ln 2 / 2, and a
-// Taylor series for e^r whose remainder is below half an ulp. n vectors are interleaved to hide the latency of the
-// chain of dependent FMAs.
+// e^v in place, to about 1 ulp, for results in the range of normal numbers (with AVX-512 also below, or 0). v = k ln 2
+// + r with |r| <= ln 2 / 2, and a Taylor series for e^r whose remainder is below half an ulp. n vectors are interleaved
+// to hide the latency of the chain of dependent FMAs.
 template <class A, int n>
 PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr bool kDouble = sizeof(A) == 8;
@@ -178,8 +181,12 @@ PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
     const Vec<A> shifted = v[i] * A(1.4426950408889634) + kRound;
     const Vec<A> k = shifted - kRound;
     v[i] = (v[i] - k * kLn2High) - k * kLn2Low;
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+    power[i] = k;
+#else
     const auto exponent = bit_cast<Vec<bits_t<A>>>(shifted) - (bit_cast<bits_t<A>>(kRound) - kBias);
     power[i] = bit_cast<Vec<A>>(exponent << kMantissa);
+#endif
   }
   Vec<A> sum[n];
 #pragma GCC unroll 8
@@ -190,7 +197,17 @@ PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
     for (int i = 0; i < n; ++i) sum[i] = sum[i] * v[i] + kInverseFactorial[k];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) v[i] = sum[i] * power[i];
+  for (int i = 0; i < n; ++i) {
+#if PIXNORM_ISA == PIXNORM_ISA_AVX512
+    if constexpr (kDouble) {
+      v[i] = bit_cast<Vec<A>>(_mm512_scalef_pd(bit_cast<__m512d>(sum[i]), bit_cast<__m512d>(power[i])));
+    } else {
+      v[i] = bit_cast<Vec<A>>(_mm512_scalef_ps(bit_cast<__m512>(sum[i]), bit_cast<__m512>(power[i])));
+    }
+#else
+    v[i] = sum[i] * power[i];
+#endif
+  }
 }
 
 // 1 / v, to about 1 ulp, for normal numbers whose reciprocal is normal.
@@ -211,7 +228,10 @@ template <class A, int n>
 PIXNORM_INLINE void sigmoid(Vec<A> (&v)[n]) {
   constexpr A kLimit = sizeof(A) == 8 ? A(708) : A(87);
 #pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) v[i] = min_keep_nan<A>(max_keep_nan<A>(-v[i], -kLimit), kLimit);
+  for (int i = 0; i < n; ++i) {
+    v[i] = min_keep_nan<A>(-v[i], kLimit);
+    if constexpr (PIXNORM_ISA != PIXNORM_ISA_AVX512) v[i] = max_keep_nan<A>(v[i], -kLimit);
+  }
   exp<A, n>(v);
 #pragma GCC unroll 8
   for (int i = 0; i < n; ++i) v[i] = reciprocal<A>(A(1) + v[i]);
