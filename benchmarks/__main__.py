@@ -59,8 +59,9 @@ def agreement(op: Op, impl: str) -> Iterator[dict]:
     for i, tensor in enumerate(("images", "gradient of the worst weight")):
         distance = {key: values[i] for key, values in found.items()}
         print(f"{op}, {impl}, {tensor}: " + ", ".join(f"{value:.1e} ({key})" for key, value in distance.items()))
-        # In float32 a ReLU goes either way where its input is within rounding of 0, so gradients are 1e-3 off by luck.
-        if not (distance["float64"] < 1e-9 and distance["float32"] < 10 * distance["reference"]):
+        # In float32 a ReLU goes either way where its input is within rounding of 0: a gradient may be 1e-3 off by luck.
+        allowed = max(10 * distance["reference"], 1e-2 if i else 0)
+        if not (distance["float64"] < 1e-9 and distance["float32"] < allowed):
             sys.exit(f"{op} on {impl} and the reference differ: no point in timing them.")
         yield {"what": "agreement", "of": f"{op.step.title}, {impl}", "tensor": tensor, **distance}
 

@@ -167,8 +167,8 @@ template <class A, int n>
 PIXNORM_INLINE void exp(Vec<A> (&v)[n]) {
   constexpr bool kDouble = sizeof(A) == 8;
   constexpr int kDegree = kDouble ? 13 : 7;
-  constexpr int kMantissa = kDouble ? 52 : 23;
-  constexpr bits_t<A> kBias = kDouble ? 1023 : 127;
+  [[maybe_unused]] constexpr int kMantissa = kDouble ? 52 : 23;
+  [[maybe_unused]] constexpr bits_t<A> kBias = kDouble ? 1023 : 127;
   constexpr A kRound = kDouble ? A(6755399441055744.0) : A(12582912.0);  // 1.5 * 2^kMantissa: adding it rounds
   constexpr A kLn2High = kDouble ? A(0x1.62e42fefa0000p-1) : A(0x1.62e400p-1);
   constexpr A kLn2Low = kDouble ? A(0x1.cf79abc9e3b3ap-40) : A(0x1.7f7d1cp-20);
