@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def main() -> None:
     agreed = [record for op in OPS.values() for impl in impls for record in agreement(op, impl)]
     raw = measure()
     cpu = raw["machine_info"]["cpu"]
-    model = cpu.get("brand_raw", platform.machine())
+    model = re.sub(r"\(R\)| Processor|CPU|@.*", "", cpu.get("brand_raw", platform.machine())).strip()
     facts = {
         "machine": f"{model}, {cpu['count']} cores, {torch.get_num_threads()} threads",
         "kernels": pixnorm.backends()[f"native ({DEVICE})"],
@@ -139,7 +140,8 @@ def main() -> None:
     }
     records = Records(facts, [], [*agreed, *entries(raw)], on_cpu=True)
 
-    base = folder / file_stem(f"{DEVICE} {model} {cpu_capability()} {cpu['count']} cores")
+    vectors = cpu_capability().replace("amx", "avx512 amx")
+    base = folder / file_stem(f"{DEVICE} {model} {vectors} {cpu['count']} cores")
     folder.mkdir(parents=True, exist_ok=True)
     base.with_suffix(".json").write_text(records.text())
     text = markdown(records, draw_picture(records, base))
