@@ -157,7 +157,8 @@ def _over_copy(records: Records, op: Op) -> Iterator[Target]:
                 found += [rest / copied] if rest and copied else []
             worst.append(max(found, default=None))
         what = f"{op.heads[head].title}, {MODES[mode]}: outside the matrix products, over a copy, worst shape"
-        if records.all("layer", op=str(op), contender="copy-used"):  # else all of it is in the processor's cache
+        # No copies: everything is in the processor's cache.
+        if records.all("layer", op=str(op), head=head, mode=mode, contender="copy-used"):
             yield Target(what, op.goals.over_copy, False, *worst)
 
 

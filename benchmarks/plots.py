@@ -5,6 +5,7 @@ from functools import partial
 from itertools import cycle, product
 from math import nan, prod
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from matplotlib import pyplot as plt
@@ -70,7 +71,8 @@ def _rows(records: Records, op: Op) -> list[list[tuple[int, Callable[[Axes], Non
     middle = [("layer", 5, _time), ("memory", 3, _memory), ("sweep", 4, _growth)]
     step, shares, small = ("step", 3 if records.on_cpu else 5, _step), ("kernel", 7, _shares), ("small", 12, _small)
     if records.on_cpu:
-        return [kept(*heads, step), kept(*middle)]
+        pairs = [heads[i : i + 2] for i in range(0, len(heads), 2)]  # more are not legible
+        return [*(kept(*pair) for pair in pairs[:-1]), kept(*pairs[-1], step), kept(*middle)]
     if len(heads) == 1:
         return [kept(*heads, step), kept(*middle, shares), kept(small)]
     return [kept(*heads), kept(*middle), kept(step, shares), kept(small)]
@@ -83,11 +85,15 @@ def bars(axis: Axes, groups: list[str], series: dict[str, list[float]], colours:
         at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
         heights = [nan if value is None else value for value in values]
         axis.bar_label(axis.bar(at, heights, 0.92 * width, color=colour, label=name), fmt=form, fontsize=7, padding=1)
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), [_wrapped(group) for group in groups])
     axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.tick_params(axis="x", length=0)
     axis.legend(ncols=2 if len(series) < 6 else 4, loc="upper left")
     axis.margins(y=0.35)
+
+
+def _wrapped(title: str) -> str:
+    return "\n".join(fill(line, 15) for line in title.split("\n"))
 
 
 def _goal(axis: Axes, *goals: float) -> None:
@@ -119,7 +125,7 @@ def _speed_up(records: Records, op: Op, axis: Axes, head: str) -> None:
     _goal(axis, *goals)
     main = "" if records.on_cpu else f", {label(op.shapes.gpu[0])}"
     over_what = "eager, same layout" if op.same_layout else "peers"
-    axis.set_title(f"{op.heads[head].title}{main}: speed-up over {over_what} (dotted: goals)")
+    axis.set_title(f"{op.heads[head].title}{main}: speed-up over {over_what}")
 
 
 def _step(records: Records, op: Op, axis: Axes) -> None:
