@@ -169,8 +169,10 @@ def test_fully_sharded(precision, kind, sharded):
         for name, buffer in alone.named_buffers():
             assert found[rank][2][name].dtype == buffer.dtype, name
             torch.testing.assert_close(found[rank][2][name], buffer, **close)
+    # A norm takes out what a bias or a scale before it adds: gradients that are nothing but rounding.
+    rounding = 1e-4 * max(grad.abs().max().item() for grad in found[0][1].values())
     for (name, grad), *others in zip(found[0][1].items(), *(grads for _, grads, _ in expected), strict=True):
         mean = sum(others) / WORLD
         assert grad.isfinite().all() and grad.dtype == torch.float32, name
         if precision == "float32":
-            torch.testing.assert_close(grad, mean, rtol=1e-2, atol=1e-3 * mean.abs().max().item() + 1e-7)
+            torch.testing.assert_close(grad, mean, rtol=1e-2, atol=1e-3 * mean.abs().max().item() + rounding)
