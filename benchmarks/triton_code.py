@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from math import prod
@@ -252,6 +253,12 @@ class TritonKernel(Kernel):
 
     def __str__(self) -> str:
         return f"{self.name} {self.launch.configuration} {self.gpu.arch}"
+
+    @property
+    def may_spill(self) -> bool:
+        # With registers to spare, ptxas of Triton 3.8 spills up to 32 bytes in some loops; that of 3.7 none.
+        newer = tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
+        return self.launch.configuration.may_spill or (newer and self.code.local <= 32)
 
     def __getattr__(self, name: str):
         """Of the configuration."""

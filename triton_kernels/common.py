@@ -144,9 +144,9 @@ def record(fields):
 def to_accumulator(value, pointer):
     """The value in the dtype of sums: float64 if the pointer is to float64, else float32."""
     if pointer.dtype.element_ty == tl.float64:
-        return value.to(tl.float64)
+        return tl.cast(value, tl.float64)
     else:
-        return value.to(tl.float32)
+        return tl.cast(value, tl.float32)
 
 
 @triton.jit

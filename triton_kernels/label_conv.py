@@ -217,14 +217,15 @@ def label_conv_grad(
     grad_y = dense(grad_y, grad_y)
     double = weight.dtype == torch.float64
     rows, channels = (ROWS_OF_DOUBLE, COLUMNS_OF_DOUBLE) if double else (ROWS, COLUMNS)
-    rows = min(rows, max(LEAST, power_of_two_from(classes + has_bias)))
+    table_rows = classes + 1 if has_bias else classes  # not a sum with a bool, which symbolic sizes do not take
+    rows = min(rows, max(LEAST, power_of_two_from(table_rows)))
     channels = min(channels, max(LEAST, power_of_two_from(out)))
     pixels = min(RUN // weight.element_size(), max(LEAST, power_of_two_from(h * w)))
-    blocks = triton.cdiv(out, channels) * triton.cdiv(classes + has_bias, rows) * k
+    blocks = triton.cdiv(out, channels) * triton.cdiv(table_rows, rows) * k
     tiles = n * triton.cdiv(h * w, pixels)
     each = triton.cdiv(tiles, max(1, PROGRAMS // blocks))
     parts = triton.cdiv(tiles, each)
-    sums = torch.empty((parts, k * k, classes + has_bias, out), dtype=accumulator(weight), device=weight.device)
+    sums = torch.empty((parts, k * k, table_rows, out), dtype=accumulator(weight), device=weight.device)
     launch(
         wrap_triton(label_conv_grad_kernel),
         (blocks, parts),

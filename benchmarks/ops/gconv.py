@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from math import prod
 from typing import ClassVar
@@ -115,12 +114,6 @@ class GConvKernel(ProductKernel):
     def seconds(self, x: tuple[int, ...], passes: Callable) -> tuple[float, ...] | None:
         times = super().seconds(x, passes)
         return times and (*times, self.gpu.product_time(prod(x) * x[1], self.itemsize, bool(self.multiplier)))
-
-    @property
-    def may_spill(self) -> bool:
-        # With 80 of its 255 registers in use, ptxas of Triton 3.8 spills six 2-byte numbers; that of 3.7 none.
-        newer = tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
-        return newer and self.gpu.arch == "sm_80" and self.small_planes and self.code.local <= self.parked
 
 
 @dataclass(frozen=True, order=True)

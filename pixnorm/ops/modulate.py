@@ -150,8 +150,8 @@ class ModulateFunction(torch.autograd.Function):
             grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[8:])
         else:
             options = eps, instance, gamma_offset, upsample, negative_slope, training
-            grads = ctx.backward_op(grad_y, *inputs, *used, *options)
-            grads = [grads[0], *(_shaped(*pair) for pair in zip(grads[1:], inputs[1:], strict=True))]
+            grad_x, grad_gamma, grad_beta = ctx.backward_op(grad_y, *inputs, *used, *options)
+            grads = grad_x, _shaped(grad_gamma, inputs[1]), _shaped(grad_beta, inputs[2])
         return (None,) * 8 + tuple(grads)
 
 
