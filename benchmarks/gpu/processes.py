@@ -24,6 +24,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def as_a_part() -> None:
+    """In a new process: it ends with its parent, and can be told to stop, also where a shell started the run in the
+    background, whose children ignore that."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Part:
     """One command.
@@ -86,7 +93,7 @@ class Part:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=as_a_part,
         )
 
     def follow(self, until: float, hear: Callable[[str], None]) -> int:
