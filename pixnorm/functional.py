@@ -3,6 +3,16 @@
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
-from pixnorm.ops.spn import spn
+from pixnorm.ops.spn import conditional_spn, spn
 
-__all__ = ["adain", "adain_transfer", "gconv2d", "gconv_mix", "glinear", "label_conv2d", "modulated_norm", "spn"]
+__all__ = [
+    "adain",
+    "adain_transfer",
+    "conditional_spn",
+    "gconv2d",
+    "gconv_mix",
+    "glinear",
+    "label_conv2d",
+    "modulated_norm",
+    "spn",
+]

@@ -9,6 +9,10 @@ r"""SPN, self pixel-wise normalisation, eq. 1-4 of "Image Generation with Self P
 
 The native kernels never form 1 - m: γ = m ⊛ (w_γ - w_γ*) + K, where K is the sum of the taps of w_γ* that fall inside
 the image. The 1x1 convolution has no bias, as BN_m would cancel it.
+
+Conditional SPN (section 3.2, Table 8): each sample has a class, and with it one of G sets of mask_weight, mask_bias and
+kernels; rows of numbers for each sample, computed from the noise vector, are added to γ and β. Statistics are those of
+the whole batch. One op has both: SPN is one group, without an index and without rows.
 """
 
 from math import prod
@@ -72,6 +76,7 @@ def spn_reference(
     if upsample == 2:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     channels, k = gamma_weight.shape[0], gamma_weight.shape[-1]
+    groups = channels if gamma_weight.shape[1] == 1 else 1  # depthwise; or, in the last row of Table 7, not
 
     p = F.conv2d(x, mask_projection.to(x.dtype))
     if mask_running_mean is not None:  # may be float32 beside half-precision parameters
@@ -80,21 +85,81 @@ def spn_reference(
     m = torch.sigmoid(q)
     m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
 
+    def convolved(mask: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(mask, weight.to(mask.dtype), padding=k // 2, groups=groups)
+
+    x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    gamma = convolved(m, gamma_weight) + convolved(m_inv, gamma_weight_inv)
+    beta = convolved(m, beta_weight) + convolved(m_inv, beta_weight_inv)
+    return activate(gamma * x_hat + beta, activation, negative_slope)
+
+
+def conditional_spn_reference(
+    x: Tensor,
+    index: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    gamma_bias: Tensor | None = None,
+    beta_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    mask_running_mean: Tensor | None = None,
+    mask_running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    upsample: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Conditional SPN in plain PyTorch: the specification. Arguments as in :func:`conditional_spn`."""
+    if upsample == 2:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    n, channels, h, w = x.shape
+    k = gamma_weight.shape[-1]
+
+    def to_pixels(rows: Tensor) -> Tensor:
+        return rows.to(x.dtype)[:, :, None, None]
+
     def depthwise(mask: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(mask, weight.to(mask.dtype), padding=k // 2, groups=channels)
+        """Each sample's masks with the kernels of its group."""
+        kernels = weight[index].to(mask.dtype)
+        if n == 0:  # PyTorch has no convolution of no groups
+            return mask * kernels.sum((-3, -2, -1))[:, :, None, None]
+        samples = mask.reshape(1, n * channels, h, w)
+        return F.conv2d(samples, kernels.flatten(0, 1), padding=k // 2, groups=n * channels).view(n, channels, h, w)
+
+    p = F.conv2d(x, mask_projection.to(x.dtype))
+    p_hat = F.batch_norm(p, mask_running_mean, mask_running_var, None, None, training, momentum, eps)
+    m = torch.sigmoid(p_hat * to_pixels(mask_weight[index]) + to_pixels(mask_bias[index]))
+    m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
 
     x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     gamma = depthwise(m, gamma_weight) + depthwise(m_inv, gamma_weight_inv)
     beta = depthwise(m, beta_weight) + depthwise(m_inv, beta_weight_inv)
+    if gamma_bias is not None:
+        gamma = gamma + to_pixels(gamma_bias)
+    if beta_bias is not None:
+        beta = beta + to_pixels(beta_bias)
     return activate(gamma * x_hat + beta, activation, negative_slope)
 
 
 # The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
 # The forward op returns copies of those that it used (biased), of x and of p = conv1x1(x) at the resolution of x.
 # `allow_tf32` is PyTorch's flag for convolutions on GPUs, which C++ cannot read; the CPU has no TF32.
+# With an `index`, (N,) in [0, G), mask_weight and mask_bias are (G, Cm) and the kernels (G, C, 1, k, k); without, there
+# is no G. `gamma_bias` and `beta_bias` are (N, C), in x's or the parameters' dtype; where they are None their gradients
+# are (0,).
 _PARAMETERS = (
     "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
-    "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv"
+    "Tensor gamma_weight, Tensor gamma_weight_inv, Tensor beta_weight, Tensor beta_weight_inv, "
+    "Tensor? gamma_bias, Tensor? beta_bias, Tensor? index"
 )
 
 
@@ -111,18 +176,20 @@ def spn_fwd_fake(x, mask_projection, *args):
 
 
 def spn_bwd_fake(grad_y, x, *args):
-    return dense_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in args[:7])
+    learnt, rows = args[:7], args[7:9]
+    of_rows = [learnt[0].new_empty((0,)) if row is None else row.new_empty(row.shape) for row in rows]
+    return dense_like(x), *(w.new_empty(w.shape) for w in learnt), *of_rows
 
 
 def _spn_fwd_flops(x, mask_projection, mask_weight, mask_bias, gamma_weight, *args, out_shape=None, **kwargs) -> int:
     """The projection and the four depthwise convolutions at the resolution of y, as counted in the paper's Table 6."""
     n, _, h, w = out_shape[0]
-    return 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight))
+    return 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight[-4:]))
 
 
 def _spn_bwd_flops(grad_y, x, mask_projection, mask_weight, mask_bias, gamma_weight, *args, **kwargs) -> int:
     n, _, h, w = grad_y
-    return 2 * 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight))
+    return 2 * 2 * n * h * w * (prod(mask_projection) + 4 * prod(gamma_weight[-4:]))
 
 
 spn_fwd = define_op(
@@ -138,7 +205,8 @@ spn_bwd = define_op(
     f"spn_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor p, Tensor mean, Tensor var, Tensor mask_mean, "
     "Tensor mask_var, float eps, int upsample, float? negative_slope, bool allow_tf32, bool training) "
     "-> (Tensor grad_x, Tensor grad_mask_projection, Tensor grad_mask_weight, Tensor grad_mask_bias, "
-    "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv)",
+    "Tensor grad_gamma_weight, Tensor grad_gamma_weight_inv, Tensor grad_beta_weight, Tensor grad_beta_weight_inv, "
+    "Tensor grad_gamma_bias, Tensor grad_beta_bias)",
     spn_bwd_fake,
     native=("cpu", "cuda"),
     flops=_spn_bwd_flops,
@@ -154,17 +222,17 @@ def ops_of(impl: str):
 class SPNFunction(torch.autograd.Function):
     """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
 
-    Returns (y, mean, var, mask_mean, mask_var); only y is differentiable. A backward that is itself differentiated
-    goes through the reference.
+    ``inputs`` are x, the parameters, gamma_bias and beta_bias. Returns (y, mean, var, mask_mean, mask_var); only y is
+    differentiable. A backward that is itself differentiated goes through the reference.
     """
 
     @staticmethod
-    def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, statistics, *inputs):
+    def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, statistics, index, *inputs):
         forward, ctx.backward_op = ops_of(impl)
-        y, p, *used = forward(*inputs, *statistics, eps, upsample, negative_slope, allow_tf32)
+        y, p, *used = forward(*inputs, index, *statistics, eps, upsample, negative_slope, allow_tf32)
         ctx.options = training, eps, upsample, negative_slope
         ctx.allow_tf32 = allow_tf32
-        ctx.save_for_backward(*inputs, p, *used)
+        ctx.save_for_backward(*inputs, index, p, *used)
         ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
         return y, *used
@@ -172,25 +240,29 @@ class SPNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 15
+            return (None,) * 18
         training, eps, upsample, negative_slope = ctx.options
         saved = ctx.saved_tensors  # once: under checkpoints or offloading each access unpacks them
-        inputs, (p, *used) = saved[:8], saved[8:]
+        inputs, (index, p, *used) = saved[:10], saved[10:]
         if through_reference():
             statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
             activation = None if negative_slope is None else "leaky_relu" if negative_slope else "relu"
 
             def reference(*inputs):
-                options = {"training": training, "eps": eps, "upsample": upsample}
+                options = {"training": training, "eps": eps, "upsample": upsample, "activation": activation}
                 if activation == "leaky_relu":
                     options["negative_slope"] = negative_slope
-                return spn_reference(*inputs, *statistics, **options, activation=activation)
+                if index is None:
+                    return spn_reference(*inputs[:8], *statistics, **options)
+                return conditional_spn_reference(inputs[0], index, *inputs[1:], *statistics, **options)
 
-            grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[7:])
+            grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[8:])
         else:
-            grads = ctx.backward_op(grad_y, *inputs, p, *used, eps, upsample, negative_slope, ctx.allow_tf32, training)
-            grads = [grads[0], *map(like_parameter, grads[1:], inputs[1:])]
-        return None, None, None, None, None, None, None, *grads
+            options = eps, upsample, negative_slope, ctx.allow_tf32, training
+            grads = ctx.backward_op(grad_y, *inputs, index, p, *used, *options)
+            rows = [None if row is None else grad for row, grad in zip(inputs[8:], grads[8:], strict=True)]
+            grads = [grads[0], *map(like_parameter, grads[1:8], inputs[1:8]), *rows]
+        return None, None, None, None, None, None, None, None, *grads
 
 
 @public
@@ -225,8 +297,8 @@ def spn(
             shared by all channels.
         mask_weight, mask_bias: (Cm,), scale and shift of the mask's batch norm.
         gamma_weight, gamma_weight_inv: (C, 1, k, k), k = 1, 3 or 5, depthwise kernels from the mask and the inverted
-            mask to the scale γ.
-        beta_weight, beta_weight_inv: (C, 1, k, k), the same for the shift β.
+            mask to the scale γ; or (C, C, k, k), standard convolutions (the paper's Table 7), on the reference only.
+        beta_weight, beta_weight_inv: of the same shape, for the shift β.
         running_mean, running_var: (C,), of x; used if not ``training``, else updated in place as in ``F.batch_norm``.
         mask_running_mean, mask_running_var: (Cm,), the same of ``conv1x1(x)``.
         training: normalise with the statistics of this batch.
@@ -236,8 +308,7 @@ def spn(
             tensors saved for backward stay at the resolution of x.
         activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
         negative_slope: of ``"leaky_relu"``.
-        impl: ``"auto"``, ``"native"`` (C++ or CUDA C++; k = 3, Cm = C), ``"triton"`` (GPUs) or ``"reference"`` (plain
-            PyTorch).
+        impl: ``"auto"``, ``"native"`` (C++ or CUDA C++), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
 
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
@@ -253,37 +324,107 @@ def spn(
         RuntimeError: tensors on several devices, running statistics missing in inference, or an ``impl`` that cannot
             run here.
     """
-    inputs = (x, mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    learnt = (mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
-    _check(inputs, buffers, training, eps, upsample, activation)
+    options = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "upsample": upsample,
+        "activation": activation,
+        "negative_slope": negative_slope,
+    }
+    return _normalise(spn_reference, x, learnt, None, (), buffers, options, impl)
 
-    refusals = {"native": _native_refusal(mask_projection, gamma_weight), "triton": beyond_32_bits(x, upsample)}
+
+@public
+def conditional_spn(
+    x: Tensor,
+    index: Tensor,
+    mask_projection: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor,
+    gamma_weight: Tensor,
+    gamma_weight_inv: Tensor,
+    beta_weight: Tensor,
+    beta_weight_inv: Tensor,
+    gamma_bias: Tensor | None = None,
+    beta_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    mask_running_mean: Tensor | None = None,
+    mask_running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    upsample: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.2,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Conditional self pixel-wise normalisation (arXiv 2201.10725, section 3.2): :func:`spn` in which the class of a
+    sample chooses the mask's scale and shift and the four kernels, and rows of numbers of each sample, from its noise
+    vector, are added to γ and β (Table 8). Statistics are those of the whole batch.
+
+    Args:
+        x: (N, C, H, W), as in :func:`spn`.
+        index: (N,) of int64, each sample's group in [0, G). On the CPU others are an error; on a GPU, where looking
+            would wait for it, they count as the nearest group.
+        mask_projection: (Cm, C, 1, 1); Cm = C or 1.
+        mask_weight, mask_bias: (G, Cm).
+        gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv: (G, C, 1, k, k), k = 1, 3 or 5. Groups that no
+            sample has get zero gradients.
+        gamma_bias, beta_bias: (N, C), added to γ and β at all pixels; in x's or in the parameters' dtype.
+        running_mean, running_var, mask_running_mean, mask_running_var, training, momentum, eps, upsample, activation,
+            negative_slope, impl: as in :func:`spn`.
+
+    Returns, dtypes, errors: as in :func:`spn`.
+    """
+    learnt = (mask_projection, mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
+    buffers = (running_mean, running_var, mask_running_mean, mask_running_var)
+    options = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "upsample": upsample,
+        "activation": activation,
+        "negative_slope": negative_slope,
+    }
+    return _normalise(conditional_spn_reference, x, learnt, index, (gamma_bias, beta_bias), buffers, options, impl)
+
+
+def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Tensor:
+    """What both functions do: check, choose an impl, call it, update the running statistics.
+
+    Args:
+        index, rows: None and () without groups.
+    """
+    training, eps, upsample = options["training"], options["eps"], options["upsample"]
+    _check(x, learnt, index, rows, buffers, options)
+    refusal = _refusal(learnt[3])
+    refusals = {"native": refusal, "triton": refusal or beyond_32_bits(x, upsample)}
     chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample))
     if chosen == "reference":
+        constants = () if index is None else (index,)
+        inputs = x, *learnt, *rows
         return call_reference(
-            spn_reference,
-            inputs,
-            buffers,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            upsample=upsample,
-            activation=activation,
-            negative_slope=negative_slope,
+            lambda x, *others, **kw: reference(x, *constants, *others, **kw), inputs, buffers, **options
         )
 
-    slope, allow_tf32 = slope_of(activation, negative_slope), convolutions_allow_tf32()
+    inputs = (x, *learnt, *(rows or (None, None)))
+    slope, allow_tf32 = slope_of(options["activation"], options["negative_slope"]), convolutions_allow_tf32()
     statistics = (None,) * 4 if training else buffers
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, statistics, *inputs)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs if t is not None):
+        y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, statistics, index, *inputs)
     else:
-        y, _, *used = ops_of(chosen)[0](*inputs, *statistics, eps, upsample, slope, allow_tf32)
+        y, _, *used = ops_of(chosen)[0](*inputs, index, *statistics, eps, upsample, slope, allow_tf32)
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
             # The separate layers would count the upsampled pixels.
             running, batch = zip(*kept, strict=True)
-            update_running(running, batch, momentum, y.numel() // y.shape[1])
+            update_running(running, batch, options["momentum"], y.numel() // y.shape[1])
     return y
 
 
@@ -299,16 +440,14 @@ def preferred(x: Tensor, upsample: int) -> str:
     return "triton" if kind in TRITON_IS_FASTER else "native"
 
 
-def _native_refusal(mask_projection: Tensor, gamma_weight: Tensor) -> str | None:
-    if gamma_weight.shape[-1] != 3:
-        return f"the native kernel supports kernel size 3, got {gamma_weight.shape[-1]}"
-    if mask_projection.shape[0] != mask_projection.shape[1]:
-        return f"the native kernel needs one mask per channel, got {mask_projection.shape[0]} for all"
+def _refusal(gamma_weight: Tensor) -> str | None:
+    """Why kernels cannot take these weights."""
+    if gamma_weight.shape[-3] != 1:
+        return f"the kernels are for depthwise weights, got gamma_weight of shape {tuple(gamma_weight.shape)}"
     return None
 
 
 _NAMES = (
-    "x",
     "mask_projection",
     "mask_weight",
     "mask_bias",
@@ -323,16 +462,17 @@ _NAMES = (
 )
 
 
-def _check(inputs, buffers, training, eps, upsample, activation) -> None:
-    x, mask_projection, gamma_weight = inputs[0], inputs[1], inputs[4]
+def _check(x, learnt, index, rows, buffers, options) -> None:
+    mask_projection, mask_weight, gamma_weight = learnt[0], learnt[1], learnt[3]
+    training, upsample = options["training"], options["upsample"]
     check_image(x)
     check_option("upsample", upsample, (1, 2))
-    check_option("activation", activation, ACTIVATIONS)
-    check_eps(eps, training)
+    check_option("activation", options["activation"], ACTIVATIONS)
+    check_eps(options["eps"], training)
 
     channels = x.shape[1]
     mask_channels, projected = mask_projection.shape[:2] if mask_projection.dim() == 4 else (0, channels)
-    if projected != channels and gamma_weight.dim() > 0 and gamma_weight.shape[0] == projected:
+    if projected != channels and gamma_weight.dim() > 3 and gamma_weight.shape[-4] == projected:
         raise ValueError(f"expected input of {projected} channels, got {channels}: input of shape {tuple(x.shape)}")
     if mask_channels != 1 and mask_channels != channels:
         raise ValueError(
@@ -342,16 +482,43 @@ def _check(inputs, buffers, training, eps, upsample, activation) -> None:
     k = gamma_weight.shape[-1] if gamma_weight.dim() else 0
     if not any(k == size for size in (1, 3, 5)):
         raise ValueError(f"the kernel size must be 1, 3 or 5, got gamma_weight of shape {tuple(gamma_weight.shape)}")
-    of_mask, of_x = (mask_channels,), (channels,)
-    shapes = [x.shape, (mask_channels, channels, 1, 1), of_mask, of_mask, *[(channels, 1, k, k)] * 4]
-    for name, tensor, shape in zip(_NAMES, inputs, shapes, strict=False):
+    depth = 1
+    if index is None and gamma_weight.dim() == 4 and gamma_weight.shape[1] != 1:
+        depth = channels  # standard convolutions
+    groups = () if index is None else tuple(mask_weight.shape[:1])
+    of_mask, of_x, kernel = (mask_channels,), (channels,), (channels, depth, k, k)
+    shapes = [(mask_channels, channels, 1, 1), (*groups, *of_mask), (*groups, *of_mask), *[(*groups, *kernel)] * 4]
+    for name, tensor, shape in zip(_NAMES, learnt, shapes, strict=False):
         check_shape(name, tensor, shape, x)
         check_device(name, tensor, x)
-        if name != "x" and tensor.dtype != inputs[2].dtype:
-            raise TypeError(f"expected parameters of one dtype, got {inputs[2].dtype} and, for {name}, {tensor.dtype}")
-    check_parameter_dtype(inputs[2].dtype, x)
-    of_buffers = zip(_NAMES[len(inputs) :], buffers, (of_x, of_x, of_mask, of_mask), strict=True)
-    check_running_statistics(of_buffers, x, inputs[2].dtype, training)
+        if tensor.dtype != mask_weight.dtype:
+            raise TypeError(
+                f"expected parameters of one dtype, got {mask_weight.dtype} and, for {name}, {tensor.dtype}"
+            )
+    check_parameter_dtype(mask_weight.dtype, x)
+    if index is not None:
+        _check_index(index, groups[0], x)
+    for name, row in zip(("gamma_bias", "beta_bias"), rows, strict=False):
+        if row is None:
+            continue
+        check_shape(name, row, x.shape[:2], x)
+        check_device(name, row, x)
+        if row.dtype not in (x.dtype, mask_weight.dtype):
+            raise TypeError(f"expected {name} of dtype {x.dtype} or {mask_weight.dtype}, got {row.dtype}")
+    of_buffers = zip(_NAMES[len(learnt) :], buffers, (of_x, of_x, of_mask, of_mask), strict=True)
+    check_running_statistics(of_buffers, x, mask_weight.dtype, training)
     n, _, h, w = x.shape
     if training:
         check_several_values(x, n * h * w * upsample**2)
+
+
+def _check_index(index: Tensor, groups: int, x: Tensor) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"expected index of torch.int64, got {index.dtype}")
+    check_shape("index", index, x.shape[:1], x)
+    check_device("index", index, x)
+    # On a GPU, asking would wait for it.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = index.aminmax()
+        if low < 0 or high >= groups:
+            raise ValueError(f"index must be in [0, {groups}), got groups from {low} to {high}")

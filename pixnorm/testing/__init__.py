@@ -25,7 +25,7 @@ from pixnorm.testing.harness import (
     without_kink,
 )
 from pixnorm.testing.modulate import MODULATE, MODULATE_MAPS
-from pixnorm.testing.spn import SPN
+from pixnorm.testing.spn import CONDITIONAL_SPN, SPN
 
 
 def _found() -> tuple[OpSpec, ...]:
@@ -38,6 +38,7 @@ def _found() -> tuple[OpSpec, ...]:
 SPECS = _found()
 
 __all__ = [
+    "CONDITIONAL_SPN",
     "DENSE_LAYOUTS",
     "DTYPES",
     "FACTOR",
