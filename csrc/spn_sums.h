@@ -37,4 +37,22 @@ PIXNORM_HOST_DEVICE A sum_inside(const A* sum, int k) {
   return inside;
 }
 
+// The same for k x k taps, in an order of its own. For gamma (of = 0) and beta (of = 1): k² sums of the gradient times
+// the mask under a tap; then the gradient summed over the pixels of `edge`; last Σ dq and Σ dq p̂.
+//
+// An output lies in edge(ky, kx) if tap row ky falls outside the image there and so does tap column kx. For the middle
+// row (column), which never does, all rows (columns) count, so that edge(k / 2, k / 2) is the sum over all outputs.
+struct Sums {
+  int k;
+
+  constexpr int taps() const { return k * k; }
+  constexpr int each() const { return 2 * taps(); }
+  constexpr int with_mask(int of, int tap) const { return of * each() + tap; }
+  constexpr int edge(int of, int ky, int kx) const { return of * each() + taps() + ky * k + kx; }
+  constexpr int all(int of) const { return edge(of, k / 2, k / 2); }
+  constexpr int q() const { return 2 * each(); }
+  constexpr int qp() const { return q() + 1; }
+  constexpr int count() const { return qp() + 1; }
+};
+
 }  // namespace pixnorm::spn

@@ -97,6 +97,13 @@ PIXNORM_INLINE Plane<acc_t<T>> plane_of(const T* tensor, bool channels_last, int
   return {image + c0 * pixels, 1, pixels, total * pixels, channels, sizeof(T), read_pixels<T>, write_pixels<T>};
 }
 
+// The same for a tensor of one channel, which all lanes of any block read.
+template <class T>
+PIXNORM_INLINE Plane<acc_t<T>> plane_of_one(const T* tensor, int64_t pixels, int64_t n) {
+  T* image = const_cast<T*>(tensor) + n * pixels;
+  return {image, 1, 0, pixels, kBlock, sizeof(T), read_pixels<T>, write_pixels<T>};
+}
+
 constexpr int64_t kBandPixels = 64;  // minimum of a band: runs long enough to stream from memory
 
 constexpr int64_t band_rows(int64_t width) { return width >= kBandPixels ? 1 : (kBandPixels + width - 1) / width; }
@@ -184,21 +191,23 @@ class RowWriter {
   A* band_;
 };
 
-// A ring buffer of three consecutive rows of an image. Each has `rows_each` sub-rows of `width` pixels with a zero
-// pixel of padding at either end; rows outside the image are zero.
-template <class A>
+// A ring buffer of kRows consecutive rows of an image. Each has `rows_each` sub-rows of `width` pixels with kPadding
+// zero pixels at either end; rows outside the image are zero.
+template <class A, int kRows, int kPadding>
 class Ring {
  public:
   Ring(Arena<A>& arena, int64_t height, int64_t width, int rows_each = 1)
-      : height_(height), pitch_(width + 2), rows_each_(rows_each) {
+      : height_(height), pitch_(width + 2 * kPadding), rows_each_(rows_each) {
     slots_ = arena.pixels(size(width, rows_each));
     __builtin_memset(slots_, 0, size(width, rows_each) * kBlock * sizeof(A));
   }
-  static constexpr int64_t size(int64_t width, int rows_each) { return (3 * rows_each + 1) * (width + 2); }
-  // Pixel 0 of sub-row `sub` of row h, h >= -2.
+  static constexpr int64_t size(int64_t width, int rows_each) {
+    return (kRows * rows_each + 1) * (width + 2 * kPadding);
+  }
+  // Pixel 0 of sub-row `sub` of row h.
   PIXNORM_INLINE A* row(int64_t h, int sub = 0) const {
-    const int64_t slot = h < 0 || h >= height_ ? 3 * rows_each_ : (h % 3) * rows_each_ + sub;
-    return slots_ + (slot * pitch_ + 1) * kBlock;
+    const int64_t slot = h < 0 || h >= height_ ? kRows * rows_each_ : (h % kRows) * rows_each_ + sub;
+    return slots_ + (slot * pitch_ + kPadding) * kBlock;
   }
 
  private:

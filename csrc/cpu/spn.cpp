@@ -1,4 +1,4 @@
-// SPN on the CPU: tensors, GEMMs, threads and the sums over tiles. spn_kernels.h has the arithmetic per pixel.
+// SPN on the CPU: tensors, products, threads and the sums over tiles. spn_kernels.h has the arithmetic per pixel.
 //
 // Work is cut by shape alone and partial sums are added in a fixed order, so results do not depend on the number of
 // threads.
@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <new>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -20,24 +20,29 @@
 #include "cpu/parallel.h"
 #include "dispatch.h"
 
-#define PIXNORM_VECTOR_CODE "cpu/spn_kernels.h"
+#define PIXNORM_VECTOR_CODE "cpu/moments_kernels.h"
 #include "cpu/foreach_isa.h"
 #include "cpu/statistics.h"
 
 namespace pixnorm::spn {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
 // ---- cutting the work ----
+
+constexpr int64_t kTilePixels = 2048;
+
+// Parts of an image: of rows, if it is large.
+int64_t parts_of(const Shape& s) { return std::clamp<int64_t>(s.pixels() / (2 * kTilePixels), 1, s.h); }
 
 // A tile is several small images, one image, or some rows of a large one.
 std::vector<Tile> tiles(const Shape& s, int64_t n0, int64_t n1) {
-  constexpr int64_t kTilePixels = 2048;
   std::vector<Tile> result;
-  const int64_t images = std::max<int64_t>(1, kTilePixels / s.pixels());
-  const int64_t parts = std::clamp<int64_t>(s.pixels() / (2 * kTilePixels), 1, s.h);
+  const int64_t images = std::max<int64_t>(1, kTilePixels / s.pixels()), parts = parts_of(s);
   for (int64_t n = n0; n < n1; n += images) {
     for (int64_t part = 0; part < parts; ++part) {
-      result.push_back({n, std::min(n + images, n1), s.h * part / parts, s.h * (part + 1) / parts});
+      result.push_back({n, std::min(n + images, n1), s.h * part / parts, s.h * (part + 1) / parts, part});
     }
   }
   return result;
@@ -52,137 +57,263 @@ void for_tiles(const Shape& s, const std::vector<Tile>& tiles, int64_t scratch_b
   });
 }
 
-// ---- the projection's GEMMs, on `count` images from a pointer ----
+// ---- the projection's products, on `count` images from a pointer ----
 
 template <class T>
-Matrices<T> as_matrices(T* data, const Shape& s, int64_t count) {
-  return matrices_of(data, count, s.c, s.pixels(), s.channels_last);
+Matrices<T> as_matrices(T* data, const Shape& s, int64_t count, int64_t channels) {
+  return matrices_of(data, count, channels, s.pixels(), s.channels_last);
 }
 
 // W, or its transpose, as it multiplies pixels.
 template <class T>
 PackedMatrix<T, T> packed_weight(const Shape& s, const std::vector<T>& weight, bool transposed) {
-  const Matrices<const T> w{weight.data(), 1, s.c, s.c, 0, s.c, 1};
+  const Matrices<const T> w{weight.data(), 1, s.masks, s.c, 0, s.c, 1};
   return {transposed == s.channels_last ? w : w.transposed(), !s.channels_last};
 }
 
 // dW (+)= dp x^T
 template <class T>
 void add_grad_weight(const Shape& s, int64_t count, const T* dp, const T* x, acc_t<T>* dw, bool add) {
-  const Matrices<acc_t<T>> out{dw, 1, s.c, s.c, 0, s.c, 1};
-  const auto left = as_matrices(dp, s, count), right = as_matrices(x, s, count);
+  const Matrices<acc_t<T>> out{dw, 1, s.masks, s.c, 0, s.c, 1};
+  const auto left = as_matrices(dp, s, count, s.masks), right = as_matrices(x, s, count, s.c);
   s.channels_last ? gemm_sum<T>(out, left.transposed(), right, add) : gemm_sum<T>(out, left, right.transposed(), add);
 }
 
 // ---- arguments ----
 
-// Parameters as given, in the order of the schema.
-struct ParameterTensors {
+// Groups of samples. Only those that are in the batch get tables and sums: each has a slot.
+struct Groups {
+  int64_t count;
+  std::vector<int32_t> slot;   // by sample
+  std::vector<int64_t> group;  // by slot
+
+  Groups(const Shape& s, const OptionalTensor& index, int64_t count) : count(count), slot(s.n) {
+    if (!index) {
+      group.push_back(0);
+      return;
+    }
+    check_sizes(*index, "index", {s.n});
+    STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long, "pixnorm: index must be int64");
+    const Tensor dense_index = dense(*index);
+    const int64_t* const data = data_of<int64_t>(dense_index);
+    std::vector<int32_t> slots(count, -1);
+    for (int64_t n = 0; n < s.n; ++n) {
+      STD_TORCH_CHECK(data[n] >= 0 && data[n] < count, "pixnorm: index out of range");
+      if (slots[data[n]] < 0) {
+        slots[data[n]] = static_cast<int32_t>(group.size());
+        group.push_back(data[n]);
+      }
+      slot[n] = slots[data[n]];
+    }
+  }
+  int64_t slots() const { return group.size(); }
+};
+
+// The parameters, in the order of the schema.
+struct Arguments {
   const Tensor &mask_projection, &mask_weight, &mask_bias;
   const Tensor* taps[4];
+  const OptionalTensor* rows[2];
+  const OptionalTensor& index;
+
+  int64_t size() const { return taps[0]->size(-1); }
+  int64_t groups() const { return index ? mask_weight.size(0) : 1; }
 
   void check(const Shape& s) const {
-    check_sizes(mask_projection, "mask_projection", {s.c, s.c, 1, 1});
-    check_sizes(mask_weight, "mask_weight", {s.c});
-    check_sizes(mask_bias, "mask_bias", {s.c});
-    for (const Tensor* t : taps) check_sizes(*t, "a depthwise weight", {s.c, 1, 3, 3});
+    const int64_t k = size();
+    STD_TORCH_CHECK(k == 1 || k == 3 || k == 5, "pixnorm: the kernel size must be 1, 3 or 5");
+    STD_TORCH_CHECK(s.masks == s.c || s.masks == 1, "pixnorm: there must be one mask, or one for each channel");
+    check_sizes(mask_projection, "mask_projection", {s.masks, s.c, 1, 1});
+    for (const Tensor* t : {&mask_weight, &mask_bias}) {
+      index ? check_sizes(*t, "the mask's affine", {groups(), s.masks})
+            : check_sizes(*t, "the mask's affine", {s.masks});
+    }
+    for (const Tensor* t : taps) {
+      index ? check_sizes(*t, "a depthwise weight", {groups(), s.c, 1, k, k})
+            : check_sizes(*t, "a depthwise weight", {s.c, 1, k, k});
+      check_same_dtype(*t, "a depthwise weight", mask_weight);
+    }
+    check_same_dtype(mask_bias, "mask_bias", mask_weight);
+    for (const OptionalTensor* row : rows) {
+      if (*row) check_sizes(**row, "gamma_bias or beta_bias", {s.n, s.c});
+    }
   }
 };
 
-// Parameters and statistics; all upcast but the operand of matrix products.
-template <class T>
-struct Values {
-  using A = acc_t<T>;
-  std::vector<T> mask_projection;
-  std::vector<A> mask_weight, mask_bias, taps[4];
-  std::vector<A> mean, var, mask_mean, mask_var, rstd, mask_rstd;
+Shape shape_of(const Tensor& x, const Tensor& mask_projection, int64_t upsample, std::optional<double> negative_slope) {
+  STD_TORCH_CHECK(x.dim() == 4 && mask_projection.dim() == 4, "pixnorm: x and mask_projection must be 4-D");
+  STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
+  const bool channels_last = layout_of(x) == MemoryFormat::ChannelsLast;
+  return {x.size(0),     x.size(1),
+          x.size(2),     x.size(3),
+          upsample,      mask_projection.size(0),
+          channels_last, Activation(negative_slope)};
+}
 
-  explicit Values(const ParameterTensors& given)
-      : mask_projection(to_vector<T>(given.mask_projection)),
-        mask_weight(to_vector<A>(given.mask_weight)),
-        mask_bias(to_vector<A>(given.mask_bias)) {
-    for (int i = 0; i < 4; ++i) taps[i] = to_vector<A>(*given.taps[i]);
+template <class T>
+Kernels<T> kernels_of(int64_t size, int64_t upsample) {
+  return size == 1 ? kernels_of_1<T>(upsample) : size == 3 ? kernels_of_3<T>(upsample) : kernels_of_5<T>(upsample);
+}
+
+// Parameters and statistics as the vector code takes them.
+template <class T>
+class Values {
+ public:
+  using A = acc_t<T>;
+  const Kernels<T> kernels;
+  const Groups groups;
+  const std::vector<T> mask_projection;
+  std::vector<A> mean, var, mask_mean, mask_var;  // (C) and (masks), as in the schema
+
+  Values(const Shape& s, const Arguments& given)
+      : kernels(kernels_of<T>(given.size(), s.upsample)),
+        groups(s, given.index, given.groups()),
+        mask_projection(to_vector<T>(given.mask_projection)),
+        mean(s.c),
+        var(s.c),
+        mask_mean(s.masks),
+        mask_var(s.masks),
+        s_(s),
+        size_(static_cast<int>(given.size())),
+        taps_(size_ * size_),
+        tables_(groups.slots() * s.blocks() * kernels.table_bytes),
+        params_{} {
+    for (int i = 0; i < 4; ++i) dense_[i] = dense(*given.taps[i]);
+    dense_[4] = dense(given.mask_weight);
+    dense_[5] = dense(given.mask_bias);
+    parallel_for(0, groups.slots() * s.blocks(), 8, [&](int64_t begin, int64_t end) {
+      std::vector<A> rows((4 * taps_ + 2) * kBlock);
+      for (int64_t i = begin; i < end; ++i) {
+        read(i / s.blocks(), i % s.blocks(), rows.data());
+        kernels.fill_table(rows.data(), tables_.data() + i * kernels.table_bytes);
+      }
+    });
+    params_.tables = tables_.data();
+    params_.table_bytes = kernels.table_bytes;
+    params_.slot = groups.slot.data();
+    // Padded to whole blocks.
+    const int64_t padded = s.blocks() * kBlock;
+    const bool any = *given.rows[0] || *given.rows[1];
+    params_.row_stride = any ? padded : 0;
+    for (int of = 0; of < 2; ++of) {
+      rows_[of].resize(any ? s.n * padded : padded);
+      params_.rows[of] = rows_[of].data();
+      if (!*given.rows[of]) continue;
+      const std::vector<A> row = to_vector<A>(**given.rows[of]);
+      for (int64_t n = 0; n < s.n; ++n) {
+        std::copy_n(row.data() + n * s.c, s.c, rows_[of].data() + n * padded);
+      }
+    }
+  }
+
+  // The taps and mask affine of a slot's group, of a block of channels: see Kernels::fill_table. Absent channels are 0.
+  void read(int64_t slot, int64_t block, A* rows) const {
+    std::fill_n(rows, (4 * taps_ + 2) * kBlock, A(0));
+    const int64_t group = groups.group[slot], c0 = block * kBlock, channels = std::min<int64_t>(kBlock, s_.c - c0);
+    dispatch_floating(dense_[0].scalar_type(), [&](auto type) {
+      using P = typename decltype(type)::type;
+      for (int i = 0; i < 4; ++i) {
+        const P* const from = data_of<P>(dense_[i]) + (group * s_.c + c0) * taps_;
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t k = 0; k < taps_; ++k) rows[(i * taps_ + k) * kBlock + c] = static_cast<A>(from[c * taps_ + k]);
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        const P* const from = data_of<P>(dense_[4 + i]) + group * s_.masks;
+        for (int64_t c = 0; c < channels; ++c) {
+          rows[(4 * taps_ + i) * kBlock + c] = static_cast<A>(from[s_.one_mask() ? 0 : c0 + c]);
+        }
+      }
+    });
   }
 
   void set_statistics(const Tensor (&given)[4]) {
     std::vector<A>* const to[4] = {&mean, &var, &mask_mean, &mask_var};
     for (int i = 0; i < 4; ++i) {
-      check_sizes(given[i], "a statistic", {static_cast<int64_t>(mask_weight.size())});
+      check_sizes(given[i], "a statistic", {static_cast<int64_t>(to[i]->size())});
       *to[i] = to_vector<A>(given[i]);
     }
   }
 
+  // With the statistics as they are now.
   Params<A> params(double eps) {
     const auto reciprocal_root = [eps](const std::vector<A>& v) {
       std::vector<A> result(v.size());
       std::transform(v.begin(), v.end(), result.begin(), [eps](A x) { return static_cast<A>(1 / std::sqrt(x + eps)); });
       return result;
     };
-    rstd = reciprocal_root(var);
-    mask_rstd = reciprocal_root(mask_var);
-    return {mean.data(),
-            rstd.data(),
-            mask_mean.data(),
-            mask_rstd.data(),
-            mask_weight.data(),
-            mask_bias.data(),
-            {taps[0].data(), taps[1].data(), taps[2].data(), taps[3].data()},
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr};
+    rstd_ = reciprocal_root(var);
+    mask_rstd_ = reciprocal_root(mask_var);
+    mask_mean_ = mask_mean;
+    for (std::vector<A>* v : {&mask_mean_, &mask_rstd_}) v->resize(s_.c, (*v)[0]);
+    params_.mean = mean.data();
+    params_.rstd = rstd_.data();
+    params_.mask_mean = mask_mean_.data();
+    params_.mask_rstd = mask_rstd_.data();
+    return params_;
   }
-};
 
-Shape shape_of(const Tensor& x, int64_t upsample, std::optional<double> negative_slope) {
-  STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
-  STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
-  const bool channels_last = layout_of(x) == MemoryFormat::ChannelsLast;
-  return {x.size(0), x.size(1), x.size(2), x.size(3), upsample, channels_last, Activation(negative_slope)};
-}
+  const std::vector<A>& rows(int of) const { return rows_[of]; }
+  int64_t row_stride() const { return params_.row_stride; }
+  int size() const { return size_; }
+  int64_t taps() const { return taps_; }
+
+ private:
+  const Shape& s_;
+  const int size_;  // of kernels
+  const int64_t taps_;
+  const Buffer<char> tables_;
+  std::vector<A> rows_[2], rstd_, mask_mean_, mask_rstd_;
+  Tensor dense_[6];
+  Params<A> params_;
+};
 
 // ---- forward ----
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T, int U>
+template <class T>
 void forward(const Shape& s, Values<T>& values, double eps, bool batch_statistics, const T* x, T* p, T* y) {
   using A = acc_t<T>;
   const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(T));
-  const Activations shape{s.n, s.c, s.pixels(), s.channels_last};
-  Statistics<T> of_x(shape, per_chunk), of_p(shape, per_chunk);
+  Statistics<T> of_x({s.n, s.c, s.pixels(), s.channels_last}, per_chunk);
+  Statistics<T> of_p({s.n, s.masks, s.pixels(), s.channels_last && !s.one_mask()}, per_chunk);
   const PackedMatrix<T, T> weight = packed_weight(s, values.mask_projection, false);
   for_large_items(ceil_div(s.n, per_chunk), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * per_chunk; n < std::min(end * per_chunk, s.n); n += per_chunk) {
       const int64_t count = std::min(per_chunk, s.n - n);
+      T* const p_chunk = p + n * s.masks * s.pixels();
       if (batch_statistics) of_x.add(x, n, n + count);
-      weight.multiply(as_matrices(p + n * s.image(), s, count), as_matrices(x + n * s.image(), s, count));
+      weight.multiply(as_matrices(p_chunk, s, count, s.masks), as_matrices(x + n * s.image(), s, count, s.c));
       if (batch_statistics) of_p.add(p, n, n + count);
     }
   });
   if (batch_statistics) {
-    for (std::vector<A>* v : {&values.mean, &values.var, &values.mask_mean, &values.mask_var}) v->resize(s.c);
     of_x.finish(values.mean.data(), values.var.data());
     of_p.finish(values.mask_mean.data(), values.mask_var.data());
   }
 
   const Params<A> params = values.params(eps);
-  const auto kernel = PIXNORM_BY_ISA(forward<T, U>);
   const std::vector<Tile> cut = tiles(s, 0, s.n);
-  for_tiles(s, cut, baseline::block_scratch<baseline::ForwardBlock<A, U>>(s),
-            [&](int64_t tile, int64_t block, void* scratch) { kernel(s, params, cut[tile], block, scratch, x, p, y); });
+  for_tiles(s, cut, values.kernels.forward_scratch(s), [&](int64_t tile, int64_t block, void* scratch) {
+    values.kernels.forward(s, params, cut[tile], block, scratch, x, p, y);
+  });
 }
 
 ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
-                      const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
-                      const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
-                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample,
-                      std::optional<double> negative_slope, bool) {
-  const Shape s = shape_of(x, upsample, negative_slope);
-  const ParameterTensors parameters{
-      mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
-  parameters.check(s);
+                      const Tensor& beta_weight, const Tensor& beta_weight_inv, const OptionalTensor& gamma_bias,
+                      const OptionalTensor& beta_bias, const OptionalTensor& index, const OptionalTensor& mean,
+                      const OptionalTensor& var, const OptionalTensor& mask_mean, const OptionalTensor& mask_var,
+                      double eps, int64_t upsample, std::optional<double> negative_slope, bool) {
+  const Shape s = shape_of(x, mask_projection, upsample, negative_slope);
+  const Arguments arguments{mask_projection,
+                            mask_weight,
+                            mask_bias,
+                            {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv},
+                            {&gamma_bias, &beta_bias},
+                            index};
+  arguments.check(s);
   const bool given = mean.has_value();
   STD_TORCH_CHECK(var.has_value() == given && mask_mean.has_value() == given && mask_var.has_value() == given,
                   "pixnorm: give all four statistics or none");
@@ -192,165 +323,359 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
     using A = acc_t<T>;
     const Tensor x_dense = dense(x, layout);
     const Tensor y = empty({s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
-    const Tensor p = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
-    Values<T> values(parameters);
-    if (given) {
-      values.set_statistics({*mean, *var, *mask_mean, *mask_var});
-    } else {
-      values.mean = values.var = values.mask_mean = values.mask_var = std::vector<A>(s.c);
-    }
+    const Tensor p = empty({s.n, s.masks, s.h, s.w}, dtype_of<T>, s.one_mask() ? MemoryFormat::Contiguous : layout);
+    Values<T> values(s, arguments);
+    if (given) values.set_statistics({*mean, *var, *mask_mean, *mask_var});
     if (x.numel() > 0) {
-      const auto run = upsample == 2 ? forward<T, 2> : forward<T, 1>;
-      run(s, values, eps, !given, data_of<T>(x_dense), static_cast<T*>(p.data_ptr()), static_cast<T*>(y.data_ptr()));
+      forward<T>(s, values, eps, !given, data_of<T>(x_dense), static_cast<T*>(p.data_ptr()),
+                 static_cast<T*>(y.data_ptr()));
     }
     Tensor used[4];
     const std::vector<A>* const from[4] = {&values.mean, &values.var, &values.mask_mean, &values.mask_var};
-    for (int i = 0; i < 4; ++i) copy_to(*from[i], used[i] = empty({s.c}, dtype_of<A>));
+    for (int i = 0; i < 4; ++i) {
+      copy_to(*from[i], used[i] = empty({static_cast<int64_t>(from[i]->size())}, dtype_of<A>));
+    }
     return {y, p, used[0], used[1], used[2], used[3]};
   });
 }
 
 // ---- backward ----
 
-// Gradients of the parameters, and the means that centre the gradients of x̂ and p̂.
-template <class A>
-struct Gradients {
-  std::vector<A> mask_projection, mask_weight, mask_bias, taps[4];
-  std::vector<A> mean_g, mean_gx, mean_q, mean_qp;
-
-  explicit Gradients(const Shape& s) : mask_projection(s.c * s.c), mask_weight(s.c), mask_bias(s.c) {
-    for (std::vector<A>& t : taps) t.resize(s.c * kTaps);
-    for (std::vector<A>* v : {&mean_g, &mean_gx, &mean_q, &mean_qp}) v->resize(s.c);
+// Writes numbers of type A into a tensor of that type, or of a half type.
+template <class T>
+class Output {
+ public:
+  explicit Output(const Tensor& t) : data_(t.data_ptr()), wide_(t.scalar_type() == dtype_of<acc_t<T>>) {}
+  void set(int64_t i, double value) const {
+    wide_ ? void(static_cast<acc_t<T>*>(data_)[i] = static_cast<acc_t<T>>(value))
+          : void(static_cast<T*>(data_)[i] = static_cast<T>(static_cast<acc_t<T>>(value)));
   }
 
-  // From the kSums sums of one channel.
-  void set(int64_t c, const double* sums, const Params<A>& params, double centre) {
-    double d_bn[2] = {0, 0};  // Σ dy γ x̂ and Σ dy γ, from the gradients of the taps
-    for (int of = 0; of < 2; ++of) {
-      const double* sum = sums + of * kSumsOf;
-      for (int k = 0; k < kTaps; ++k) {
-        const double with_mask = sum[kWithMask + k], with_inverse = sum_inside(sum, k) - with_mask;
-        const int64_t i = c * kTaps + k;
-        taps[2 * of][i] = static_cast<A>(with_mask);
-        taps[2 * of + 1][i] = static_cast<A>(with_inverse);
-        d_bn[of] += params.taps[0][i] * with_mask + params.taps[1][i] * with_inverse;
-      }
+ private:
+  void* data_;
+  bool wide_;
+};
+
+// Gradients of all but x. Those of groups that are not in the batch stay zero.
+struct Gradients {
+  Tensor mask_projection, mask_weight, mask_bias, taps[4], rows[2];
+
+  Gradients(const Shape& s, const Arguments& given) {
+    const ScalarType dtype = given.mask_weight.scalar_type();
+    mask_projection = empty({s.masks, s.c, 1, 1}, dtype);
+    mask_weight = torch::stable::empty_like(dense(given.mask_weight));
+    mask_bias = torch::stable::empty_like(mask_weight);
+    for (Tensor& t : taps) t = torch::stable::empty_like(dense(*given.taps[0]));
+    for (int i = 0; i < 2; ++i) {
+      rows[i] = *given.rows[i] ? empty({s.n, s.c}, (*given.rows[i])->scalar_type()) : empty({0}, dtype);
     }
-    mask_bias[c] = static_cast<A>(sums[kSumQ]);
-    mask_weight[c] = static_cast<A>(sums[kSumQp]);
-    mean_g[c] = static_cast<A>(d_bn[1] * centre);
-    mean_gx[c] = static_cast<A>(d_bn[0] * centre);
-    mean_q[c] = static_cast<A>(sums[kSumQ] * centre);
-    mean_qp[c] = static_cast<A>(sums[kSumQp] * centre);
+  }
+  void zero() const {
+    for (const Tensor* t : {&mask_weight, &mask_bias, &taps[0], &taps[1], &taps[2], &taps[3]}) {
+      torch::stable::zero_(const_cast<Tensor&>(*t));
+    }
   }
 };
 
-template <class T, int U>
-void backward(const Shape& s, Values<T>& values, Gradients<acc_t<T>>& gradients, double eps, bool training, const T* dy,
-              const T* x, const T* p, T* dx) {
-  using A = acc_t<T>;
-  Params<A> params = values.params(eps);
-
-  const std::vector<Tile> cut = tiles(s, 0, s.n);
-  const int64_t sums_per_tile = s.blocks() * kSums * kBlock;
-  std::vector<A> sums(cut.size() * sums_per_tile);
-  const auto reduce = PIXNORM_BY_ISA(backward_reduce<T, U>);
-  for_tiles(s, cut, baseline::block_scratch<baseline::BackwardBlock<A, U, false>>(s),
-            [&](int64_t tile, int64_t block, void* scratch) {
-              A* to = sums.data() + tile * sums_per_tile + block * kSums * kBlock;
-              reduce(s, params, cut[tile], block, scratch, x, p, dy, to);
-            });
-
-  const double centre = training ? 1.0 / (s.n * s.pixels()) : 0;
-  parallel_for(0, s.c, kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      double total[kSums] = {};
-      for (size_t tile = 0; tile < cut.size(); ++tile) {
-        const A* from = sums.data() + tile * sums_per_tile + c / kBlock * kSums * kBlock + c % kBlock;
-        for (int i = 0; i < kSums; ++i) total[i] += from[i * kBlock];
+// The partial sums of reduce, and where each sample finds its own: samples of a tile that are of one group share them.
+template <class A>
+class PartialSums {
+ public:
+  PartialSums(const Shape& s, Sums layout, const std::vector<Tile>& tiles, const Groups& groups)
+      : layout_(layout), blocks_(s.blocks()), parts_(parts_of(s)), of_(s.n * parts_), first_(1) {
+    std::vector<int32_t> in_tile(groups.slots());
+    for (const Tile& tile : tiles) {
+      std::fill(in_tile.begin(), in_tile.end(), -1);
+      for (int64_t n = tile.n0; n < tile.n1; ++n) {
+        int32_t& sums = in_tile[groups.slot[n]];
+        if (sums < 0) {
+          sums = static_cast<int32_t>(slot_.size());
+          slot_.push_back(groups.slot[n]);
+        }
+        of_[n * parts_ + tile.part] = sums;
       }
-      gradients.set(c, total, params, centre);
+      first_.push_back(static_cast<int32_t>(slot_.size()));
+    }
+    sums_ = std::make_unique<Buffer<A>>(slot_.size() * blocks_ * of_block());
+    all_ = std::make_unique<Buffer<A>>(s.n * parts_ * blocks_ * 2 * kBlock);
+  }
+
+  void set_up(Params<A>& params) const {
+    params.parts = parts_;
+    params.sums_of = of_.data();
+    params.sums = sums_->data();
+    params.all = all_->data();
+  }
+
+  // Zeroes those that a tile adds to.
+  void zero(const Tile& tile, int64_t i, int64_t block) const {
+    for (int64_t sums = first_[i]; sums < first_[i + 1]; ++sums) std::fill_n(at(sums, block), of_block(), A(0));
+    for (int64_t n = tile.n0; n < tile.n1; ++n) std::fill_n(all(n, tile.part, block), 2 * kBlock, A(0));
+  }
+
+  // Of a block of channels: sums by slot, [slots][layout.count()][kBlock], and Σ dγ and Σ dβ by sample, [N][2][kBlock].
+  void total(const Groups& groups, int64_t block, double* by_slot, double* by_sample) const {
+    const int64_t size = of_block(), samples = groups.slot.size();
+    std::fill_n(by_slot, groups.slots() * size, 0.0);
+    std::fill_n(by_sample, samples * 2 * kBlock, 0.0);
+    for (size_t i = 0; i < slot_.size(); ++i) add(at(i, block), size, by_slot + slot_[i] * size);
+    for (int64_t n = 0; n < samples; ++n) {
+      double* const to = by_sample + n * 2 * kBlock;
+      for (int64_t part = 0; part < parts_; ++part) add(all(n, part, block), 2 * kBlock, to);
+      for (int of = 0; of < 2; ++of) {
+        add(to + of * kBlock, kBlock, by_slot + groups.slot[n] * size + layout_.all(of) * kBlock);
+      }
+    }
+  }
+
+ private:
+  template <class From>
+  static void add(const From* from, int64_t count, double* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+  int64_t of_block() const { return layout_.count() * kBlock; }
+  A* at(int64_t sums, int64_t block) const { return sums_->data() + (sums * blocks_ + block) * of_block(); }
+  A* all(int64_t n, int64_t part, int64_t block) const {
+    return all_->data() + ((n * parts_ + part) * blocks_ + block) * 2 * kBlock;
+  }
+
+  const Sums layout_;
+  const int64_t blocks_, parts_;
+  std::vector<int32_t> of_, slot_, first_;  // by sample and part; by sums; by tile
+  std::unique_ptr<Buffer<A>> sums_, all_;
+};
+
+// Per-channel means that centre the gradients of x̂ and p̂.
+template <class A>
+struct Means {
+  std::vector<A> g, gx, q, qp;
+
+  explicit Means(int64_t c) : g(c), gx(c), q(c), qp(c) {}
+};
+
+// Writes the gradients of kernels, mask affine and rows of a block of channels; finds its means.
+template <class T>
+void finish_block(const Shape& s, const Values<T>& values, const PartialSums<acc_t<T>>& partial, Sums layout,
+                  int64_t block, double centre, const Gradients& gradients, Means<acc_t<T>>& means) {
+  using A = acc_t<T>;
+  const Groups& groups = values.groups;
+  const int64_t slots = groups.slots(), taps = layout.taps(), size = layout.count() * kBlock;
+  const int64_t c0 = block * kBlock, channels = std::min<int64_t>(kBlock, s.c - c0);
+  const Buffer<double> by_slot(slots * size), by_sample(s.n * 2 * kBlock);
+  partial.total(groups, block, by_slot.data(), by_sample.data());
+
+  double d_g[kBlock] = {}, d_gx[kBlock] = {}, d_p_hat[kBlock] = {}, d_p_hat_p[kBlock] = {};
+  std::vector<A> rows((4 * taps + 2) * kBlock);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t group = groups.group[slot];
+    const double* const sums = by_slot.data() + slot * size;
+    const auto sum = [&](int i) { return sums + i * kBlock; };
+    values.read(slot, block, rows.data());
+    for (int of = 0; of < 2; ++of) {
+      const Output<T> to(gradients.taps[2 * of]), to_inverse(gradients.taps[2 * of + 1]);
+      double* const d_bn = of == 0 ? d_gx : d_g;  // Σ dy γ x̂ and Σ dy γ, from the gradients of the taps
+      for (int k = 0; k < taps; ++k) {
+        const int ky = k / layout.k, kx = k % layout.k, middle = layout.k / 2;
+        const A *const weight = rows.data() + k * kBlock, *const weight_inv = weight + taps * kBlock;
+        for (int64_t c = 0; c < channels; ++c) {
+          double inside = sum(layout.all(of))[c];
+          if (ky != middle) inside -= sum(layout.edge(of, ky, middle))[c];
+          if (kx != middle) inside -= sum(layout.edge(of, middle, kx))[c];
+          if (ky != middle && kx != middle) inside += sum(layout.edge(of, ky, kx))[c];
+          const double with_mask = sum(layout.with_mask(of, k))[c], with_inverse = inside - with_mask;
+          const int64_t i = (group * s.c + c0 + c) * taps + k;
+          to.set(i, with_mask);
+          to_inverse.set(i, with_inverse);
+          d_bn[c] += weight[c] * with_mask + weight_inv[c] * with_inverse;
+        }
+      }
+    }
+    if (s.one_mask()) continue;
+    const Output<T> d_weight(gradients.mask_weight), d_bias(gradients.mask_bias);
+    const A* const weight = rows.data() + 4 * taps * kBlock;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double q = sum(layout.q())[c], qp = sum(layout.qp())[c];
+      d_bias.set(group * s.c + c0 + c, q);
+      d_weight.set(group * s.c + c0 + c, qp);
+      d_p_hat[c] += weight[c] * q;
+      d_p_hat_p[c] += weight[c] * qp;
+    }
+  }
+  for (int of = 0; of < 2; ++of) {
+    if (gradients.rows[of].numel() > 0) {
+      const Output<T> to(gradients.rows[of]);
+      for (int64_t n = 0; n < s.n; ++n) {
+        for (int64_t c = 0; c < channels; ++c) to.set(n * s.c + c0 + c, by_sample[(n * 2 + of) * kBlock + c]);
+      }
+    }
+    double* const d_bn = of == 0 ? d_gx : d_g;
+    const int64_t stride = values.row_stride();
+    for (int64_t n = 0; stride > 0 && n < s.n; ++n) {
+      const A* const row = values.rows(0).data() + n * stride + c0;
+      for (int64_t c = 0; c < channels; ++c) d_bn[c] += row[c] * by_sample[(n * 2 + of) * kBlock + c];
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    means.g[c0 + c] = static_cast<A>(d_g[c] * centre);
+    means.gx[c0 + c] = static_cast<A>(d_gx[c] * centre);
+    means.q[c0 + c] = static_cast<A>(d_p_hat[c] * centre);
+    means.qp[c0 + c] = static_cast<A>(d_p_hat_p[c] * centre);
+  }
+}
+
+// One mask for all channels. From the shares of its gradient, [blocks][N, pixels]: the gradients of its affine and of
+// p.
+template <class T>
+void finish_one_mask(const Shape& s, const Values<T>& values, const Params<acc_t<T>>& params, acc_t<T>* shares,
+                     const T* p, double centre, const Gradients& gradients, T* dp) {
+  using A = acc_t<T>;
+  const Groups& groups = values.groups;
+  const int64_t pixels = s.pixels(), all = s.n * pixels;
+  const A mean = params.mask_mean[0], rstd = params.mask_rstd[0];
+  std::vector<A> weight(groups.slots()), bias(groups.slots()), rows((4 * values.taps() + 2) * kBlock);
+  for (int64_t slot = 0; slot < groups.slots(); ++slot) {
+    values.read(slot, 0, rows.data());
+    weight[slot] = rows[4 * values.taps() * kBlock];
+    bias[slot] = rows[(4 * values.taps() + 1) * kBlock];
+  }
+  std::vector<double> q(s.n), qp(s.n);
+  A* const dq = shares;  // the first block's place
+  parallel_for(0, s.n, ceil_div(1 << 12, pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t slot = groups.slot[n];
+      for (int64_t i = n * pixels; i < (n + 1) * pixels; ++i) {
+        A d_mask = shares[i];
+        for (int64_t block = 1; block < s.blocks(); ++block) d_mask += shares[block * all + i];
+        const A p_hat = (static_cast<A>(p[i]) - mean) * rstd;
+        const A m = 1 / (1 + std::exp(-(p_hat * weight[slot] + bias[slot])));
+        dq[i] = d_mask * m * (1 - m);
+        q[n] += dq[i];
+        qp[n] += dq[i] * p_hat;
+      }
     }
   });
-  params.mean_g = gradients.mean_g.data();
-  params.mean_gx = gradients.mean_gx.data();
-  params.mean_q = gradients.mean_q.data();
-  params.mean_qp = gradients.mean_qp.data();
+  std::vector<double> q_of(groups.slots()), qp_of(groups.slots());
+  for (int64_t n = 0; n < s.n; ++n) q_of[groups.slot[n]] += q[n], qp_of[groups.slot[n]] += qp[n];
+  const Output<T> d_weight(gradients.mask_weight), d_bias(gradients.mask_bias);
+  double mean_q = 0, mean_qp = 0;
+  for (int64_t slot = 0; slot < groups.slots(); ++slot) {
+    d_bias.set(groups.group[slot], q_of[slot]);
+    d_weight.set(groups.group[slot], qp_of[slot]);
+    mean_q += weight[slot] * q_of[slot];
+    mean_qp += weight[slot] * qp_of[slot];
+  }
+  const A shift = static_cast<A>(mean_q * centre), slope = static_cast<A>(mean_qp * centre);
+  parallel_for(0, s.n, ceil_div(1 << 14, pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * pixels; i < end * pixels; ++i) {
+      const A p_hat = (static_cast<A>(p[i]) - mean) * rstd;
+      dp[i] = static_cast<T>(rstd * (weight[groups.slot[i / pixels]] * dq[i] - shift - p_hat * slope));
+    }
+  });
+}
 
-  // dp is never stored whole: each chunk is consumed while it is in cache. Runs of chunks are given to threads, and
-  // each adds up its part of dW; there are not so many that the parts are larger than x.
+template <class T>
+void backward(const Shape& s, Values<T>& values, const Gradients& gradients, double eps, bool training, const T* dy,
+              const T* x, const T* p, T* dx) {
+  using A = acc_t<T>;
+  const Kernels<T>& kernels = values.kernels;
+  const Sums layout{values.size()};
+  Params<A> params = values.params(eps);
+  const std::vector<Tile> cut = tiles(s, 0, s.n);
+  const PartialSums<A> partial(s, layout, cut, values.groups);
+  partial.set_up(params);
+  const Buffer<A> shares(s.one_mask() ? s.blocks() * s.n * s.pixels() : 0);
+  params.d_mask = shares.data();
+  for_tiles(s, cut, kernels.backward_scratch(s), [&](int64_t tile, int64_t block, void* scratch) {
+    partial.zero(cut[tile], tile, block);
+    kernels.reduce(s, params, cut[tile], block, scratch, x, p, dy);
+  });
+
+  const double centre = training ? 1.0 / (s.n * s.pixels()) : 0;
+  Means<A> means(s.c);
+  parallel_for(0, s.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      finish_block<T>(s, values, partial, layout, block, centre, gradients, means);
+    }
+  });
+  params.mean_g = means.g.data();
+  params.mean_gx = means.gx.data();
+  params.mean_q = means.q.data();
+  params.mean_qp = means.qp.data();
+  const Buffer<T> dp_of_one(s.one_mask() ? s.n * s.pixels() : 0);
+  if (s.one_mask()) finish_one_mask<T>(s, values, params, shares.data(), p, centre, gradients, dp_of_one.data());
+
+  // dp is never stored whole, but for that of one mask: each chunk is consumed while it is in cache. Runs of chunks are
+  // given to threads, and each adds up its part of dW; there are not so many that the parts are larger than x.
   constexpr int64_t kMostRuns = 16;
-  const auto apply = PIXNORM_BY_ISA(backward_apply<T, U>);
   const PackedMatrix<T, T> weight = packed_weight(s, values.mask_projection, true);
   const int64_t per_chunk = images_per_chunk(s.n, s.image(), sizeof(T)), chunks = ceil_div(s.n, per_chunk);
   const int64_t runs = std::clamp<int64_t>(s.n * s.pixels() / s.c, 1, std::min(chunks, kMostRuns));
-  const int64_t of_weight = s.c * s.c;
+  const int64_t of_weight = s.masks * s.c;
+  std::vector<A> d_weight(of_weight);
   const Buffer<A> parts((runs - 1) * of_weight);
   for_large_items(runs, [&](int64_t begin, int64_t end) {
-    const Buffer<T> dp(per_chunk * s.image());
+    const Buffer<T> dp_of_chunk(s.one_mask() ? 0 : per_chunk * s.image());
     for (int64_t i = begin; i < end; ++i) {
-      A* const dw = i == 0 ? gradients.mask_projection.data() : parts.data() + (i - 1) * of_weight;
+      A* const dw = i == 0 ? d_weight.data() : parts.data() + (i - 1) * of_weight;
       const int64_t first = chunks * i / runs * per_chunk, last = std::min(chunks * (i + 1) / runs * per_chunk, s.n);
       for (int64_t n = first; n < last; n += per_chunk) {
         const int64_t count = std::min(per_chunk, last - n);
         const T* const x_chunk = x + n * s.image();
         T* const dx_chunk = dx + n * s.image();
+        T* const dp = s.one_mask() ? dp_of_one.data() + n * s.pixels() : dp_of_chunk.data();
         const std::vector<Tile> chunk = tiles(s, n, n + count);
-        for_tiles(s, chunk, baseline::block_scratch<baseline::BackwardBlock<A, U, true>>(s),
-                  [&](int64_t tile, int64_t block, void* scratch) {
-                    apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp.data(), n);
-                  });
-        weight.multiply(as_matrices(dx_chunk, s, count), as_matrices<const T>(dp.data(), s, count), {dx_chunk});
-        add_grad_weight<T>(s, count, dp.data(), x_chunk, dw, n > first);
+        for_tiles(s, chunk, kernels.backward_scratch(s), [&](int64_t tile, int64_t block, void* scratch) {
+          kernels.apply(s, params, chunk[tile], block, scratch, x, p, dy, dx_chunk, dp, n);
+        });
+        weight.multiply(as_matrices(dx_chunk, s, count, s.c), as_matrices<const T>(dp, s, count, s.masks), {dx_chunk});
+        add_grad_weight<T>(s, count, dp, x_chunk, dw, n > first);
       }
     }
   });
-  add_matrices<A>({gradients.mask_projection.data(), 1, s.c, s.c, 0, s.c, 1}, parts.data(), runs - 1);
+  add_matrices<A>({d_weight.data(), 1, s.masks, s.c, 0, s.c, 1}, parts.data(), runs - 1);
+  copy_to(d_weight, gradients.mask_projection);
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
                        const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
-                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
-                       const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
-                       std::optional<double> negative_slope, bool, bool training) {
-  const Shape s = shape_of(x, upsample, negative_slope);
-  const ParameterTensors parameters{
-      mask_projection, mask_weight, mask_bias, {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv}};
-  parameters.check(s);
+                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const OptionalTensor& gamma_bias,
+                       const OptionalTensor& beta_bias, const OptionalTensor& index, const Tensor& p,
+                       const Tensor& mean, const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var,
+                       double eps, int64_t upsample, std::optional<double> negative_slope, bool, bool training) {
+  const Shape s = shape_of(x, mask_projection, upsample, negative_slope);
+  const Arguments arguments{mask_projection,
+                            mask_weight,
+                            mask_bias,
+                            {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv},
+                            {&gamma_bias, &beta_bias},
+                            index};
+  arguments.check(s);
   check_sizes(grad_y, "grad_y", {s.n, s.c, s.h * upsample, s.w * upsample});
-  check_sizes(p, "p", {s.n, s.c, s.h, s.w});
+  check_sizes(p, "p", {s.n, s.masks, s.h, s.w});
   check_same_dtype(grad_y, "grad_y", x);
   check_same_dtype(p, "p", x);
   const MemoryFormat layout = layout_of(x);
   return dispatch_floating(x.scalar_type(), [&](auto type) -> BackwardResult {
     using T = typename decltype(type)::type;
-    using A = acc_t<T>;
-    const Tensor x_dense = dense(x, layout), p_dense = dense(p, layout);
+    const Tensor x_dense = dense(x, layout);
+    const Tensor p_dense = dense(p, s.one_mask() ? MemoryFormat::Contiguous : layout);
     const Tensor dy_dense = dense(grad_y, layout);
     const Tensor dx = empty({s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
-    Values<T> values(parameters);
-    values.set_statistics({mean, var, mask_mean, mask_var});
-    Gradients<A> gradients(s);
-    if (x.numel() > 0) {
-      const auto run = upsample == 2 ? backward<T, 2> : backward<T, 1>;
-      run(s, values, gradients, eps, training, data_of<T>(dy_dense), data_of<T>(x_dense), data_of<T>(p_dense),
-          static_cast<T*>(dx.data_ptr()));
+    Gradients g(s, arguments);
+    if (x.numel() == 0) {
+      for (Tensor* t : {&g.mask_projection, &g.rows[0], &g.rows[1]}) torch::stable::zero_(*t);
+      g.zero();
+    } else {
+      Values<T> values(s, arguments);
+      if (values.groups.slots() < arguments.groups()) g.zero();
+      values.set_statistics({mean, var, mask_mean, mask_var});
+      backward<T>(s, values, g, eps, training, data_of<T>(dy_dense), data_of<T>(x_dense), data_of<T>(p_dense),
+                  static_cast<T*>(dx.data_ptr()));
     }
-    const auto tensor = [&](const std::vector<A>& v, std::initializer_list<int64_t> sizes) {
-      const Tensor t = empty(sizes, mask_weight.scalar_type());
-      copy_to(v, t);
-      return t;
-    };
-    return {dx,
-            tensor(gradients.mask_projection, {s.c, s.c, 1, 1}),
-            tensor(gradients.mask_weight, {s.c}),
-            tensor(gradients.mask_bias, {s.c}),
-            tensor(gradients.taps[0], {s.c, 1, 3, 3}),
-            tensor(gradients.taps[1], {s.c, 1, 3, 3}),
-            tensor(gradients.taps[2], {s.c, 1, 3, 3}),
-            tensor(gradients.taps[3], {s.c, 1, 3, 3})};
+    return {dx,        g.mask_projection, g.mask_weight, g.mask_bias, g.taps[0],
+            g.taps[1], g.taps[2],         g.taps[3],     g.rows[0],   g.rows[1]};
   });
 }
 

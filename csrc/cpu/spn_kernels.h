@@ -1,76 +1,141 @@
 // Vector code of SPN. Lanes are channels, in both layouts. A block of kBlock channels of an image is processed row by
-// row, with three rows of the mask (in backward also of dγ and dβ) in a ring buffer [pixel][channel] that stays in L1
-// or L2. So borders are whole vectors, and tiny planes cost no more per pixel than large ones. Activations are read and
-// written in bands of rows, transposed and upcast on the way. Reading channels_last in place is slower: its pixels are
-// often a power of two apart, and conflict in a few sets of L1.
+// row, with the rows of the mask that a stencil needs (in backward also of dγ and dβ) in a ring buffer [pixel][channel]
+// that stays in L1 or L2. So borders are whole vectors, and tiny planes cost no more per pixel than large ones.
+// Activations are read and written in bands of rows, transposed and upcast on the way. Reading channels_last in place
+// is slower: its pixels are often a power of two apart, and conflict in a few sets of L1.
 //
 // With the normalised projection p̂: m = sigmoid(w p̂ + b) and γ = m ⊛ (w_γ - w_γ*) + K, where K sums the taps of w_γ*
-// inside the image, one of nine values per channel. 1 - m is never formed.
+// inside the image, one of a few values per channel. 1 - m is never formed.
+//
+// Template arguments: K, the size of kernels (1, 3, 5), and U, upsampling (1, 2).
 
 #include "cpu/convert_kernels.h"
 #include "cpu/moments_kernels.h"
 #include "cpu/rows.h"
 
-using spn::kTaps;
 using spn::Params;
 using spn::Shape;
+using spn::Sums;
 using spn::Tile;
 
 // ---- per-channel values ----
 
-template <class A>
-struct BlockParams {
-  A mean[kBlock], rstd[kBlock], mask_mean[kBlock], mask_rstd[kBlock], mask_weight[kBlock], mask_bias[kBlock];
-  A mean_g[kBlock], mean_gx[kBlock], mean_q[kBlock], mean_qp[kBlock];
-  A tap[2][kTaps][kBlock];  // [gamma, beta]: w - w*
-  // K, indexed by whether there is a row above (1) and below (2): in the interior, and corrections at the left and
-  // right border.
-  A inside[2][4][kBlock], at_left[2][4][kBlock], at_right[2][4][kBlock];
-  A phase[2][2][2][4][kBlock];  // [gamma, beta][row phase][column phase]: taps merged by pixel of x, 2x2
+// How far kernels reach, in pixels of y and of x.
+template <int K, int U>
+struct Reach {
+  static constexpr int kOfY = K / 2, kOfX = (kOfY + U - 1) / U, kRows = 2 * kOfX + 1;
+  // With U == 2, tap row ky of output row 2h + a falls on row h + ((a + ky - kOfY) >> 1) of x: on kMerged rows from
+  // h + first(a) on.
+  static constexpr int kMerged = kOfY + 1;
+  static constexpr int first(int a) { return (a - kOfY) >> 1; }
+};
 
-  void set(const Params<A>& params, int64_t c0, int channels, int64_t upsample) {
-    // Absent channels are all zero, including rstd, so that nothing overflows.
+// Kernels and mask affine of a group.
+template <class A, int K, int U>
+struct Table {
+  using R = Reach<K, U>;
+  static constexpr int kEdge = R::kOfY > 0 ? R::kOfY : 1, kClasses = (R::kOfY + 1) * (R::kOfY + 1);
+  A mask_weight[kBlock], mask_bias[kBlock];
+  A tap[2][K * K][kBlock];  // [gamma, beta]: w - w*
+  // The constant K, by how many rows there are above and below (`row_class`): in the interior, and corrections of the
+  // columns at the left and right border, by their distance from it.
+  A inside[2][kClasses][kBlock], at_left[2][kClasses][kEdge][kBlock], at_right[2][kClasses][kEdge][kBlock];
+  A phase[2][2][2][U == 2 ? R::kMerged * R::kMerged : 1][kBlock];  // [.][row phase][column phase]: taps by pixel of x
+
+  // See Kernels::fill_table.
+  void set(const A* rows) {
     __builtin_memset(this, 0, sizeof(*this));
-    const auto copy = [&](const A* from, A* to) {
-      if (from) __builtin_memcpy(to, from + c0, channels * sizeof(A));
-    };
-    copy(params.mean, mean), copy(params.rstd, rstd), copy(params.mask_mean, mask_mean);
-    copy(params.mask_rstd, mask_rstd), copy(params.mask_weight, mask_weight), copy(params.mask_bias, mask_bias);
-    copy(params.mean_g, mean_g), copy(params.mean_gx, mean_gx), copy(params.mean_q, mean_q);
-    copy(params.mean_qp, mean_qp);
+    const auto row = [&](int i) { return rows + i * kBlock; };
+    __builtin_memcpy(mask_weight, row(4 * K * K), sizeof(mask_weight));
+    __builtin_memcpy(mask_bias, row(4 * K * K + 1), sizeof(mask_bias));
     for (int of = 0; of < 2; ++of) {
-      for (int c = 0; c < channels; ++c) {
-        const A* w = params.taps[2 * of] + (c0 + c) * kTaps;
-        const A* w_inv = params.taps[2 * of + 1] + (c0 + c) * kTaps;
-        for (int k = 0; k < kTaps; ++k) tap[of][k][c] = w[k] - w_inv[k];
-        for (int rows = 0; rows < 4; ++rows) {
-          A column[3];
-          for (int kx = 0; kx < 3; ++kx) {
-            column[kx] = w_inv[3 + kx] + (rows & 1 ? w_inv[kx] : 0) + (rows & 2 ? w_inv[6 + kx] : 0);
+      const int weight = 2 * of * K * K, inverse = weight + K * K;
+      for (int k = 0; k < K * K; ++k) add(tap[of][k], row(weight + k), row(inverse + k));
+      for (int above = 0; above <= R::kOfY; ++above) {
+        for (int below = 0; below <= R::kOfY; ++below) {
+          const int rows_inside = above * (R::kOfY + 1) + below;
+          for (int ky = R::kOfY - above; ky <= R::kOfY + below; ++ky) {
+            for (int kx = 0; kx < K; ++kx) {
+              const A* const w = row(inverse + ky * K + kx);
+              add(inside[of][rows_inside], w);
+              for (int column = 0; column < R::kOfY - kx; ++column) subtract(at_left[of][rows_inside][column], w);
+              for (int column = 0; column < kx - R::kOfY; ++column) subtract(at_right[of][rows_inside][column], w);
+            }
           }
-          inside[of][rows][c] = column[0] + column[1] + column[2];
-          at_left[of][rows][c] = -column[0];
-          at_right[of][rows][c] = -column[2];
         }
       }
-      if (upsample == 2) {
-        // Tap row ky of output row 2h + a falls on row h + (a + ky - 1 >> 1) of x, that is on row h - 1 + a for tap row
-        // 0 (a = 0) or tap rows 0 and 1 (a = 1), and on row h + a for the others.
+      if constexpr (U == 2) {
         for (int a = 0; a < 2; ++a) {
           for (int b = 0; b < 2; ++b) {
-            for (int k = 0; k < kTaps; ++k) {
-              A* merged = phase[of][a][b][2 * (k / 3 > a) + (k % 3 > b)];
-              for (int c = 0; c < kBlock; ++c) merged[c] += tap[of][k][c];
+            for (int k = 0; k < K * K; ++k) {
+              const int i = ((a + k / K - R::kOfY) >> 1) - R::first(a), j = ((b + k % K - R::kOfY) >> 1) - R::first(b);
+              add(phase[of][a][b][i * R::kMerged + j], tap[of][k]);
             }
           }
         }
       }
     }
   }
+
+ private:
+  static PIXNORM_INLINE void add(A* to, const A* value) {
+    for (int c = 0; c < kBlock; c += kLanes<A>) store(to + c, load(to + c) + load(value + c));
+  }
+  static PIXNORM_INLINE void add(A* to, const A* value, const A* less) {
+    for (int c = 0; c < kBlock; c += kLanes<A>) store(to + c, load(value + c) - load(less + c));
+  }
+  static PIXNORM_INLINE void subtract(A* to, const A* value) {
+    for (int c = 0; c < kBlock; c += kLanes<A>) store(to + c, load(to + c) - load(value + c));
+  }
 };
 
-// Bit 0: row h - 1 exists; bit 1: row h + 1 exists.
-PIXNORM_INLINE int neighbours(int64_t h, int64_t height) { return (h > 0) | (h < height - 1) << 1; }
+template <class A, int K, int U>
+void fill_table(const A* rows, void* table) {
+  static_cast<Table<A, K, U>*>(table)->set(rows);
+}
+
+// Statistics of the channels of a block.
+template <class A>
+struct Channels {
+  A mean[kBlock], rstd[kBlock], mask_mean[kBlock], mask_rstd[kBlock];
+  A mean_g[kBlock], mean_gx[kBlock], mean_q[kBlock], mean_qp[kBlock];
+
+  void set(const Params<A>& params, int64_t c0, int channels) {
+    // Absent channels are all zero, including rstd, so that nothing overflows.
+    __builtin_memset(this, 0, sizeof(*this));
+    const auto copy = [&](const A* from, A* to) {
+      if (from) __builtin_memcpy(to, from + c0, channels * sizeof(A));
+    };
+    copy(params.mean, mean), copy(params.rstd, rstd), copy(params.mask_mean, mask_mean);
+    copy(params.mask_rstd, mask_rstd), copy(params.mean_g, mean_g), copy(params.mean_gx, mean_gx);
+    copy(params.mean_q, mean_q), copy(params.mean_qp, mean_qp);
+  }
+};
+
+// What depends on the sample.
+template <class A, int K, int U>
+struct Sample {
+  const Table<A, K, U>* table;
+  const A* row[2];  // added to γ and β
+
+  PIXNORM_INLINE Sample(const Params<A>& params, int64_t blocks, int64_t n, int64_t block) {
+    table =
+        reinterpret_cast<const Table<A, K, U>*>(params.tables + (params.slot[n] * blocks + block) * params.table_bytes);
+    for (int of = 0; of < 2; ++of) row[of] = params.rows[of] + n * params.row_stride + block * kBlock;
+  }
+  // γ (of = 0) or β in the interior of a row, but for the mask.
+  PIXNORM_INLINE Vec<A> constant(int of, int row_class, int c) const {
+    return load(table->inside[of][row_class] + c) + load(row[of] + c);
+  }
+};
+
+// How many rows a stencil finds above and below row h, at most K / 2 each.
+template <int K>
+PIXNORM_INLINE int row_class(int64_t h, int64_t height) {
+  constexpr int R = K / 2;
+  const int64_t above = h < R ? h : R, below = height - 1 - h < R ? height - 1 - h : R;
+  return static_cast<int>(above * (R + 1) + below);
+}
 
 // Calls body(n, w) for groups of n pixels of [w, width), then for what remains with n / 2, and so on.
 template <int n, class Body>
@@ -83,12 +148,12 @@ PIXNORM_INLINE void for_pixels(int64_t width, const Body& body, int64_t w = 0) {
 constexpr int kSigmoids = PIXNORM_ISA == PIXNORM_ISA_AVX512 ? 8 : 4;
 
 // Computes a row of m and, if kKeep, of p̂. Calls look_ahead() once per pixel.
-template <bool kKeep, class A, class LookAhead>
-PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t width, A* mask, A* p_hat,
-                             const LookAhead& look_ahead) {
+template <bool kKeep, class A, class Tables, class LookAhead>
+PIXNORM_INLINE void mask_row(const Channels<A>& channels, const Tables& table, const A* p, int64_t width, A* mask,
+                             A* p_hat, const LookAhead& look_ahead) {
   for (int c = 0; c < kBlock; c += kLanes<A>) {
-    const Vec<A> mean = load(params.mask_mean + c), rstd = load(params.mask_rstd + c);
-    const Vec<A> weight = load(params.mask_weight + c), bias = load(params.mask_bias + c);
+    const Vec<A> mean = load(channels.mask_mean + c), rstd = load(channels.mask_rstd + c);
+    const Vec<A> weight = load(table.mask_weight + c), bias = load(table.mask_bias + c);
     for_pixels<kSigmoids>(width, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
       constexpr int n = decltype(pixels)::value;
       Vec<A> m[n];
@@ -109,45 +174,57 @@ PIXNORM_INLINE void mask_row(const BlockParams<A>& params, const A* p, int64_t w
 }
 
 // γ and β of kPixels * U outputs: those of output row U h + a above pixels w, w + 1, ... of row h. Lanes are channels
-// c, c + 1, ... `mask` is rows h - 1, h, h + 1 of m.
-template <int U, int kPixels, class A>
-PIXNORM_INLINE void affine(const BlockParams<A>& params, const A* const (&mask)[3], int a, int64_t w, int64_t width,
-                           int row_neighbours, int c, Vec<A> (&gamma)[kPixels * U], Vec<A> (&beta)[kPixels * U]) {
-  gamma[0] = load(params.inside[0][row_neighbours] + c);
-  beta[0] = load(params.inside[1][row_neighbours] + c);
+// c, c + 1, ... `mask` is the rows of m around h, `constant` that of γ and β in row_class.
+template <int kPixels, class A, int K, int U>
+PIXNORM_INLINE void affine(const Table<A, K, U>& table, const A* const (&mask)[Reach<K, U>::kRows], int a, int64_t w,
+                           int64_t width, int row_class, const Vec<A> (&constant)[2], int c,
+                           Vec<A> (&gamma)[kPixels * U], Vec<A> (&beta)[kPixels * U]) {
+  using R = Reach<K, U>;
 #pragma GCC unroll 8
-  for (int i = 1; i < kPixels * U; ++i) {
-    gamma[i] = gamma[0];
-    beta[i] = beta[0];
+  for (int i = 0; i < kPixels * U; ++i) {
+    gamma[i] = constant[0];
+    beta[i] = constant[1];
   }
-  if (w == 0) {
-    gamma[0] += load(params.at_left[0][row_neighbours] + c);
-    beta[0] += load(params.at_left[1][row_neighbours] + c);
-  }
-  if (w + kPixels == width) {
-    gamma[kPixels * U - 1] += load(params.at_right[0][row_neighbours] + c);
-    beta[kPixels * U - 1] += load(params.at_right[1][row_neighbours] + c);
+  if constexpr (K > 1) {
+    const int64_t left = w * U, right = (width - w) * U - 1;  // columns up to the border, from output 0
+    if (left < R::kOfY) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels * U; ++i) {
+        if (left + i >= R::kOfY) continue;
+        gamma[i] += load(table.at_left[0][row_class][left + i] + c);
+        beta[i] += load(table.at_left[1][row_class][left + i] + c);
+      }
+    }
+    if (right - (kPixels * U - 1) < R::kOfY) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels * U; ++i) {
+        if (right - i >= R::kOfY) continue;
+        gamma[i] += load(table.at_right[0][row_class][right - i] + c);
+        beta[i] += load(table.at_right[1][row_class][right - i] + c);
+      }
+    }
   }
   if constexpr (U == 1) {
-#pragma GCC unroll 9
-    for (int k = 0; k < kTaps; ++k) {
-      const Vec<A> gamma_tap = load(params.tap[0][k] + c), beta_tap = load(params.tap[1][k] + c);
+#pragma GCC unroll 25
+    for (int k = 0; k < K * K; ++k) {
+      const Vec<A> gamma_tap = load(table.tap[0][k] + c), beta_tap = load(table.tap[1][k] + c);
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; ++i) {
-        const Vec<A> m = load(mask[k / 3] + (w + i + k % 3 - 1) * kBlock + c);
+        const Vec<A> m = load(mask[k / K] + (w + i + k % K - R::kOfY) * kBlock + c);
         gamma[i] += gamma_tap * m;
         beta[i] += beta_tap * m;
       }
     }
   } else {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
+#pragma GCC unroll 9
+    for (int k = 0; k < R::kMerged * R::kMerged; ++k) {
 #pragma GCC unroll 2
       for (int b = 0; b < 2; ++b) {
-        const Vec<A> gamma_tap = load(params.phase[0][a][b][k] + c), beta_tap = load(params.phase[1][a][b][k] + c);
+        const Vec<A> gamma_tap = load(table.phase[0][a][b][k] + c), beta_tap = load(table.phase[1][a][b][k] + c);
+        const A* const row = mask[R::first(a) + R::kOfX + k / R::kMerged];
 #pragma GCC unroll 8
         for (int i = 0; i < kPixels; ++i) {
-          const Vec<A> m = load(mask[k / 2 + a] + (w + i + k % 2 - 1 + b) * kBlock + c);
+          const Vec<A> m = load(row + (w + i + R::first(b) + k % R::kMerged) * kBlock + c);
           gamma[2 * i + b] += gamma_tap * m;
           beta[2 * i + b] += beta_tap * m;
         }
@@ -162,67 +239,77 @@ PIXNORM_INLINE Plane<acc_t<T>> plane(const T* tensor, const Shape& s, int64_t sc
   return plane_of(tensor, s.channels_last, s.c, s.pixels() * scale * scale, n, block);
 }
 
+template <class T>
+PIXNORM_INLINE Plane<acc_t<T>> plane_of_mask(const T* p, const Shape& s, int64_t n, int64_t block) {
+  return s.one_mask() ? plane_of_one(p, s.pixels(), n) : plane(p, s, 1, n, block);
+}
+
 // ---- forward ----
 
-template <class Acc, int U>
+template <class Acc, int K, int U>
 class ForwardBlock {
  public:
   using A = Acc;
-  static int64_t scratch(int64_t w) { return Ring<A>::size(w, 1) + 2 * band_rows(w) * w + band_rows(w * U) * w * U; }
+  using R = Reach<K, U>;
+  static int64_t scratch(int64_t w) { return MaskRing::size(w, 1) + 2 * band_rows(w) * w + band_rows(w * U) * w * U; }
 
-  ForwardBlock(Arena<A> arena, const Shape& s, const BlockParams<A>& params, const Tile& tile, const Plane<A>& x,
+  ForwardBlock(Arena<A> arena, const Shape& s, const Channels<A>& channels, const Tile& tile, const Plane<A>& x,
                const Plane<A>& p, const Plane<A>& y)
       : s_(s),
-        params_(params),
+        channels_(channels),
         tile_(tile),
         mask_(arena, s.h, s.w),
         x_(x, s.w, tile.h1, arena.pixels(band_rows(s.w) * s.w)),
-        p_(p, s.w, tile.h1 < s.h ? tile.h1 + 1 : s.h, arena.pixels(band_rows(s.w) * s.w)),
+        p_(p, s.w, tile.h1 + R::kOfX < s.h ? tile.h1 + R::kOfX : s.h, arena.pixels(band_rows(s.w) * s.w)),
         y_(y, s.w * U, tile.h0 * U, tile.h1 * U, arena.pixels(band_rows(s.w * U) * s.w * U)) {}
 
   // The rows of an image of the tile; then call next_image().
-  void run() {
-    make_mask(tile_.h0 - 1);
-    make_mask(tile_.h0);
-    for (int64_t h = tile_.h0; h < tile_.h1; ++h) step(h);
+  void run(const Sample<A, K, U>& sample) {
+    for (int64_t h = tile_.h0 - R::kOfX; h < tile_.h0 + R::kOfX; ++h) make_mask(sample, h);
+    for (int64_t h = tile_.h0; h < tile_.h1; ++h) step(sample, h);
   }
 
   void next_image() { x_.next_image(), p_.next_image(), y_.next_image(); }
 
  private:
-  PIXNORM_INLINE void step(int64_t h) {
-    make_mask(h + 1);
-    const A* const mask[3] = {mask_.row(h - 1), mask_.row(h), mask_.row(h + 1)};
+  using MaskRing = Ring<A, R::kRows, R::kOfX>;
+
+  PIXNORM_INLINE void step(const Sample<A, K, U>& sample, int64_t h) {
+    make_mask(sample, h + R::kOfX);
+    const A* mask[R::kRows];
+    for (int i = 0; i < R::kRows; ++i) mask[i] = mask_.row(h - R::kOfX + i);
     const A* x = x_.row(h);
     for (int a = 0; a < U; ++a) {
       A* y = y_.row(h * U + a);
       if (s_.activation.on) {
-        make_row<true>(h, a, mask, x, y);
+        make_row<true>(sample, h, a, mask, x, y);
       } else {
-        make_row<false>(h, a, mask, x, y);
+        make_row<false>(sample, h, a, mask, x, y);
       }
       y_.done(h * U + a);
     }
   }
 
-  PIXNORM_INLINE void make_mask(int64_t h) {
+  PIXNORM_INLINE void make_mask(const Sample<A, K, U>& sample, int64_t h) {
     if (h < 0 || h >= s_.h) return;
-    mask_row<false>(params_, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr), [&] {
+    mask_row<false>(channels_, *sample.table, p_.row(h), s_.w, mask_.row(h), static_cast<A*>(nullptr), [&] {
       x_.look_ahead();
       p_.look_ahead();
     });
   }
 
   template <bool kActivated>
-  PIXNORM_INLINE void make_row(int64_t h, int a, const A* const (&mask)[3], const A* x, A* y) {
-    const int row_neighbours = neighbours(h * U + a, s_.h * U);
+  PIXNORM_INLINE void make_row(const Sample<A, K, U>& sample, int64_t h, int a, const A* const (&mask)[R::kRows],
+                               const A* x, A* y) {
+    const int rows = row_class<K>(h * U + a, s_.h * U);
     const A slope = static_cast<A>(s_.activation.slope);
     for (int c = 0; c < kBlock; c += kLanes<A>) {
-      const Vec<A> mean = load(params_.mean + c), rstd = load(params_.rstd + c);
+      const Vec<A> mean = load(channels_.mean + c), rstd = load(channels_.rstd + c);
+      const Vec<A> constant[2] = {sample.constant(0, rows, c), sample.constant(1, rows, c)};
       for_pixels<4 / U>(s_.w, [&](auto pixels, int64_t w) __attribute__((always_inline)) {
         constexpr int n = decltype(pixels)::value;
         Vec<A> gamma[n * U], beta[n * U];
-        affine<U, n>(params_, mask, a, w, s_.w, row_neighbours, c, gamma, beta);
+        affine<n>(*sample.table, mask, a, w, s_.w, rows, constant, c, gamma, beta);
 #pragma GCC unroll 8
         for (int i = 0; i < n * U; ++i) {
           const Vec<A> x_hat = (load(x + (w + i / U) * kBlock + c) - mean) * rstd;
@@ -235,65 +322,73 @@ class ForwardBlock {
   }
 
   const Shape& s_;
-  const BlockParams<A>& params_;
+  const Channels<A>& channels_;
   const Tile tile_;
-  Ring<A> mask_;
+  MaskRing mask_;
   RowReader<A> x_, p_;
   RowWriter<A> y_;
 };
 
 #include "cpu/spn_backward_kernels.h"
 
-// ---- entry points: one tile of one block of channels; `scratch` has block_scratch bytes ----
+// ---- entry points: see Kernels ----
 
 template <class Block>
 int64_t block_scratch(const Shape& s) {
   using A = typename Block::A;
-  return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(BlockParams<A>);
+  return Block::scratch(s.w) * kBlock * sizeof(A) + sizeof(Channels<A>);
 }
 
-// Goes through the images of the tile with the Block that make(arena, block_params) returns for the first one.
-template <class A, class Make>
+template <class A, int K, int U>
+int64_t forward_scratch(const Shape& s) {
+  return block_scratch<ForwardBlock<A, K, U>>(s);
+}
+
+template <class A, int K, int U>
+int64_t backward_scratch(const Shape& s) {
+  return block_scratch<BackwardBlock<A, K, U, false>>(s);
+}
+
+// Goes through the images of the tile with the Block that make(arena, channels) returns for the first one.
+template <int K, int U, class A, class Make>
 PIXNORM_INLINE void run_block(const Shape& s, const Params<A>& params, const Tile& tile, int64_t block, void* scratch,
                               const Make& make) {
-  auto* block_params = static_cast<BlockParams<A>*>(scratch);
+  auto* channels = static_cast<Channels<A>*>(scratch);
   const int64_t c0 = block * kBlock;
-  block_params->set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock), s.upsample);
-  auto rows = make(Arena<A>{reinterpret_cast<A*>(block_params + 1)}, *block_params);
+  channels->set(params, c0, static_cast<int>(s.c - c0 < kBlock ? s.c - c0 : kBlock));
+  auto rows = make(Arena<A>{reinterpret_cast<A*>(channels + 1)}, *channels);
   for (int64_t n = tile.n0; n < tile.n1; ++n) {
-    rows.run();
+    rows.run(Sample<A, K, U>(params, s.blocks(), n, block));
     rows.next_image();
   }
 }
 
-template <class T, int U>
+template <class T, int K, int U>
 void forward(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch, const T* x,
              const T* p, T* y) {
-  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
-    return ForwardBlock<acc_t<T>, U>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
-                                     plane(p, s, 1, tile.n0, block), plane(y, s, U, tile.n0, block));
+  run_block<K, U>(s, params, tile, block, scratch, [&](auto arena, const auto& channels) {
+    return ForwardBlock<acc_t<T>, K, U>(arena, s, channels, tile, plane(x, s, 1, tile.n0, block),
+                                        plane_of_mask(p, s, tile.n0, block), plane(y, s, U, tile.n0, block));
   });
 }
 
-// Accumulates into sums [kSums][kBlock].
-template <class T, int U>
+template <class T, int K, int U>
 void backward_reduce(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
-                     const T* x, const T* p, const T* dy, acc_t<T>* sums) {
-  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
-    return BackwardBlock<acc_t<T>, U, false>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
-                                             plane(p, s, 1, tile.n0, block), plane(dy, s, U, tile.n0, block), {}, {},
-                                             sums);
+                     const T* x, const T* p, const T* dy) {
+  run_block<K, U>(s, params, tile, block, scratch, [&](auto arena, const auto& channels) {
+    return BackwardBlock<acc_t<T>, K, U, false>(arena, s, params, channels, tile, block, plane(x, s, 1, tile.n0, block),
+                                                plane_of_mask(p, s, tile.n0, block), plane(dy, s, U, tile.n0, block),
+                                                Plane<acc_t<T>>{}, Plane<acc_t<T>>{});
   });
 }
 
-// dx and dp begin with image first_n.
-template <class T, int U>
+template <class T, int K, int U>
 void backward_apply(const Shape& s, const Params<acc_t<T>>& params, const Tile& tile, int64_t block, void* scratch,
                     const T* x, const T* p, const T* dy, T* dx, T* dp, int64_t first_n) {
-  run_block(s, params, tile, block, scratch, [&](auto arena, const auto& block_params) {
-    return BackwardBlock<acc_t<T>, U, true>(arena, s, block_params, tile, plane(x, s, 1, tile.n0, block),
-                                            plane(p, s, 1, tile.n0, block), plane(dy, s, U, tile.n0, block),
-                                            plane(dx, s, 1, tile.n0 - first_n, block),
-                                            plane(dp, s, 1, tile.n0 - first_n, block), nullptr);
+  run_block<K, U>(s, params, tile, block, scratch, [&](auto arena, const auto& channels) {
+    return BackwardBlock<acc_t<T>, K, U, true>(
+        arena, s, params, channels, tile, block, plane(x, s, 1, tile.n0, block), plane_of_mask(p, s, tile.n0, block),
+        plane(dy, s, U, tile.n0, block), plane(dx, s, 1, tile.n0 - first_n, block),
+        s.one_mask() ? Plane<acc_t<T>>{} : plane(dp, s, 1, tile.n0 - first_n, block));
   });
 }

@@ -1,0 +1,2 @@
+#define PIXNORM_SPN_SIZE 3
+#include "cpu/spn_instances.h"

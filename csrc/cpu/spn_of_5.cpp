@@ -1,0 +1,2 @@
+#define PIXNORM_SPN_SIZE 5
+#include "cpu/spn_instances.h"
