@@ -58,52 +58,58 @@ int64_t differences(const std::vector<T>& a, const std::vector<T>& b) {
   return count;
 }
 
-template <class T, int U>
+// Two samples of different groups.
+template <class T, int K, int U>
 bool same_bits(bool channels_last, int64_t c, int64_t h, int64_t w) {
   using A = acc_t<T>;
-  const spn::Shape s{2, c, h, w, U, channels_last, Activation(0.25)};
-  const int64_t count = s.n * s.image();
+  const spn::Shape s{2, c, h, w, U, c, channels_last, Activation(0.25)};
+  const int64_t count = s.n * s.image(), blocks = s.blocks();
   const auto x = random_values<T>(count), p = random_values<T>(count), dy = random_values<T>(count * U * U);
-  std::vector<A> of_channels[10], taps[4];
+  std::vector<A> of_channels[8], rows[2];
   for (auto& v : of_channels) v = random_values<A>(c);
-  for (auto& v : taps) v = random_values<A>(c * spn::kTaps);
+  for (auto& v : rows) v = random_values<A>(s.n * blocks * kBlock);
   const auto* v = of_channels;
-  const spn::Params<A> params{v[0].data(),
-                              v[1].data(),
-                              v[2].data(),
-                              v[3].data(),
-                              v[4].data(),
-                              v[5].data(),
-                              {taps[0].data(), taps[1].data(), taps[2].data(), taps[3].data()},
-                              v[6].data(),
-                              v[7].data(),
-                              v[8].data(),
-                              v[9].data()};
+  const auto parameters = random_values<A>(s.n * blocks * (4 * K * K + 2) * kBlock);
+  const int32_t of_sample[2] = {0, 1};
+  constexpr int kSums = spn::Sums{K}.count();
   std::vector<A> scratch(1 << 20);
   std::vector<T> y[2], dx[2], dp[2];
-  std::vector<A> sums[2];
+  std::vector<A> sums[2], all[2];
   for (int i = 0; i < 2; ++i) {
     y[i].resize(count * U * U), dx[i].resize(count), dp[i].resize(count);
-    sums[i].resize(s.blocks() * spn::kSums * kBlock);
-    const spn::Tile tile{0, s.n, 0, h};
-    const auto forward = i ? long_vectors::forward<T, U> : short_vectors::forward<T, U>;
-    const auto reduce = i ? long_vectors::backward_reduce<T, U> : short_vectors::backward_reduce<T, U>;
-    const auto apply = i ? long_vectors::backward_apply<T, U> : short_vectors::backward_apply<T, U>;
-    for (int64_t block = 0; block < s.blocks(); ++block) {
-      A* to = sums[i].data() + block * spn::kSums * kBlock;
+    sums[i].resize(s.n * blocks * kSums * kBlock), all[i].resize(s.n * blocks * 2 * kBlock);
+    const int64_t table_bytes = i ? sizeof(long_vectors::Table<A, K, U>) : sizeof(short_vectors::Table<A, K, U>);
+    std::vector<char> tables(s.n * blocks * table_bytes);
+    const auto fill = i ? long_vectors::fill_table<A, K, U> : short_vectors::fill_table<A, K, U>;
+    for (int64_t table = 0; table < s.n * blocks; ++table) {
+      fill(parameters.data() + table * (4 * K * K + 2) * kBlock, tables.data() + table * table_bytes);
+    }
+    const spn::Params<A> params{v[0].data(),     v[1].data(), v[2].data(), v[3].data(),
+                                tables.data(),   table_bytes, of_sample,   {rows[0].data(), rows[1].data()},
+                                blocks * kBlock, 1,           of_sample,   sums[i].data(),
+                                all[i].data(),   nullptr,     v[4].data(), v[5].data(),
+                                v[6].data(),     v[7].data()};
+    const spn::Tile tile{0, s.n, 0, h, 0};
+    const auto forward = i ? long_vectors::forward<T, K, U> : short_vectors::forward<T, K, U>;
+    const auto reduce = i ? long_vectors::backward_reduce<T, K, U> : short_vectors::backward_reduce<T, K, U>;
+    const auto apply = i ? long_vectors::backward_apply<T, K, U> : short_vectors::backward_apply<T, K, U>;
+    for (int64_t block = 0; block < blocks; ++block) {
       forward(s, params, tile, block, scratch.data(), x.data(), p.data(), y[i].data());
-      reduce(s, params, tile, block, scratch.data(), x.data(), p.data(), dy.data(), to);
+      reduce(s, params, tile, block, scratch.data(), x.data(), p.data(), dy.data());
       apply(s, params, tile, block, scratch.data(), x.data(), p.data(), dy.data(), dx[i].data(), dp[i].data(), 0);
     }
-    for (int64_t absent = c; absent < s.blocks() * kBlock; ++absent) {  // undefined
-      for (int k = 0; k < spn::kSums; ++k) sums[i][(absent / kBlock * spn::kSums + k) * kBlock + absent % kBlock] = 0;
+    for (std::vector<A>* of : {&sums[i], &all[i]}) {  // those of absent channels are undefined
+      for (size_t at = 0; at < of->size(); ++at) {
+        const int64_t each = of == &all[i] ? 2 : kSums;
+        if (int64_t(at) / (each * kBlock) % blocks * kBlock + int64_t(at) % kBlock >= c) (*of)[at] = 0;
+      }
     }
   }
-  const int64_t different =
-      differences(y[0], y[1]) + differences(dx[0], dx[1]) + differences(dp[0], dp[1]) + differences(sums[0], sums[1]);
+  const int64_t different = differences(y[0], y[1]) + differences(dx[0], dx[1]) + differences(dp[0], dp[1]) +
+                            differences(sums[0], sums[1]) + differences(all[0], all[1]);
   if (different)
-    std::printf("%ld values differ: channels_last %d, C %ld, H %ld, W %ld, upsample %d\n", long(different),
-                channels_last, long(c), long(h), long(w), U);
+    std::printf("%ld values differ: channels_last %d, C %ld, H %ld, W %ld, K %d, upsample %d\n", long(different),
+                channels_last, long(c), long(h), long(w), K, U);
   return different == 0;
 }
 
@@ -193,8 +199,10 @@ int main() {
   for (const bool channels_last : {false, true}) {
     for (const int64_t c : {3, 16, 20, 40}) {
       for (const int64_t w : {1, 7, 16, 33}) {
-        same = pixnorm::same_bits<float, 1>(channels_last, c, 5, w) && same;
-        same = pixnorm::same_bits<pixnorm::BFloat16, 2>(channels_last, c, 5, w) && same;
+        same = pixnorm::same_bits<float, 3, 1>(channels_last, c, 5, w) && same;
+        same = pixnorm::same_bits<pixnorm::BFloat16, 3, 2>(channels_last, c, 5, w) && same;
+        same = pixnorm::same_bits<float, 5, 2>(channels_last, c, 5, w) && same;
+        same = pixnorm::same_bits<float, 1, 1>(channels_last, c, 5, w) && same;
       }
     }
   }

@@ -10,7 +10,6 @@
 // Template arguments: K, the size of kernels (1, 3, 5), and U, upsampling (1, 2).
 
 #include "cpu/convert_kernels.h"
-#include "cpu/moments_kernels.h"
 #include "cpu/rows.h"
 
 using spn::Params;
