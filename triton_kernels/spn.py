@@ -182,6 +182,9 @@ def spn_fwd(
     gamma_weight_inv: Tensor,
     beta_weight: Tensor,
     beta_weight_inv: Tensor,
+    gamma_bias: Tensor | None,
+    beta_bias: Tensor | None,
+    index: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     mask_mean: Tensor | None,
@@ -191,7 +194,8 @@ def spn_fwd(
     negative_slope: float | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward op of SPN, see pixnorm/ops/spn.py."""
+    """The forward op of SPN, see pixnorm/ops/spn.py. Groups and rows are not in these kernels yet."""
+    assert gamma_bias is None and beta_bias is None and index is None
     upsample = int(upsample)  # traced with dynamic shapes, it is not one
     x = dense(x, x)
     c = x.shape[1]
@@ -233,6 +237,9 @@ def spn_bwd(
     gamma_weight_inv: Tensor,
     beta_weight: Tensor,
     beta_weight_inv: Tensor,
+    gamma_bias: Tensor | None,
+    beta_bias: Tensor | None,
+    index: Tensor | None,
     p: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -243,8 +250,9 @@ def spn_bwd(
     negative_slope: float | None,
     allow_tf32: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op of SPN, see pixnorm/ops/spn.py."""
+    of_rows = mask_weight.new_empty((0,)), mask_weight.new_empty((0,))
     upsample = int(upsample)
     x = dense(x, x)
     n, c, h, w = x.shape
@@ -254,7 +262,7 @@ def spn_bwd(
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
     if x.numel() == 0:
-        return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads
+        return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads, *of_rows
     grad_y, p = (dense(t, x) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
     arguments = {"dy_ptr": grad_y, **_arguments(x, p, used, learnt, eps, upsample, negative_slope)}
@@ -314,7 +322,7 @@ def spn_bwd(
         **walk.options(channels_last),
     )
     d_weight = grad_weight(dp, x, weight) if one_mask else add_backward(dx, dp, x, weight, allow_tf32)
-    return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads
+    return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads, *of_rows
 
 
 def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):

@@ -139,11 +139,13 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
                       const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
-                      const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& mean,
-                      const std::optional<Tensor>& var, const std::optional<Tensor>& mask_mean,
-                      const std::optional<Tensor>& mask_var, double eps, int64_t upsample,
-                      std::optional<double> negative_slope, bool allow_tf32) {
+                      const Tensor& beta_weight, const Tensor& beta_weight_inv, const std::optional<Tensor>& gamma_bias,
+                      const std::optional<Tensor>& beta_bias, const std::optional<Tensor>& index,
+                      const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                      const std::optional<Tensor>& mask_mean, const std::optional<Tensor>& mask_var, double eps,
+                      int64_t upsample, std::optional<double> negative_slope, bool allow_tf32) {
   const Shape s = shape_of(x, upsample);
+  check_unconditional({&gamma_bias, &beta_bias, &index});
   const bool given = mean.has_value();
   STD_TORCH_CHECK(var.has_value() == given && mask_mean.has_value() == given && mask_var.has_value() == given,
                   "pixnorm: give all four statistics or none");

@@ -109,13 +109,16 @@ void grad_weight(const Shape& s, bool channels_last, const Tensor& dp, const Ten
                 : gemm(out, matrix(dp), matrix(x).transposed(), 0, tf32);
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask_projection, const Tensor& mask_weight,
                        const Tensor& mask_bias, const Tensor& gamma_weight, const Tensor& gamma_weight_inv,
-                       const Tensor& beta_weight, const Tensor& beta_weight_inv, const Tensor& p, const Tensor& mean,
-                       const Tensor& var, const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
+                       const Tensor& beta_weight, const Tensor& beta_weight_inv,
+                       const std::optional<Tensor>& gamma_bias, const std::optional<Tensor>& beta_bias,
+                       const std::optional<Tensor>& index, const Tensor& p, const Tensor& mean, const Tensor& var,
+                       const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
                        std::optional<double> negative_slope, bool allow_tf32, bool training) {
+  check_unconditional({&gamma_bias, &beta_bias, &index});
   const Shape s = shape_of(x, upsample);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ParameterTensors parameters(s, mask_projection, mask_weight, mask_bias,
@@ -171,7 +174,8 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       add_grad_input(s, channels_last, weight, dp, dx, allow_tf32);
       grad_weight(s, channels_last, dp, x_copy, d_projection, allow_tf32);
     }
-    return {dx, d_projection, d_mask_weight, d_mask_bias, d_taps[0], d_taps[1], d_taps[2], d_taps[3]};
+    const Tensor no_rows[2] = {empty_like(x, {0}, parameter_dtype), empty_like(x, {0}, parameter_dtype)};
+    return {dx, d_projection, d_mask_weight, d_mask_bias, d_taps[0], d_taps[1], d_taps[2], d_taps[3], no_rows[0], no_rows[1]};
   });
 }
 

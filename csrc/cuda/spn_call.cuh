@@ -7,6 +7,7 @@
 #include <array>
 #include <climits>
 #include <initializer_list>
+#include <optional>
 
 #include "activation.h"
 #include "check.h"
@@ -30,6 +31,10 @@ inline Shape shape_of(const Tensor& x, int64_t upsample) {
       "pixnorm: an image, or the pixels of a channel, are more than 2^31");
   return {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)),
           static_cast<int>(x.size(3))};
+}
+
+inline void check_unconditional(std::initializer_list<const std::optional<Tensor>*> conditions) {
+  for (const auto* t : conditions) STD_TORCH_CHECK(!t->has_value(), "pixnorm: no groups or rows in the CUDA kernels");
 }
 
 // Parameters in the order of the schema, dense.

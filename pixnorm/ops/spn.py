@@ -147,7 +147,7 @@ def conditional_spn_reference(
         gamma = gamma + to_pixels(gamma_bias)
     if beta_bias is not None:
         beta = beta + to_pixels(beta_bias)
-    return activate(gamma * x_hat + beta, activation, negative_slope)
+    return activate(x_hat * gamma + beta, activation, negative_slope)  # in this order it has the strides of x
 
 
 # The schemas. `mean`, `var`, `mask_mean` and `mask_var` are the statistics to use, or all None for those of this batch.
@@ -402,8 +402,7 @@ def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Ten
     """
     training, eps, upsample = options["training"], options["eps"], options["upsample"]
     _check(x, learnt, index, rows, buffers, options)
-    refusal = _refusal(learnt[3])
-    refusals = {"native": refusal, "triton": refusal or beyond_32_bits(x, upsample)}
+    refusals = _refusals(x, learnt, index, upsample)
     chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample))
     if chosen == "reference":
         constants = () if index is None else (index,)
@@ -440,11 +439,21 @@ def preferred(x: Tensor, upsample: int) -> str:
     return "triton" if kind in TRITON_IS_FASTER else "native"
 
 
-def _refusal(gamma_weight: Tensor) -> str | None:
-    """Why kernels cannot take these weights."""
+def _refusals(x: Tensor, learnt, index: Tensor | None, upsample: int) -> dict[str, str | None]:
+    """Why kernels cannot take these arguments."""
+    gamma_weight, mask_projection = learnt[3], learnt[0]
     if gamma_weight.shape[-3] != 1:
-        return f"the kernels are for depthwise weights, got gamma_weight of shape {tuple(gamma_weight.shape)}"
-    return None
+        reason = f"the kernels are for depthwise weights, got gamma_weight of shape {tuple(gamma_weight.shape)}"
+        return {"native": reason, "triton": reason}
+    native = triton = None
+    if x.device.type == "cuda" and gamma_weight.shape[-1] != 3:
+        native = f"the CUDA kernels are for kernel size 3, got {gamma_weight.shape[-1]}"
+    elif x.device.type == "cuda" and mask_projection.shape[0] != mask_projection.shape[1]:
+        native = f"the CUDA kernels need one mask per channel, got {mask_projection.shape[0]} for all"
+    if index is not None:
+        triton = "conditional SPN has no kernels for GPUs yet"
+        native = triton if x.device.type == "cuda" else native
+    return {"native": native, "triton": triton or beyond_32_bits(x, upsample)}
 
 
 _NAMES = (

@@ -211,7 +211,8 @@ class OpSpec:
         integers: names of the arguments of an integer dtype: never cast, never differentiated.
         buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
-        takes: ``(impl, case)`` -> whether the impl can run it.
+        takes: ``(backend, case)`` -> whether the kernels of one of ``backends`` can run it.
+        backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
         inference: the keyword arguments of a call that is not training, where it differs from one that is.
@@ -234,7 +235,8 @@ class OpSpec:
     buffers: tuple[str, ...] = ()
     title: str = ""
     saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
-    takes: Callable[[str, Case], bool] = lambda impl, case: True
+    takes: Callable[[str, Case], bool] = lambda backend, case: True
+    backends: tuple[str, ...] = ("cpu", "cuda", "triton")
     options: Mapping[str, tuple] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)
     inference: Mapping[str, Any] = field(default_factory=dict)
@@ -281,12 +283,17 @@ class OpSpec:
 
     def runs(self, impl: str, device: str | None = None) -> bool:
         """Whether the op has kernels, built or not, for an impl and a device type (that of the default device)."""
-        return impl == "reference" or has_kernels(self.name, impl, device or torch.get_default_device().type)
+        device = device or torch.get_default_device().type
+        if impl == "reference":
+            return True
+        backend = "triton" if impl == "triton" else device
+        others = {"cpu", "cuda", "triton"} - set(self.backends)
+        return backend not in others and has_kernels(self.name, impl, device)
 
     @property
     def cuda_kernels(self) -> bool:
         """Whether there are kernels in CUDA C++."""
-        return "cuda" in native_devices[f"{self.name}_fwd"]
+        return "cuda" in self.backends and "cuda" in native_devices[f"{self.name}_fwd"]
 
     def combinations(self) -> list[dict[str, Any]]:
         """All of ``options``."""
