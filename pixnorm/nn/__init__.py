@@ -5,7 +5,7 @@ from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatc
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.spade import SPADE2d
-from pixnorm.nn.spn import SPN2d
+from pixnorm.nn.spn import ConditionalSPN2d, SPN2d
 from pixnorm.nn.statistics import NORMS, update_statistics
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "AdaIN2d",
     "BatchNorm2d",
     "ConditionalBatchNorm2d",
+    "ConditionalSPN2d",
     "Conversion",
     "GConv2d",
     "GLinear",

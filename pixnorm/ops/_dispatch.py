@@ -184,6 +184,7 @@ def choose(
     device: torch.device,
     refusals: Mapping[str, str | None],
     preferred: str = "native",
+    stacklevel: int = 4,
 ) -> str:
     """The backend to run: ``"native"``, ``"triton"`` or ``"reference"``.
 
@@ -198,6 +199,7 @@ def choose(
         refusals: for ``"native"`` and ``"triton"``, why those kernels cannot take these arguments (None or absent: they
             can).
         preferred: ``"native"`` or ``"triton"``, where both can run.
+        stacklevel: of the warning, so that it names the caller's line; 4 from a public function.
     """
     if impl not in IMPLS:  # importing checks.py here would be circular
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
@@ -229,7 +231,7 @@ def choose(
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {obstacle}")
     if not torch.compiler.is_compiling() and obstacle not in fallbacks.setdefault(op, []):
         fallbacks[op].append(obstacle)
-        warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=4)
+        warnings.warn(f"pixnorm.{op} runs on the reference: {obstacle}", stacklevel=stacklevel)
     return "reference"
 
 

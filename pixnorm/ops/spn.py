@@ -154,7 +154,7 @@ def conditional_spn_reference(
 # The forward op returns copies of those that it used (biased), of x and of p = conv1x1(x) at the resolution of x.
 # `allow_tf32` is PyTorch's flag for convolutions on GPUs, which C++ cannot read; the CPU has no TF32.
 # With an `index`, (N,) in [0, G), mask_weight and mask_bias are (G, Cm) and the kernels (G, C, 1, k, k); without, there
-# is no G. `gamma_bias` and `beta_bias` are (N, C), in x's or the parameters' dtype; where they are None their gradients
+# is no G. `gamma_bias` and `beta_bias` are (N, C), in x's dtype or float32; where they are None their gradients
 # are (0,).
 _PARAMETERS = (
     "Tensor mask_projection, Tensor mask_weight, Tensor mask_bias, "
@@ -375,7 +375,7 @@ def conditional_spn(
         mask_weight, mask_bias: (G, Cm).
         gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv: (G, C, 1, k, k), k = 1, 3 or 5. Groups that no
             sample has get zero gradients.
-        gamma_bias, beta_bias: (N, C), added to γ and β at all pixels; in x's or in the parameters' dtype.
+        gamma_bias, beta_bias: (N, C), added to γ and β at all pixels; in x's dtype, or float32 with half precision.
         running_mean, running_var, mask_running_mean, mask_running_var, training, momentum, eps, upsample, activation,
             negative_slope, impl: as in :func:`spn`.
 
@@ -403,7 +403,7 @@ def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Ten
     training, eps, upsample = options["training"], options["eps"], options["upsample"]
     _check(x, learnt, index, rows, buffers, options)
     refusals = _refusals(x, learnt, index, upsample)
-    chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample))
+    chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample), stacklevel=5)
     if chosen == "reference":
         constants = () if index is None else (index,)
         inputs = x, *learnt, *rows
@@ -443,7 +443,7 @@ def _refusals(x: Tensor, learnt, index: Tensor | None, upsample: int) -> dict[st
     """Why kernels cannot take these arguments."""
     gamma_weight, mask_projection = learnt[3], learnt[0]
     if gamma_weight.shape[-3] != 1:
-        reason = f"the kernels are for depthwise weights, got gamma_weight of shape {tuple(gamma_weight.shape)}"
+        reason = "the kernels are for depthwise weights, not for standard convolutions"
         return {"native": reason, "triton": reason}
     native = triton = None
     if x.device.type == "cuda" and gamma_weight.shape[-1] != 3:
@@ -492,7 +492,7 @@ def _check(x, learnt, index, rows, buffers, options) -> None:
     if not any(k == size for size in (1, 3, 5)):
         raise ValueError(f"the kernel size must be 1, 3 or 5, got gamma_weight of shape {tuple(gamma_weight.shape)}")
     depth = 1
-    if index is None and gamma_weight.dim() == 4 and gamma_weight.shape[1] != 1:
+    if index is None and gamma_weight.dim() == 4 and gamma_weight.shape[1] == channels:
         depth = channels  # standard convolutions
     groups = () if index is None else tuple(mask_weight.shape[:1])
     of_mask, of_x, kernel = (mask_channels,), (channels,), (channels, depth, k, k)
@@ -512,8 +512,7 @@ def _check(x, learnt, index, rows, buffers, options) -> None:
             continue
         check_shape(name, row, x.shape[:2], x)
         check_device(name, row, x)
-        if row.dtype not in (x.dtype, mask_weight.dtype):
-            raise TypeError(f"expected {name} of dtype {x.dtype} or {mask_weight.dtype}, got {row.dtype}")
+        check_parameter_dtype(row.dtype, x)
     of_buffers = zip(_NAMES[len(learnt) :], buffers, (of_x, of_x, of_mask, of_mask), strict=True)
     check_running_statistics(of_buffers, x, mask_weight.dtype, training)
     n, _, h, w = x.shape
