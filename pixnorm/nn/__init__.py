@@ -5,7 +5,7 @@ from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatc
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.spade import SPADE2d
-from pixnorm.nn.spn import ConditionalSPN2d, SPN2d
+from pixnorm.nn.spn import ConditionalSPN2d, SPN2d, self_latent_mask
 from pixnorm.nn.statistics import NORMS, update_statistics
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "convert_batchnorm",
     "convert_conv",
     "latent",
+    "self_latent_mask",
     "update_statistics",
 ]

@@ -1,5 +1,8 @@
 """The modules of self pixel-wise normalisation, plain and conditional."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,21 +15,14 @@ from pixnorm.ops.checks import check_eps, check_option
 from pixnorm.ops.common import ACTIVATIONS, onlooker
 from pixnorm.ops.modulate import rows_for
 
-NOISE = 0.02  # standard deviation, relative to each channel's scale; without it masks get no gradient in the first step
-BATCHNORM = ("running_mean", "running_var", "num_batches_tracked")
 KERNELS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")
-# Conditional convolution's tables for each of the kernels.
-SCALES, SHIFTS = ([name.replace("weight", of) for name in KERNELS] for of in ("scale", "shift"))
+NOISE = 0.02  # standard deviation, relative to each channel's scale; without it masks get no gradient in the first step
 
 
-class SelfLatentNorm2d(Norm2d):
-    """What the layers on :func:`pixnorm.functional.spn` share: projection, mask affine, kernels, options.
+class PixelwiseNorm2d(Norm2d):
+    """What both layers share: options, the projection, the kernels, and checkpoints of batch norm.
 
-    Args:
-        num_features, kernel_size, mask_channels, eps, momentum, track_running_stats, upsample, activation, impl,
-            device, dtype, init, negative_slope: as in :class:`SPN2d`.
-        classes: () or (K,): the leading dimensions of ``mask_weight`` and ``mask_bias``.
-        depthwise: whether the kernels are (C, 1, k, k), or (C, C, k, k).
+    Arguments as in :class:`SPN2d`; ``classes`` is () or (K,), the leading size of the mask's scale and shift.
     """
 
     _KINDS = ("", "mask_")
@@ -47,8 +43,8 @@ class SelfLatentNorm2d(Norm2d):
         init: str,
         negative_slope: float,
         *,
-        classes: tuple[int, ...] = (),
         depthwise: bool = True,
+        classes: tuple[int, ...] = (),
     ):
         super().__init__(num_features, eps, momentum, track_running_stats)
         mask_channels = num_features if mask_channels is None else mask_channels
@@ -66,7 +62,6 @@ class SelfLatentNorm2d(Norm2d):
         self.impl = impl
         self.init = init
         self.negative_slope = negative_slope
-        self.depthwise = depthwise
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -75,8 +70,8 @@ class SelfLatentNorm2d(Norm2d):
         self.mask_weight = parameter(*classes, mask_channels)
         self.mask_bias = parameter(*classes, mask_channels)
         for name in KERNELS:
-            kernel = parameter(num_features, 1 if depthwise else num_features, kernel_size, kernel_size)
-            self.register_parameter(name, kernel)
+            depth = 1 if depthwise else num_features
+            self.register_parameter(name, parameter(num_features, depth, kernel_size, kernel_size))
         self._register_statistics({"": num_features, "mask_": mask_channels}, device, dtype)
 
     def reset_parameters(self) -> None:
@@ -89,53 +84,48 @@ class SelfLatentNorm2d(Norm2d):
             scale = self.gamma_weight.new_ones(self.num_features)
             start_as_batchnorm_(self, scale, torch.zeros_like(scale))
         else:
-            limit = (6 / (self.kernel_size**2 * (self.num_features + self.gamma_weight.shape[1]))) ** 0.5
+            channels, depth, *taps = self.gamma_weight.shape
+            limit = (6 / (taps[0] * taps[1] * (channels + depth))) ** 0.5
             for name in KERNELS:
                 nn.init.uniform_(getattr(self, name), -limit, limit)
 
-    def _normalised(self, function, x: Tensor, *arguments: Tensor | None) -> Tensor:
-        """A function of ``pixnorm.functional``, with the statistics and the options of the layer."""
-        buffers, options = self._statistics()
-        y = function(
-            x,
-            *arguments,
-            *buffers,
-            **options,
-            upsample=self.upsample,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            impl=self.impl,
-        )
-        return self._counted(y)
+    def _fused(self) -> dict[str, Any]:
+        """The options of the op that are not about statistics."""
+        names = ("upsample", "activation", "negative_slope", "impl")
+        return {name: getattr(self, name) for name in names}
+
+    def _converted(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of batch norm, as if ``convert_batchnorm`` had converted that batch norm; any other as it is."""
+        if not found.keys() & {"weight", "running_mean"} or "mask_projection" in found:
+            return found
+        ones = next(iter(found.values())).new_ones(self.num_features, dtype=self.gamma_weight.dtype)
+        weight, bias = found.get("weight", ones), found.get("bias", torch.zeros_like(ones))
+        statistics = {name: value for name, value in found.items() if name not in ("weight", "bias")}
+        own = {**self._parameters, **self._buffers}
+        # A layer on the meta device has no mask to keep: it counts as missing.
+        of_mask = {
+            name: tensor.detach()
+            for name, tensor in own.items()
+            if name.startswith("mask_") and tensor is not None and not tensor.is_meta
+        }
+        return statistics | of_mask | kernels_of_batchnorm(weight, bias, self.gamma_weight.shape[1:], NOISE)
 
     def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
-        """A checkpoint of batch norm loads as if ``convert_batchnorm`` had converted that batch norm."""
         found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        if found.keys() & {"weight", "running_mean"} and "mask_projection" not in found:
-            ones = next(iter(found.values())).new_ones(self.num_features, dtype=self.gamma_weight.dtype)
-            affine = found.pop("weight", ones), found.pop("bias", torch.zeros_like(ones))
-            own = {**self._parameters, **self._buffers}
-            # What batch norm has not; a layer on the meta device has nothing to keep: it counts as missing.
-            others_own = {
-                name: tensor.detach()
-                for name, tensor in own.items()
-                if name not in KERNELS and name not in BATCHNORM and tensor is not None and not tensor.is_meta
-            }
-            found |= others_own | kernels_of_batchnorm(*affine, self.kernel_size, NOISE, self.depthwise)
-            state_dict = {prefix + name: value for name, value in found.items()}
+        if (converted := self._converted(found)) is not found:
+            state_dict = {prefix + name: value for name, value in converted.items()}
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         slope = f"negative_slope={self.negative_slope}, " if self.activation == "leaky_relu" else ""
-        dense = "" if self.depthwise else "depthwise=False, "
         return (
             f"{self.num_features}, kernel_size={self.kernel_size}, mask_channels={self.mask_channels}, eps={self.eps}, "
             f"momentum={self.momentum}, track_running_stats={self.track_running_stats}, upsample={self.upsample}, "
-            f"activation={self.activation!r}, {slope}{dense}impl={self.impl!r}"
+            f"activation={self.activation!r}, {slope}impl={self.impl!r}"
         )
 
 
-class SPN2d(SelfLatentNorm2d):
+class SPN2d(PixelwiseNorm2d):
     r"""Self pixel-wise normalisation ("Image Generation with Self Pixel-wise Normalization", arXiv 2201.10725).
 
     Batch norm whose scale and shift differ from pixel to pixel: depthwise convolutions compute them from a mask of the
@@ -163,8 +153,8 @@ class SPN2d(SelfLatentNorm2d):
             the depthwise kernels Glorot uniform as Keras does, with limit √(6 / (k² (C + 1))). The projection is Glorot
             uniform in both.
         negative_slope: of ``"leaky_relu"``.
-        depthwise: False makes the kernels standard convolutions (C, C, k, k), which the paper's Table 7 has found to be
-            worse; they run on the reference.
+        depthwise: False for standard convolutions (C, C, k, k) in place of depthwise ones, which the paper compares
+            (Table 7): 32 times the parameters at C = 256, for the reference only.
 
     Shape:
         (N, C, H, W) to (N, C, H * upsample, W * upsample), in the input's dtype and memory format.
@@ -215,27 +205,43 @@ class SPN2d(SelfLatentNorm2d):
             negative_slope,
             depthwise=depthwise,
         )
+        self.depthwise = depthwise
         self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the input; in training also update the running statistics."""
         if (node := traced(self, input)) is not None:
             return node
-        kernels = [getattr(self, name) for name in KERNELS]
-        return self._normalised(F.spn, input, self.mask_projection, self.mask_weight, self.mask_bias, *kernels)
+        buffers, options = self._statistics()
+        y = F.spn(
+            input,
+            self.mask_projection,
+            self.mask_weight,
+            self.mask_bias,
+            self.gamma_weight,
+            self.gamma_weight_inv,
+            self.beta_weight,
+            self.beta_weight_inv,
+            *buffers,
+            **options,
+            **self._fused(),
+        )
+        return self._counted(y)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.depthwise else ", depthwise=False")
 
 
-class ConditionalSPN2d(SelfLatentNorm2d):
-    r"""Conditional self pixel-wise normalisation (arXiv 2201.10725, section 3.2 and Table 8): :class:`SPN2d` whose mask
-    and kernels depend on the class of each sample, and whose scale and shift also on a latent vector.
+class ConditionalSPN2d(PixelwiseNorm2d):
+    r"""Conditional self pixel-wise normalisation (cSPN, arXiv 2201.10725, section 3.2): :class:`SPN2d` with a class for
+    each sample, and a latent vector.
 
-    - The mask's batch norm is conditional: ``mask_weight`` and ``mask_bias`` have a row for each class.
-    - The kernels are those of conditional convolution (arXiv 1906.00709): in class y, channel c of each of the four is
-      ``scale[y, c] * w[c] + shift[y, c]``.
-    - With ``latent_dim``, ``z Wg`` is added to γ and ``z Wb`` to β.
+    The class y chooses the scale and shift of the mask's batch norm, and changes the depthwise kernels as a conditional
+    convolution (cConv, arXiv 1906.00709) does, ``w_y = scale[y] · w + shift[y]`` per channel. The latent vector is
+    added: ``γ + z Wg``, ``β + z Wb`` (Table 8). Statistics are those of the whole batch. The equation is in
+    :func:`pixnorm.functional.conditional_spn`.
 
-    Statistics are those of the whole batch. Kernels are formed only for classes that are in the batch: on a GPU, where
-    looking would wait for it, and in compiled graphs, for each sample or for each class, whichever are fewer.
+    A checkpoint of :class:`SPN2d`, or of batch norm, loads: then all classes start equal, and z has no effect at first.
 
     Args:
         num_features: C, the channels of the input.
@@ -245,20 +251,22 @@ class ConditionalSPN2d(SelfLatentNorm2d):
             negative_slope: as in :class:`SPN2d`.
 
     Shape:
-        x (N, C, H, W), y (N) of int64 or one-hot (also soft) (N, K), and z (N, dz) to (N, C, H * upsample,
-        W * upsample). Vectors in place of classes mix the classes' parameters, which then are formed for each sample.
+        x (N, C, H, W), y (N) of int64 or one-hot (N, K), and z (N, dz) to (N, C, H * upsample, W * upsample). The rows
+        of a floating-point y may also be soft: then every parameter of a sample is the average over classes that they
+        say. Kernels are formed for the classes in the batch; on a GPU and in compiled graphs for min(N, K) of them, for
+        floating-point y for N.
 
-    Parameters of :class:`SPN2d`, with ``mask_weight`` and ``mask_bias`` (K, Cm); tables (K, C), 1 and 0 at first,
-    ``gamma_scale`` and ``gamma_shift``, ``gamma_scale_inv``, ``gamma_shift_inv``, and the same four of beta; with
-    ``latent_dim``, ``gamma_latent`` and ``beta_latent`` (C, dz), Glorot uniform. Buffers as in :class:`SPN2d`.
-    Checkpoints of :class:`SPN2d` load: all classes start as that layer.
+    Parameters ``mask_projection``, ``gamma_weight``, ``gamma_weight_inv``, ``beta_weight`` and ``beta_weight_inv`` as
+    in :class:`SPN2d`; ``mask_weight`` and ``mask_bias`` (K, Cm), 1 and 0 at first; for each of the four kernels
+    ``<kernel>_scale`` and ``<kernel>_shift`` (K, C), 1 and 0 at first; with ``latent_dim``, ``gamma_latent`` and
+    ``beta_latent`` (C, dz), Glorot uniform. Buffers as in :class:`SPN2d`.
 
     Raises:
         ValueError: an argument is out of range; y or z does not fit, or z is missing.
 
     Example:
-        >>> norm = pixnorm.ConditionalSPN2d(64, num_classes=10, latent_dim=128)
-        >>> y = norm(torch.randn(8, 64, 16, 16), torch.randint(10, (8,)), torch.randn(8, 128))
+        >>> layer = pixnorm.ConditionalSPN2d(64, num_classes=10)
+        >>> y = layer(torch.randn(8, 64, 16, 16), torch.randint(10, (8,)))
     """
 
     def __init__(
@@ -306,97 +314,148 @@ class ConditionalSPN2d(SelfLatentNorm2d):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        for name in (*SCALES, *SHIFTS):
-            self.register_parameter(name, parameter(num_classes, num_features))
+        for name in KERNELS:
+            self.register_parameter(f"{name}_scale", parameter(num_classes, num_features))
+            self.register_parameter(f"{name}_shift", parameter(num_classes, num_features))
         for name in ("gamma_latent", "beta_latent"):
             self.register_parameter(name, parameter(num_features, latent_dim) if latent_dim else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as ``init`` says, and reset the running statistics."""
+        """Draw the parameters as ``init`` says, with equal classes, and reset the running statistics."""
         super().reset_parameters()
-        for scale, shift in zip(SCALES, SHIFTS, strict=True):
-            nn.init.ones_(getattr(self, scale))
-            nn.init.zeros_(getattr(self, shift))
+        for name in KERNELS:
+            nn.init.ones_(getattr(self, f"{name}_scale"))
+            nn.init.zeros_(getattr(self, f"{name}_shift"))
         if self.latent_dim:
             nn.init.xavier_uniform_(self.gamma_latent)
             nn.init.xavier_uniform_(self.beta_latent)
 
     def forward(self, input: Tensor, y: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise the input, with the mask and the kernels of each sample's class, and by z, say."""
+        """Normalise the input with the parameters of each sample's class; in training update the running statistics."""
         if (node := traced(self, input, y, z)) is not None:
             return node
         check_classes(y, input.shape[0], self.num_classes)
         check_latent(z, input, self.latent_dim)
-        index, mask_weight, mask_bias, kernels = self._groups(y)
-        rows = (None, None)
+        index, of_groups = self._groups(y)
+        rows = [None, None]
         if self.latent_dim:
-            rows = [rows_for(nn.functional.linear(z, of), input) for of in (self.gamma_latent, self.beta_latent)]
-        learnt = self.mask_projection, mask_weight, mask_bias, *kernels
-        return self._normalised(F.conditional_spn, input, index, *learnt, *rows)
-
-    def _groups(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Each sample's group; and the groups' mask affine (G, Cm) and kernels (G, C, 1, k, k)."""
-        samples = y.shape[0]
-        if y.dim() == 2:
-            index = torch.arange(samples, device=y.device)
-        elif y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None:
-            y, index = y.unique(return_inverse=True)
-        elif samples < self.num_classes:
-            index = torch.arange(samples, device=y.device)
-        else:
-            y, index = None, y
-
-        def of_groups(table: Tensor) -> Tensor:
-            return table if y is None else rows_of_classes(y, table).to(table.dtype)
-
-        # All four at once: small operations, whose overhead counts.
-        weight = torch.stack([getattr(self, name) for name in KERNELS])
-        scale, shift = (
-            torch.stack([of_groups(getattr(self, name)) for name in names])[..., None, None, None]
-            for names in (SCALES, SHIFTS)
+            rows = [rows_for(nn.functional.linear(z, w), input) for w in (self.gamma_latent, self.beta_latent)]
+        buffers, options = self._statistics()
+        output = F.conditional_spn(
+            input,
+            index,
+            self.mask_projection,
+            of_groups(self.mask_weight),
+            of_groups(self.mask_bias),
+            *[self._kernels(name, of_groups) for name in KERNELS],
+            *rows,
+            *buffers,
+            **options,
+            **self._fused(),
         )
-        kernels = torch.addcmul(shift, scale, weight[:, None]).unbind()
-        return index, of_groups(self.mask_weight), of_groups(self.mask_bias), kernels
+        return self._counted(output)
 
-    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
-        """A checkpoint of SPN2d loads: every class gets its parameters."""
-        weight = state_dict.get(f"{prefix}mask_weight")
-        if weight is not None and weight.dim() == 1:
-            state_dict = dict(state_dict)
-            for name in ("mask_weight", "mask_bias"):
-                state_dict[prefix + name] = state_dict[prefix + name].expand(self.num_classes, -1)
-            for name, table in self._parameters.items():
-                if prefix + name not in state_dict and table is not None and not table.is_meta:
-                    state_dict[prefix + name] = table.detach()
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    def _groups(self, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Each sample's group, and a function from a table's rows of classes to rows of groups.
+
+        Groups are the classes that are in the batch. Where looking would synchronise with a GPU or break a graph, they
+        are all classes; or the samples, if they are fewer. For y in floating point they are the samples.
+        """
+        if y.dim() == 1 and y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None:
+            classes, index = y.unique(return_inverse=True)
+            return index, lambda table: nn.functional.embedding(classes, table)
+        if y.dim() == 1 and y.shape[0] >= self.num_classes:
+            return y, lambda table: table
+        # Autocast computes the products in another dtype.
+        samples = torch.arange(y.shape[0], device=y.device)
+        return samples, lambda table: rows_of_classes(y, table).to(table.dtype)
+
+    def _kernels(self, name: str, of_groups: Callable[[Tensor], Tensor]) -> Tensor:
+        """(G, C, 1, k, k)"""
+        scale, shift = (
+            of_groups(getattr(self, f"{name}_{kind}"))[..., None, None, None] for kind in ("scale", "shift")
+        )
+        return torch.addcmul(shift, scale, getattr(self, name))
+
+    def _converted(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of plain SPN: all classes get its mask and its kernels, and z no weight."""
+        found = super()._converted(found)
+        tables = [f"{name}_{kind}" for name in KERNELS for kind in ("scale", "shift")]
+        if "gamma_weight" not in found or found.keys() & set(tables):
+            return found
+        like = found["gamma_weight"]
+        converted = dict(found)
+        for name in ("mask_weight", "mask_bias"):
+            if name in found and found[name].dim() == 1:
+                converted[name] = found[name].expand(self.num_classes, -1)
+        for name in tables:
+            value = 1.0 if name.endswith("scale") else 0.0
+            converted[name] = like.new_full((self.num_classes, self.num_features), value)
+        if self.latent_dim:
+            for name in ("gamma_latent", "beta_latent"):
+                converted[name] = like.new_zeros((self.num_features, self.latent_dim))
+        return converted
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", num_classes={self.num_classes}, latent_dim={self.latent_dim}"
 
 
-def kernels_of_batchnorm(
-    weight: Tensor, bias: Tensor, kernel_size: int, noise: float, depthwise: bool = True
-) -> dict[str, Tensor]:
-    """Kernels for which SPN equals batch norm with this affine, up to noise, for any mask.
+def self_latent_mask(layer: SPN2d | ConditionalSPN2d, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The mask m that a layer computes from its input x, as the paper draws it (Fig. 2); the inverted one is 1 - m.
+
+    Statistics are those of x in training mode and the running ones in eval mode; the layer stays as it is.
+
+    Args:
+        layer: an :class:`SPN2d` or :class:`ConditionalSPN2d`.
+        x: (N, C, H, W), the layer's input.
+        y: the classes of a conditional layer, as its ``forward`` takes them.
+
+    Returns:
+        (N, Cm, H, W) in (0, 1), in x's dtype: at the resolution of x, whatever ``upsample``.
+    """
+    buffers, options = layer._statistics()
+    if options["training"]:
+        buffers = (None,) * len(buffers)
+    # With γ = 0 and β = m the layer's output is the mask.
+    zero = layer.gamma_weight.new_zeros(layer.num_features, 1, 1, 1)
+    kernels = zero, zero, torch.ones_like(zero), zero
+    if isinstance(layer, ConditionalSPN2d):
+        check_classes(y, x.shape[0], layer.num_classes)
+        index, of_groups = layer._groups(y)
+        weight, bias = of_groups(layer.mask_weight), of_groups(layer.mask_bias)
+        kernels = [kernel.expand(weight.shape[0], *kernel.shape) for kernel in kernels]
+        m = F.conditional_spn(
+            x, index, layer.mask_projection, weight, bias, *kernels, None, None, *buffers, **options, impl=layer.impl
+        )
+    else:
+        learnt = layer.mask_projection, layer.mask_weight, layer.mask_bias
+        m = F.spn(x, *learnt, *kernels, *buffers, **options, impl=layer.impl)
+    return m[:, : layer.mask_channels]
+
+
+def kernels_of_batchnorm(weight: Tensor, bias: Tensor, shape: tuple[int, ...], noise: float) -> dict[str, Tensor]:
+    """Kernels (C, *shape) for which SPN equals batch norm with this affine, up to noise, for any mask.
 
     Mask and inverted mask add up to one, so equal kernels weight * delta give the scale ``weight``. The noise has
-    standard deviation ``noise * |weight|``: it perturbs every channel's output by the same fraction, and is 0 for
-    a channel of scale 0. (In a standard convolution that is the deviation of a sum over channels.)
+    standard deviation ``noise * |weight|``, summed over the input's channels: it perturbs every channel's output by the
+    same fraction, and is 0 for a channel of scale 0.
     """
-    found, centre, channels = {}, kernel_size // 2, weight.shape[0]
-    depth = 1 if depthwise else channels
+    depth, size, _ = shape
+    found, centre = {}, size // 2
     for name, value in (("gamma", weight), ("beta", bias)):
         for kernel in (f"{name}_weight", f"{name}_weight_inv"):
-            found[kernel] = weight.new_empty((channels, depth, kernel_size, kernel_size)).normal_()
-            found[kernel].mul_(noise * depth**-0.5 * weight.abs().view(-1, 1, 1, 1))
-            middle = found[kernel][:, :, centre, centre]
-            middle += value[:, None] if depthwise else value.diag()
+            found[kernel] = weight.new_empty((*weight.shape, *shape)).normal_()
+            found[kernel].mul_(noise / depth**0.5 * weight.abs().view(-1, 1, 1, 1))
+            if depth == 1:
+                found[kernel][:, 0, centre, centre] += value
+            else:
+                found[kernel][:, :, centre, centre].diagonal().add_(value)
     return found
 
 
 @torch.no_grad()
-def start_as_batchnorm_(spn: SelfLatentNorm2d, weight: Tensor, bias: Tensor, noise: float = NOISE) -> None:
+def start_as_batchnorm_(spn: PixelwiseNorm2d, weight: Tensor, bias: Tensor, noise: float = NOISE) -> None:
     """Fill the kernels as ``kernels_of_batchnorm`` says."""
-    for name, kernel in kernels_of_batchnorm(weight, bias, spn.kernel_size, noise, spn.depthwise).items():
+    for name, kernel in kernels_of_batchnorm(weight, bias, spn.gamma_weight.shape[1:], noise).items():
         getattr(spn, name).copy_(kernel)
