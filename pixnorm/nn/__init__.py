@@ -2,6 +2,7 @@
 
 from pixnorm.nn.adain import AdaIN2d
 from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatchNorm2d
+from pixnorm.nn.conditional_conv import ConditionalConv2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.spade import SPADE2d
@@ -13,6 +14,7 @@ __all__ = [
     "AdaIN2d",
     "BatchNorm2d",
     "ConditionalBatchNorm2d",
+    "ConditionalConv2d",
     "ConditionalSPN2d",
     "Conversion",
     "GConv2d",

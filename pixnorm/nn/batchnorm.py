@@ -8,8 +8,8 @@ from pixnorm.functional import modulated_norm
 from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
-from pixnorm.ops.checks import check_eps, check_option, has_shape
-from pixnorm.ops.common import ACTIVATIONS
+from pixnorm.ops.checks import check_classes, check_eps, check_option, has_shape
+from pixnorm.ops.common import ACTIVATIONS, rows_of_classes
 from pixnorm.ops.modulate import rows_for
 
 
@@ -248,19 +248,6 @@ class ConditionalBatchNorm2d(ModulatedNorm2d):
         return super().extra_repr() + f", num_classes={self.num_classes}, latent_dim={self.latent_dim}"
 
 
-def check_classes(y: Tensor, batch: int, num_classes: int) -> None:
-    """y holds a class for each sample: (N,) of int64, or one-hot (N, K)."""
-    one_hot = y.dim() == 2 and y.is_floating_point() and y.shape[1] == num_classes
-    if not (one_hot or (y.dim() == 1 and y.dtype == torch.int64)) or y.shape[0] != batch:
-        wanted = f"({batch},) of torch.int64, or one-hot ({batch}, {num_classes})"
-        raise ValueError(f"y must be {wanted}, got {tuple(y.shape)} of {y.dtype}")
-    # On a GPU, asking would wait for it; there indexing itself fails on the device.
-    if not one_hot and y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
-        low, high = y.aminmax()
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"y must be in [0, {num_classes}), got classes from {low} to {high}")
-
-
 def check_latent(z: Tensor | None, x: Tensor, latent_dim: int) -> None:
     """z is there where it is needed, (N, dz)."""
     if z is None and latent_dim:
@@ -268,11 +255,6 @@ def check_latent(z: Tensor | None, x: Tensor, latent_dim: int) -> None:
     if z is not None and not has_shape(z, (x.shape[0], latent_dim)):
         wanted = (x.shape[0], latent_dim)
         raise ValueError(f"z must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")
-
-
-def rows_of_classes(y: Tensor, table: Tensor) -> Tensor:
-    """Rows of a (K, C) table by classes, or by one-hot (also soft) vectors."""
-    return F.embedding(y, table) if y.dim() == 1 else y.to(table.dtype) @ table
 
 
 class LatentBatchNorm2d(ModulatedNorm2d):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from pixnorm import functional as F
 from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
-from pixnorm.nn.batchnorm import check_classes, check_latent, rows_of_classes
+from pixnorm.nn.batchnorm import check_latent
 from pixnorm.ops._dispatch import IMPLS
-from pixnorm.ops.checks import check_eps, check_option
-from pixnorm.ops.common import ACTIVATIONS, onlooker
+from pixnorm.ops.checks import check_classes, check_eps, check_option
+from pixnorm.ops.common import ACTIVATIONS, onlooker, rows_of_classes
 from pixnorm.ops.modulate import rows_for
 
 KERNELS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")

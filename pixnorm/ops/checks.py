@@ -91,6 +91,19 @@ def check_running_statistics(
         raise TypeError(f"expected running statistics of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
 
 
+def check_classes(y: Tensor, batch: int, num_classes: int) -> None:
+    """y holds a class for each sample: (N,) of int64, or one-hot (N, K)."""
+    one_hot = y.dim() == 2 and y.is_floating_point() and y.shape[1] == num_classes
+    if not (one_hot or (y.dim() == 1 and y.dtype == torch.int64)) or y.shape[0] != batch:
+        wanted = f"({batch},) of torch.int64, or one-hot ({batch}, {num_classes})"
+        raise ValueError(f"y must be {wanted}, got {tuple(y.shape)} of {y.dtype}")
+    # On a GPU, asking would wait for it; there indexing itself fails on the device.
+    if not one_hot and y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+        low, high = y.aminmax()
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"y must be in [0, {num_classes}), got classes from {low} to {high}")
+
+
 def check_several_values(x: Tensor, per_channel: int) -> None:
     """Training needs more than one value per channel."""
     if per_channel == 1:

@@ -228,3 +228,8 @@ def reference_grads(
 @constant_in_graphs
 def gpu_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
+
+
+def rows_of_classes(y: Tensor, table: Tensor) -> Tensor:
+    """Rows of a (K, C) table by classes, or by one-hot (also soft) vectors."""
+    return F.embedding(y, table) if y.dim() == 1 else y.to(table.dtype) @ table
