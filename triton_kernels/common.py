@@ -20,7 +20,7 @@ from pixnorm.ops.common import is_channels_last
 GPUS = ("cuda", "xpu")
 # Sizes on which the kernels that compile slowly are not specialised, so that one binary serves many shapes. What Triton
 # would infer from a size, these kernels say by hints (tl.multiple_of).
-SIZES = ["N", "C", "H", "W", "rows", "strips", "parts", "count"]
+SIZES = ["N", "C", "H", "W", "G", "rows", "strips", "parts", "count"]
 WARP = 32
 # Target number of lanes in a walk over rows: 16 warps on each of 132 SMs, twice.
 LANES = 1 << 17
@@ -81,12 +81,13 @@ class Walk(NamedTuple):
         }
 
 
-def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
+def walk_of(x: Tensor, columns: int, warps: int, by_sample: bool = False) -> Walk:
     """The walk over x. It depends on the shape alone, so sums have the same order on every GPU.
 
     Args:
         columns: per lane, at most; reduced to a power of two that divides the row.
         warps: per program.
+        by_sample: all lanes of a program are of one sample; of small planes a program then has several channels.
     """
     n, c, h, w = x.shape
     channels_last = is_channels_last(x)
@@ -99,7 +100,12 @@ def walk_of(x: Tensor, columns: int, warps: int) -> Walk:
     strips = max(1, min(LANES // max(1, n * c * across), h // LEAST_ROWS))
     rows = triton.cdiv(h, strips)
     strips = triton.cdiv(h, rows)
-    parts = triton.cdiv(n * strips * across, lanes // channels)
+    of_plane = strips * across
+    if by_sample:
+        channels = max(channels, min(power_of_two_from(c), lanes // power_of_two_from(of_plane)))
+        parts = n * triton.cdiv(of_plane, lanes // channels)
+    else:
+        parts = triton.cdiv(n * of_plane, lanes // channels)
     return Walk(columns, lanes, channels, rows, strips, parts * triton.cdiv(c, channels))
 
 

@@ -28,7 +28,8 @@ from pixnorm.triton_kernels.common import (
     wrap_triton,
 )
 from pixnorm.triton_kernels.projection import add_backward, grad_weight, project
-from pixnorm.triton_kernels.spn_backward import spn_bwd_apply_kernel, spn_bwd_finish_kernel, spn_bwd_reduce_kernel
+from pixnorm.triton_kernels.spn_backward import spn_bwd_apply_kernel, spn_bwd_reduce_kernel
+from pixnorm.triton_kernels.spn_finish import spn_bwd_finish_kernel, spn_bwd_finish_rows_kernel
 from pixnorm.triton_kernels.spn_rows import (
     META_FIELDS,
     PARAMETER_FIELDS,
@@ -39,6 +40,7 @@ from pixnorm.triton_kernels.spn_rows import (
     lane_of,
     mask_row,
     masks_from,
+    parameters_of_sample,
     planes_of,
     rows_around,
 )
@@ -86,22 +88,26 @@ APPLY = {
 @triton.jit(do_not_specialize=SIZES)
 def spn_fwd_modulate_kernel(
     x_ptr, p_ptr, y_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, N, C, H, W, rows, strips,
+    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr,
+    N, C, H, W, G, rows, strips,
     EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, GROUPED: tl.constexpr, GAMMA_BIAS: tl.constexpr,
+    BETA_BIAS: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y = γ x̂ + β. Lanes walk down the rows of x, and keep the rows of the mask that a stencil needs in registers."""
     REACH: tl.constexpr = (K // 2 + U - 1) // U
     META: tl.constexpr = record(META_FIELDS)(
         K=K, U=U, V=V, REACH=REACH, AROUND=0, HALO=REACH, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
         ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
+        GROUPED=GROUPED, GAMMA_BIAS=GAMMA_BIAS, BETA_BIAS=BETA_BIAS,
     )  # fmt: skip
-    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    size = record(SIZE_FIELDS)(N, C, H, W, G, rows, strips)
     parameters = record(PARAMETER_FIELDS)(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr,
     )  # fmt: skip
     lane = lane_of(size, META)
+    parameters = parameters_of_sample(parameters, lane, size, META)
     x_plane, y_plane, p_plane = planes_of(lane, size, META)
     mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     h = lane.h
@@ -111,8 +117,8 @@ def spn_fwd_modulate_kernel(
         here = lane.live & (h < H)
         x = load_columns(x_ptr, x_plane, h * W + lane.w, here, V, LANES, not LAST)
         inside = rows_around(h, H, META)
-        gamma_inside = inside_sums(taps.gamma_inverse, inside, META)
-        beta_inside = inside_sums(taps.beta_inverse, inside, META)
+        gamma_inside = inside_sums(taps.gamma_inverse, taps.gamma_bias, inside, META)
+        beta_inside = inside_sums(taps.beta_inverse, taps.beta_bias, inside, META)
         for a in tl.static_range(U):
             y = ()
             for j in tl.static_range(V):
@@ -129,8 +135,17 @@ def spn_fwd_modulate_kernel(
         masks = masks[1:]
 
 
-def contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _contiguous_of_samples(
+    gamma_bias: Tensor | None, beta_bias: Tensor | None, index: Tensor | None
+) -> list[Tensor | None]:
+    row = beta_bias if gamma_bias is None else gamma_bias
+    if index is None and row is not None:  # one group
+        index = torch.zeros(row.shape[:1], dtype=torch.int64, device=row.device)
+    return contiguous(gamma_bias, beta_bias, index)
 
 
 def _arguments(
@@ -138,6 +153,7 @@ def _arguments(
     p: Tensor,
     statistics: list[Tensor],
     learnt: list[Tensor],
+    of_samples: list[Tensor | None],
     eps: float,
     upsample: int,
     negative_slope: float | None,
@@ -147,30 +163,37 @@ def _arguments(
     Args:
         statistics: mean, var, mask_mean, mask_var.
         learnt: mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv.
+        of_samples: gamma_bias, beta_bias, index.
     """
     n, c, h, w = x.shape
+    gamma_bias, beta_bias, index = of_samples
     names = PARAMETER_FIELDS.value.split()
+    parameters = *statistics, *learnt, *(x if t is None else t for t in of_samples)  # x is not read there
     return {
         "x_ptr": x,
         "p_ptr": p,
-        **{f"{name}_ptr": tensor for name, tensor in zip(names, (*statistics, *learnt), strict=True)},
+        **{f"{name}_ptr": tensor for name, tensor in zip(names, parameters, strict=True)},
         "N": n,
         "C": c,
         "H": h,
         "W": w,
+        "G": learnt[0].shape[0] if learnt[0].dim() == 2 else 1,
         "EPS": eps,
         "K": learnt[2].shape[-1],
         "U": upsample,
         "ACTIVATED": negative_slope is not None,
         "SLOPE": negative_slope or 0.0,
-        "ONE_MASK": learnt[0].shape[0] != c,
+        "ONE_MASK": learnt[0].shape[-1] != c,
+        "GROUPED": index is not None,
+        "GAMMA_BIAS": gamma_bias is not None,
+        "BETA_BIAS": beta_bias is not None,
     }
 
 
-def _walk(blocks: dict[tuple[bool, int], Blocks], x: Tensor, upsample: int, k: int) -> Walk:
+def _walk(blocks: dict[tuple[bool, int], Blocks], x: Tensor, upsample: int, k: int, grouped: bool) -> Walk:
     of = blocks[is_channels_last(x), upsample]
     columns = of.columns[x.element_size()]
-    return walk_of(x, min(columns, of.columns_of_five) if k == 5 else columns, of.warps)
+    return walk_of(x, min(columns, of.columns_of_five) if k == 5 else columns, of.warps, grouped)
 
 
 def spn_fwd(
@@ -216,12 +239,14 @@ def spn_fwd(
     if x.numel() == 0:
         return y, p, *used
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
-    walk = _walk(MODULATE, x, upsample, gamma_weight.shape[-1])
+    of_samples = _contiguous_of_samples(gamma_bias, beta_bias, index)
+    arguments = _arguments(x, p, used, learnt, of_samples, eps, upsample, negative_slope)
+    walk = _walk(MODULATE, x, upsample, arguments["K"], arguments["GROUPED"])
     launch(
         wrap_triton(spn_fwd_modulate_kernel),
         (walk.programs,),
         y_ptr=y,
-        **_arguments(x, p, used, learnt, eps, upsample, negative_slope),
+        **arguments,
         **walk.options(is_channels_last(x)),
     )
     return y, p, *used
@@ -261,14 +286,16 @@ def spn_bwd(
     weight = mask_projection.contiguous().to(x.dtype)
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
     grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
+    of_samples = _contiguous_of_samples(gamma_bias, beta_bias, index)
+    of_rows = [mask_projection.new_empty((0,)) if t is None else torch.empty_like(t) for t in of_samples[:2]]
     if x.numel() == 0:
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads, *of_rows
     grad_y, p = (dense(t, x) for t in (grad_y, p))
     used = contiguous(mean, var, mask_mean, mask_var)
-    arguments = {"dy_ptr": grad_y, **_arguments(x, p, used, learnt, eps, upsample, negative_slope)}
-    one_mask, k = arguments["ONE_MASK"], arguments["K"]
+    arguments = {"dy_ptr": grad_y, **_arguments(x, p, used, learnt, of_samples, eps, upsample, negative_slope)}
+    one_mask, k, grouped = (arguments[name] for name in ("ONE_MASK", "K", "GROUPED"))
 
-    walk = _walk(REDUCE, x, upsample, k)
+    walk = _walk(REDUCE, x, upsample, k, grouped)
     parts = walk.parts(c)
     sums = torch.empty((c, parts, 4 * k * k + 2), dtype=used[0].dtype, device=x.device)
     dm = dense_like(x, dtype=used[0].dtype) if one_mask else x
@@ -285,32 +312,45 @@ def spn_bwd(
         **walk.options(channels_last),
     )
     means = torch.empty((c, 4), dtype=used[0].dtype, device=x.device)
+    groups = arguments["G"]
+    of_groups = torch.empty((c, groups, 4), dtype=used[0].dtype, device=x.device) if grouped else means
+    finishing = {"sums_ptr": sums, "N": n, "C": c, "G": groups, "parts": parts, "count": n * h * w}
+    finishing |= {"K": k, "TRAINING": training, "num_warps": 4}
+    names = "gamma_ptr", "gamma_inv_ptr", "beta_ptr", "beta_inv_ptr", "mask_weight_ptr", "index_ptr"
     launch(
         wrap_triton(spn_bwd_finish_kernel),
-        (c,),
-        sums_ptr=sums,
-        **{name: arguments[name] for name in ("gamma_ptr", "gamma_inv_ptr", "beta_ptr", "beta_inv_ptr")},
+        (c, groups),
+        **{name: arguments[name] for name in names},
         d_mask_weight_ptr=grads[0],
         d_mask_bias_ptr=grads[1],
         d_gamma_ptr=grads[2],
         d_gamma_inv_ptr=grads[3],
         d_beta_ptr=grads[4],
         d_beta_inv_ptr=grads[5],
-        means_ptr=means,
-        parts=parts,
-        count=n * h * w,
-        K=k,
-        TRAINING=training,
+        means_ptr=of_groups,
         ONE_MASK=one_mask,
+        GROUPED=grouped,
         PARTS=32,
         SUMS=power_of_two_from(4 * k * k + 2),
-        num_warps=4,
+        **finishing,
     )
+    if grouped:
+        launch(
+            wrap_triton(spn_bwd_finish_rows_kernel),
+            (c,),
+            of_groups_ptr=of_groups,
+            d_gamma_bias_ptr=of_rows[0],
+            d_beta_bias_ptr=of_rows[1],
+            means_ptr=means,
+            AT_ONCE=32,
+            **{name: arguments[name] for name in ("gamma_bias_ptr", "GAMMA_BIAS", "BETA_BIAS")},
+            **finishing,
+        )
     if one_mask:
-        dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, used[2], used[3], learnt[0], learnt[1], eps, training)
+        dp, grads[0], grads[1] = _grad_of_one_mask(dm, p, *used[2:], *learnt[:2], of_samples[2], eps, training)
     else:
         dp = dense_like(x)
-    walk = _walk(APPLY, x, upsample, k)
+    walk = _walk(APPLY, x, upsample, k, grouped)
     launch(
         wrap_triton(spn_bwd_apply_kernel),
         (walk.programs,),
@@ -325,20 +365,40 @@ def spn_bwd(
     return dx, d_weight.to(mask_projection.dtype).contiguous(), *grads, *of_rows
 
 
-def _grad_of_one_mask(dm, p, mean, var, weight, bias, eps, training):
+def _grad_of_one_mask(
+    dm: Tensor,
+    p: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor | None,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """From each channel's share of dm: the gradients of p, of its scale and of its shift. All are small tensors."""
     dm = dm.sum(1, keepdim=True)
     rstd = (var + eps).rsqrt()
     p_hat = (p.to(dm.dtype) - mean) * rstd
-    m = torch.sigmoid(p_hat * weight.to(dm.dtype) + bias.to(dm.dtype))
+    scale, shift = weight.to(dm.dtype), bias.to(dm.dtype)
+    if index is not None:
+        groups = weight.numel()
+        index = index.clamp(0, groups - 1)
+        scale, shift = (t.view(groups)[index][:, None, None, None] for t in (scale, shift))
+    m = torch.sigmoid(p_hat * scale + shift)
     dq = dm * m * (1 - m)
-    of_bias, of_weight = dq.sum(), (dq * p_hat).sum()
-    dp = dq
+    of_bias, of_weight = (t.sum((1, 2, 3)) for t in (dq, dq * p_hat))  # of each sample
+    dp = scale * dq
     if training:
-        count = dq.numel()
-        dp = dq - of_bias / count - p_hat * (of_weight / count)
-    dp = (dp * (weight.to(dm.dtype) * rstd)).to(p.dtype)
-    return dp, of_weight.reshape(1).to(weight.dtype), of_bias.reshape(1).to(weight.dtype)
+        mean_q, mean_qp = ((scale.view(-1) * t).sum() / dq.numel() for t in (of_bias, of_weight))
+        dp = dp - mean_q - p_hat * mean_qp
+    dp = (dp * rstd).to(p.dtype)
+    if index is None:
+        of_groups = [t.sum() for t in (of_weight, of_bias)]
+    else:  # not by index_add_, whose order varies on GPUs; not times 0, which would keep NaN
+        belongs = index == torch.arange(groups, device=index.device)[:, None]
+        of_groups = [torch.where(belongs, t, 0.0).sum(1) for t in (of_weight, of_bias)]
+    return dp, *(t.reshape(weight.shape).to(weight.dtype) for t in of_groups)
 
 
 spn_fwd_triton = op_of_kernels("pixnorm::spn_fwd_triton", mutates_args=())(spn_fwd)

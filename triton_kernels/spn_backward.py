@@ -27,6 +27,7 @@ from pixnorm.triton_kernels.spn_rows import (
     load_row,
     mask_row,
     masks_from,
+    parameters_of_sample,
     planes_of,
     reciprocal_std,
     rows_around,
@@ -61,8 +62,8 @@ def gradients_of_row(
     x_hat = ()
     for j in tl.static_range(V + 2 * AROUND):
         x_hat = x_hat + (values[j] * norm.rstd + norm.centre,)
-    gamma_inside = inside_sums(taps.gamma_inverse, rows, META)
-    beta_inside = inside_sums(taps.beta_inverse, rows, META)
+    gamma_inside = inside_sums(taps.gamma_inverse, taps.gamma_bias, rows, META)
+    beta_inside = inside_sums(taps.beta_inverse, taps.beta_bias, rows, META)
     d_beta = ()
     for a in tl.static_range(U):
         at = (h * U + a) * (size.W * U) + lane.w * U
@@ -156,12 +157,13 @@ def sum_of_program(value, LANES: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def spn_bwd_reduce_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, sums_ptr, dm_ptr, N, C, H, W, rows, strips, parts,
+    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr, sums_ptr, dm_ptr,
+    N, C, H, W, G, rows, strips, parts,
     EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, ONE_MASK: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, GROUPED: tl.constexpr, GAMMA_BIAS: tl.constexpr,
+    BETA_BIAS: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
+    """Partial sums [C][part][4 K² + 2] (parts by sample, if GROUPED): the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
 
     With one mask for all channels the last two are 0, and each channel's share of dm is written out instead.
     """
@@ -170,13 +172,15 @@ def spn_bwd_reduce_kernel(
     META: tl.constexpr = record(META_FIELDS)(
         K=K, U=U, V=V, REACH=REACH, AROUND=REACH, HALO=HALO, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
         ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
+        GROUPED=GROUPED, GAMMA_BIAS=GAMMA_BIAS, BETA_BIAS=BETA_BIAS,
     )  # fmt: skip
-    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    size = record(SIZE_FIELDS)(N, C, H, W, G, rows, strips)
     parameters = record(PARAMETER_FIELDS)(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr,
     )  # fmt: skip
     lane = lane_of(size, META)
+    parameters = parameters_of_sample(parameters, lane, size, META)
     x_plane, y_plane, p_plane = planes_of(lane, size, META)
     mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     mask_mean = channel_value(mask_mean_ptr, lane.mask_channel)
@@ -246,12 +250,12 @@ def spn_bwd_reduce_kernel(
     sum_qp *= reciprocal_std(channel_value(mask_var_ptr, lane.mask_channel), META)
 
     SUMS: tl.constexpr = 4 * K * K + 2
-    groups = tl.cdiv(C, CHANNELS)
-    channel = (tl.program_id(0) % groups) * CHANNELS
+    blocks = tl.cdiv(C, CHANNELS)
+    channel = (tl.program_id(0) % blocks) * CHANNELS
     if CHANNELS > 1:
         channel = channel + tl.arange(0, CHANNELS)
     exists = channel < C
-    to = sums_ptr + (channel.to(tl.int64) * parts + tl.program_id(0) // groups) * SUMS
+    to = sums_ptr + (channel.to(tl.int64) * parts + tl.program_id(0) // blocks) * SUMS
     if HALVES:
         to += tl.program_id(1) * (2 * K * K)
     for half in tl.static_range(1 if HALVES else 2):
@@ -270,65 +274,17 @@ def spn_bwd_reduce_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def spn_bwd_finish_kernel(
-    sums_ptr, gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
-    d_gamma_ptr, d_gamma_inv_ptr, d_beta_ptr, d_beta_inv_ptr, d_mask_weight_ptr, d_mask_bias_ptr, means_ptr,
-    parts, count, K: tl.constexpr, TRAINING: tl.constexpr, ONE_MASK: tl.constexpr,
-    PARTS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """One channel per program: adds its parts up; writes the gradients of its parameters, and the means
-    [C][dy γ, dy γ x̂, dq, dq p̂] that batch norm's backward subtracts (0 if the statistics were given).
-
-    Σ dy γ = <gamma taps, gradients of the beta taps>, and Σ dy γ x̂ = <gamma taps, their gradients>.
-    """
-    c = tl.program_id(0)
-    o_part = tl.arange(0, PARTS)
-    o_sum = tl.arange(0, SUMS)
-    exists = o_sum < 4 * K * K + 2
-    of_channel = sums_ptr + c.to(tl.int64) * parts * (4 * K * K + 2) + o_sum[None, :]
-    total = to_accumulator(tl.zeros([SUMS], dtype=tl.float32), sums_ptr)
-    for first in range(0, parts, PARTS):
-        part = first + o_part
-        valid = (part < parts)[:, None] & exists[None, :]
-        total += tl.sum(tl.load(of_channel + part[:, None] * (4 * K * K + 2), mask=valid, other=0.0), axis=0)
-
-    which = o_sum // (K * K)
-    at = c * (K * K) + o_sum % (K * K)
-    weight = to_accumulator(tl.load(gamma_ptr + at, mask=which == 0, other=0.0), sums_ptr)
-    weight += to_accumulator(tl.load(gamma_inv_ptr + at, mask=which == 1, other=0.0), sums_ptr)
-    g_x = tl.sum(weight * total, axis=0)
-    weight = to_accumulator(tl.load(gamma_ptr + at, mask=which == 2, other=0.0), sums_ptr)
-    weight += to_accumulator(tl.load(gamma_inv_ptr + at, mask=which == 3, other=0.0), sums_ptr)
-    g = tl.sum(weight * total, axis=0)
-    q = tl.sum(tl.where(o_sum == 4 * K * K, total, 0.0), axis=0)
-    q_p = tl.sum(tl.where(o_sum == 4 * K * K + 1, total, 0.0), axis=0)
-
-    tl.store(d_gamma_ptr + at, total.to(d_gamma_ptr.dtype.element_ty), mask=which == 0)
-    tl.store(d_gamma_inv_ptr + at, total.to(d_gamma_ptr.dtype.element_ty), mask=which == 1)
-    tl.store(d_beta_ptr + at, total.to(d_gamma_ptr.dtype.element_ty), mask=which == 2)
-    tl.store(d_beta_inv_ptr + at, total.to(d_gamma_ptr.dtype.element_ty), mask=which == 3)
-    if not ONE_MASK:
-        tl.store(d_mask_weight_ptr + c, q_p.to(d_mask_weight_ptr.dtype.element_ty))
-        tl.store(d_mask_bias_ptr + c, q.to(d_mask_bias_ptr.dtype.element_ty))
-    if TRAINING:
-        centre = 1.0 / (to_accumulator(tl.full([], 1.0, tl.float32), sums_ptr) * count)
-        tl.store(means_ptr + c * 4, g * centre)
-        tl.store(means_ptr + (c * 4 + 1), g_x * centre)
-        tl.store(means_ptr + (c * 4 + 2), q * centre)
-        tl.store(means_ptr + (c * 4 + 3), q_p * centre)
-    else:  # not means * 0, which would keep NaN
-        tl.store(means_ptr + (c * 4 + tl.arange(0, 4)), tl.zeros([4], dtype=tl.float32))
-
-
-@triton.jit(do_not_specialize=SIZES)
 def spn_bwd_apply_kernel(
     dy_ptr, x_ptr, p_ptr, mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, means_ptr, projection_ptr, dx_ptr, dp_ptr,
-    N, C, H, W, rows, strips,
+    gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr,
+    means_ptr, projection_ptr, dx_ptr, dp_ptr, N, C, H, W, G, rows, strips,
     EPS: tl.constexpr, K: tl.constexpr, U: tl.constexpr, ACTIVATED: tl.constexpr, SLOPE: tl.constexpr,
-    LAST: tl.constexpr, ONE_MASK: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    LAST: tl.constexpr, ONE_MASK: tl.constexpr, GROUPED: tl.constexpr, GAMMA_BIAS: tl.constexpr,
+    BETA_BIAS: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx of batch norm, dx = (dy γ - mean(dy γ) - x̂ mean(dy γ x̂)) rstd, and dp likewise from dq.
+    """dx of batch norm, dx = (dy γ - mean(dy γ) - x̂ mean(dy γ x̂)) rstd, and dp likewise from w dq.
+
+    Here w is the mask's scale. Groups have their own, so the means are of w dq; else w is a factor of all of it.
 
     With one mask for all channels dp is known already, and Wᵀ dp, an outer product, is added to dx here.
     """
@@ -339,20 +295,23 @@ def spn_bwd_apply_kernel(
     META: tl.constexpr = record(META_FIELDS)(
         K=K, U=U, V=V, REACH=REACH, AROUND=AROUND, HALO=HALO, LANES=LANES, CHANNELS=CHANNELS, LAST=LAST,
         ONE_MASK=ONE_MASK, WIDE=not LAST, P_WIDE=ONE_MASK or not LAST, ACTIVATED=ACTIVATED, SLOPE=SLOPE, EPS=EPS,
+        GROUPED=GROUPED, GAMMA_BIAS=GAMMA_BIAS, BETA_BIAS=BETA_BIAS,
     )  # fmt: skip
-    size = record(SIZE_FIELDS)(N, C, H, W, rows, strips)
+    size = record(SIZE_FIELDS)(N, C, H, W, G, rows, strips)
     parameters = record(PARAMETER_FIELDS)(
         mean_ptr, var_ptr, mask_mean_ptr, mask_var_ptr, mask_weight_ptr, mask_bias_ptr,
-        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
+        gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, gamma_bias_ptr, beta_bias_ptr, index_ptr,
     )  # fmt: skip
     lane = lane_of(size, META)
+    parameters = parameters_of_sample(parameters, lane, size, META)
     x_plane, y_plane, p_plane = planes_of(lane, size, META)
     mask, norm, taps = functions_of(p_ptr, p_plane, parameters, lane, META)
     mean_g = channel_value(means_ptr, lane.c * 4)
     mean_gx = channel_value(means_ptr, lane.c * 4 + 1)
     mask_rstd = reciprocal_std(channel_value(mask_var_ptr, lane.mask_channel), META)
     mask_mean = channel_value(mask_mean_ptr, lane.mask_channel)
-    scale = channel_value(mask_weight_ptr, lane.mask_channel).to(mask_rstd.dtype) * mask_rstd
+    weight = channel_value(parameters.mask_weight, lane.mask_channel).to(mask_rstd.dtype)
+    scale = mask_rstd if GROUPED else weight * mask_rstd
     mean_q = channel_value(means_ptr, lane.c * 4 + 2)
     mean_qp = channel_value(means_ptr, lane.c * 4 + 3)
 
@@ -379,11 +338,11 @@ def spn_bwd_apply_kernel(
                     g += value * row.d_beta[a][(j + AROUND) * U + b]
             dx = dx + ((g - mean_g - row.x_hat[j + AROUND] * mean_gx) * norm.rstd,)
         if ONE_MASK:
-            weight = channel_value(projection_ptr, lane.c)
+            projection = channel_value(projection_ptr, lane.c)
             dp = load_columns(dp_ptr, p_plane, h * W + lane.w, own, V, LANES, True)
             with_mask = ()
             for j in tl.static_range(V):
-                with_mask = with_mask + (dx[j] + weight * dp[j],)
+                with_mask = with_mask + (dx[j] + projection * dp[j],)
             dx = with_mask
         store_columns(dx_ptr, x_plane, h * W + lane.w, dx, own, V, LANES, not LAST)
 
@@ -396,6 +355,8 @@ def spn_bwd_apply_kernel(
             for j in tl.static_range(V):
                 m = masks[0][j + HALO]
                 dq = dm[0][j] * (m * (1.0 - m))
+                if GROUPED:
+                    dq *= weight
                 dp = dp + ((dq - mean_q - (p[j] - mask_mean) * (mask_rstd * mean_qp)) * scale,)
             store_columns(dp_ptr, p_plane, above * W + lane.w, dp, complete, V, LANES, not LAST)
             dm = dm[1:]

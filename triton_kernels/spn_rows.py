@@ -9,14 +9,14 @@ Arguments that occur everywhere:
     META: compile-time constants. K, U; V, LANES, CHANNELS (see ``Walk``); REACH; AROUND, the columns to either side
         whose gradients are computed; HALO, those whose mask is; LAST, channels_last; ONE_MASK, whether p has one
         channel; WIDE and P_WIDE, whether adjacent columns of x (y) and of p are adjacent in memory; ACTIVATED, SLOPE;
-        EPS.
-    size: N, C, H, W, and the rows and strips of the walk.
+        EPS; GROUPED, whether samples have groups with parameters of their own, and rows if GAMMA_BIAS, BETA_BIAS.
+    size: N, C, H, W, G, and the rows and strips of the walk.
     lane: its channel c and the mask's; sample n, first row h and first column w; live, whether it exists; columns,
         whether each of the columns w - HALO to w + V + HALO - 1 is inside the image.
     x_plane, y_plane, p_plane: the lane's plane of these tensors: offset, and stride of a pixel.
     mask: pointer to p and plane of it, and slope and shift of ``mask_row``.
     norm: x̂ = x rstd + centre.
-    taps: of gamma and beta, as ``stencil`` merges them.
+    taps: of gamma and beta, as ``stencil`` merges them, and what a sample adds to all pixels of γ and β.
     h: the row that is worked on.
 """
 
@@ -25,9 +25,38 @@ import triton.language as tl
 
 from pixnorm.triton_kernels.common import columns_of, load_columns, record, to_accumulator
 
-META_FIELDS = tl.constexpr("K U V REACH AROUND HALO LANES CHANNELS LAST ONE_MASK WIDE P_WIDE ACTIVATED SLOPE EPS")
-SIZE_FIELDS = tl.constexpr("N C H W rows strips")
-PARAMETER_FIELDS = tl.constexpr("mean var mask_mean mask_var mask_weight mask_bias gamma gamma_inv beta beta_inv")
+META_FIELDS = tl.constexpr(
+    "K U V REACH AROUND HALO LANES CHANNELS LAST ONE_MASK WIDE P_WIDE ACTIVATED SLOPE EPS GROUPED GAMMA_BIAS BETA_BIAS"
+)
+SIZE_FIELDS = tl.constexpr("N C H W G rows strips")
+PARAMETER_FIELDS = tl.constexpr(
+    "mean var mask_mean mask_var mask_weight mask_bias gamma gamma_inv beta beta_inv gamma_bias beta_bias index"
+)
+
+
+@triton.jit
+def group_at(index_ptr, n, G):
+    """Groups out of range count as the nearest."""
+    return tl.minimum(tl.maximum(tl.load(index_ptr + n), 0), G - 1)
+
+
+@triton.jit
+def parameters_of_sample(parameters, lane, size, META: tl.constexpr):
+    """The pointers to parameters and rows, moved to those of the lane's sample."""
+    if META.GROUPED:
+        group = group_at(parameters.index, lane.n, size.G)
+        of_mask = group * (1 if META.ONE_MASK else size.C)
+        of_taps = group * size.C * (META.K * META.K)
+        of_row = lane.n * size.C
+        return record(PARAMETER_FIELDS)(
+            parameters.mean, parameters.var, parameters.mask_mean, parameters.mask_var,
+            parameters.mask_weight + of_mask, parameters.mask_bias + of_mask,
+            parameters.gamma + of_taps, parameters.gamma_inv + of_taps,
+            parameters.beta + of_taps, parameters.beta_inv + of_taps,
+            parameters.gamma_bias + of_row, parameters.beta_bias + of_row, parameters.index,
+        )  # fmt: skip
+    else:
+        return parameters
 
 
 @triton.jit
@@ -35,16 +64,24 @@ def functions_of(p_ptr, p_plane, parameters, lane, META: tl.constexpr):
     """mask, norm and taps.
 
     Args:
-        parameters: pointers to the statistics, the mask's affine parameters and the taps.
+        parameters: pointers to the statistics, the mask's affine parameters, the taps and the rows.
     """
     slope, shift = mask_function(lane.mask_channel, parameters, META)
     rstd = reciprocal_std(channel_value(parameters.var, lane.c), META)
     centre = -channel_value(parameters.mean, lane.c) * rstd
     gamma, gamma_inverse = stencil(parameters.gamma, parameters.gamma_inv, lane.c, META)
     beta, beta_inverse = stencil(parameters.beta, parameters.beta_inv, lane.c, META)
+    gamma_bias = 0.0
+    beta_bias = 0.0
+    if META.GAMMA_BIAS:
+        gamma_bias = channel_value(parameters.gamma_bias, lane.c).to(rstd.dtype)
+    if META.BETA_BIAS:
+        beta_bias = channel_value(parameters.beta_bias, lane.c).to(rstd.dtype)
     mask = record("pointer plane slope shift")(p_ptr, p_plane, slope, shift)
     norm = record("rstd centre")(rstd, centre)
-    taps = record("gamma gamma_inverse beta beta_inverse")(gamma, gamma_inverse, beta, beta_inverse)
+    taps = record("gamma gamma_inverse gamma_bias beta beta_inverse beta_bias")(
+        gamma, gamma_inverse, gamma_bias, beta, beta_inverse, beta_bias
+    )
     return mask, norm, taps
 
 
@@ -53,24 +90,33 @@ def lane_of(size, META: tl.constexpr):
     """The lanes of a program.
 
     The channel is clamped to one that exists; it is a scalar where a program has only one (CHANNELS == 1). Programs are
-    ordered by channel first, then by position: columns of a row, strips of a plane, samples.
+    ordered by channel first, then by position: columns of a row, strips of a plane, samples. If GROUPED, no program has
+    two samples, and n is a scalar.
     """
     CHANNELS: tl.constexpr = META.CHANNELS
-    groups = tl.cdiv(size.C, CHANNELS)
+    blocks = tl.cdiv(size.C, CHANNELS)
     o_lane = tl.arange(0, META.LANES)
-    position = (tl.program_id(0) // groups) * (META.LANES // CHANNELS) + o_lane // CHANNELS
+    part = tl.program_id(0) // blocks
     columns = size.W // META.V
-    w = (position % columns) * META.V
-    strip = position // columns
-    h = (strip % size.strips) * size.rows
-    n = strip // size.strips
-    if CHANNELS == 1:
-        c = tl.program_id(0) % groups
-        live = n < size.N
+    if META.GROUPED:
+        parts = tl.cdiv(size.strips * columns, META.LANES // CHANNELS)
+        position = (part % parts) * (META.LANES // CHANNELS) + o_lane // CHANNELS
+        strip = position // columns
+        n = part // parts
+        live = strip < size.strips
     else:
-        channel = (tl.program_id(0) % groups) * CHANNELS + o_lane % CHANNELS
+        position = part * (META.LANES // CHANNELS) + o_lane // CHANNELS
+        strip = position // columns
+        n = strip // size.strips
+        live = n < size.N
+    w = (position % columns) * META.V
+    h = (strip % size.strips) * size.rows
+    if CHANNELS == 1:
+        c = tl.program_id(0) % blocks
+    else:
+        channel = (tl.program_id(0) % blocks) * CHANNELS + o_lane % CHANNELS
         c = tl.minimum(channel, size.C - 1)
-        live = (n < size.N) & (channel < size.C)
+        live = live & (channel < size.C)
     mask_channel = c
     if META.ONE_MASK:
         mask_channel = c * 0
@@ -263,10 +309,11 @@ def rows_around(h, H, META: tl.constexpr):
 
 
 @triton.jit
-def inside_sums(inverse, rows, META: tl.constexpr):
+def inside_sums(inverse, bias, rows, META: tl.constexpr):
     """Column sums of w* over the stencil rows that are inside the image, [a][b][column]: in ⊛ w*, but for its columns.
 
     Args:
+        bias: added to the middle column, which is always inside.
         rows: of ``rows_around``.
     """
     U: tl.constexpr = META.U
@@ -278,6 +325,9 @@ def inside_sums(inverse, rows, META: tl.constexpr):
             sums = ()
             for j in tl.static_range((b + R) // U - (b - R) // U + 1):
                 total = 0.0
+                if META.GROUPED:
+                    if j + (b - R) // U == 0:
+                        total = bias
                 for i in tl.static_range((a - R) // U, (a + R) // U + 1):
                     total += tl.where(rows[i + META.REACH], inverse[a][b][i - (a - R) // U][j], 0.0)
                 sums = sums + (total,)
