@@ -217,8 +217,7 @@ def spn_fwd(
     negative_slope: float | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward op of SPN, see pixnorm/ops/spn.py. Groups and rows are not in these kernels yet."""
-    assert gamma_bias is None and beta_bias is None and index is None
+    """The forward op of SPN, see pixnorm/ops/spn.py."""
     upsample = int(upsample)  # traced with dynamic shapes, it is not one
     x = dense(x, x)
     c = x.shape[1]
@@ -277,7 +276,6 @@ def spn_bwd(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op of SPN, see pixnorm/ops/spn.py."""
-    of_rows = mask_weight.new_empty((0,)), mask_weight.new_empty((0,))
     upsample = int(upsample)
     x = dense(x, x)
     n, c, h, w = x.shape

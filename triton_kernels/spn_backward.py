@@ -13,7 +13,6 @@ from pixnorm.triton_kernels.common import (
     load_columns,
     record,
     store_columns,
-    to_accumulator,
 )
 from pixnorm.triton_kernels.spn_rows import (
     META_FIELDS,

@@ -232,5 +232,5 @@ CONDITIONAL_SPN = _spec(
     cases=_conditional_cases(),
     per_sample=(*_ROWS, "index"),
     integers=("index",),
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
