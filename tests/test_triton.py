@@ -26,7 +26,7 @@ from pixnorm.ops import gconv as gconv_module
 from pixnorm.ops import label_conv as label_conv_module
 from pixnorm.ops import modulate as modulate_module
 from pixnorm.ops import spn as spn_module
-from pixnorm.testing import GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
+from pixnorm.testing import CONDITIONAL_SPN, GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -72,6 +72,7 @@ def pretended_gpu(monkeypatch):
 
 
 BACKWARD = ["bwd_reduce", "bwd_finish", "bwd_apply"]  # of SPN and of modulated norm
+OF_GROUPS = ["bwd_reduce", "bwd_finish", "bwd_finish_rows", "bwd_apply"]
 # What each kernel writes. PyTorch copies all that a kernel may write, as far as it can tell from its code.
 WRITTEN = {
     "statistics": "partials",
@@ -81,6 +82,7 @@ WRITTEN = {
     "spn_fwd_modulate": "y",
     "spn_bwd_reduce": "sums dm",
     "spn_bwd_finish": "d_gamma d_gamma_inv d_beta d_beta_inv d_mask_weight d_mask_bias means",
+    "spn_bwd_finish_rows": "d_gamma_bias d_beta_bias means",
     "spn_bwd_apply": "dx dp",
     "modulate_fwd": "mean var y",
     "modulate_bwd_reduce": "d_gamma d_beta sums",
@@ -140,6 +142,26 @@ STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
             False,
             ["conv", "statistics", "finish_statistics", "statistics", "finish_statistics", "modulate"],
             [*BACKWARD, "conv"],
+        ),
+        (
+            CONDITIONAL_SPN,
+            "contiguous",
+            {"upsample": 2},
+            {},
+            True,
+            True,
+            ["projection", "finish_statistics", "modulate"],
+            [*OF_GROUPS, "projection", "conv"],
+        ),
+        (
+            CONDITIONAL_SPN,
+            "channels_last",
+            {"activation": "relu"},
+            {"masks": 1, "rows": 0},
+            True,
+            False,
+            ["conv", "statistics", "finish_statistics", "statistics", "finish_statistics", "modulate"],
+            [*OF_GROUPS, "conv"],
         ),
         (GCONV_MIX, "contiguous", {}, {}, True, True, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
         (MODULATE, "contiguous", {}, {}, False, False, ["statistics", "modulate_fwd"], BACKWARD),
@@ -264,7 +286,7 @@ def test_pytorch_finds_the_kernels_of_the_ops():
 
     for op, names in {
         "spn_fwd_triton": ["spn_projection", "spn_fwd_modulate", *STATISTICS],
-        "spn_bwd_triton": ["spn_projection", "spn_bwd_reduce", "spn_bwd_finish", "spn_bwd_apply"],
+        "spn_bwd_triton": ["spn_projection", "spn_bwd_finish_rows", *(f"spn_{name}" for name in BACKWARD)],
         "modulate_fwd_triton": ["modulate_fwd", "modulate_fwd_resident", *STATISTICS],
         "modulate_bwd_triton": [f"modulate_{name}" for name in (*BACKWARD, "bwd_resident")],
         "gconv_mix_fwd_triton": ["gconv_mix_fwd"],

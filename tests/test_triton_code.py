@@ -92,10 +92,11 @@ def test_selection_has_every_kernel_for_every_gpu(found, op):
 
 
 def test_selection_has_every_row_of_the_block_sizes_of_spn(of_spn):
-    assert len({kernel.name for kernel in of_spn}) == 9
+    assert len({kernel.name for kernel in of_spn}) == 10
     walks = [kernel for kernel in of_spn if kernel.name in WALKS]
-    usual = {(k.name, k.channels_last, k.upsample, k.itemsize) for k in walks if k.dtype in ("float", "BFloat16")}
-    assert usual == set(product(WALKS, (False, True), (1, 2), (4, 2)))
+    usual = {(k.grouped, k.name, k.channels_last, k.upsample, k.itemsize) for k in walks if k.dtype != "double"}
+    of_groups = {(True, name, *of) for name in WALKS for of in ((False, 1, 4), (True, 2, 2))}
+    assert usual == {*product((False,), WALKS, (False, True), (1, 2), (4, 2)), *of_groups}
     others = {(k.name, k.dtype == "double", k.kernel_size, k.one_mask) for k in walks}
     for kernel in WALKS:
         assert {(kernel, True, 3, False), (kernel, False, 1, False), (kernel, False, 5, False)} < others

@@ -162,7 +162,9 @@ def spn_bwd_reduce_kernel(
     LAST: tl.constexpr, ONE_MASK: tl.constexpr, GROUPED: tl.constexpr, GAMMA_BIAS: tl.constexpr,
     BETA_BIAS: tl.constexpr, HALVES: tl.constexpr, V: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [C][part][4 K² + 2] (parts by sample, if GROUPED): the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
+    """Partial sums [C][part][4 K² + 2]: the gradients of the taps of gamma, gamma_inv, beta, beta_inv; Σ dq, Σ dq p̂.
+
+    If GROUPED, a sample has the same number of parts as any other, one after the other.
 
     With one mask for all channels the last two are 0, and each channel's share of dm is written out instead.
     """

@@ -15,9 +15,10 @@ from benchmarks.registry import PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, 
 from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
 from pixnorm.networks import Generator
 from pixnorm.ops.spn import preferred
-from pixnorm.testing import SPN, Case
+from pixnorm.testing import CONDITIONAL_SPN, SPN, Case, OpSpec
 
-PROJECTION, FINISH = "spn_projection_kernel", "spn_bwd_finish_kernel"
+PROJECTION = "spn_projection_kernel"
+FINISH, FINISH_ROWS = "spn_bwd_finish_kernel", "spn_bwd_finish_rows_kernel"
 MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
 
 
@@ -127,7 +128,8 @@ class Walk(TritonKernel):
 
     - Loads and stores are of 16 bytes of a row of y in NCHW, apart from the few bytes of neighbours.
     - Threads never wait for each other: no barrier and no shared memory in the main loop, and in NCHW in the whole
-      kernel. Triton inserts them where the next tensor has another layout over the threads.
+      kernel. Triton inserts them where the next tensor has another layout over the threads. Where lanes have channels
+      of their own, in channels_last and for groups, taps are moved from lane to lane before the loop.
     """
 
     @property
@@ -155,9 +157,10 @@ class Walk(TritonKernel):
 
     def violations(self) -> list[str]:
         found = super().violations()
-        code = self.code.main_loop if self.channels_last else self.code.opcodes
+        many_channels = self.channels_last or (self.grouped and self.launch.arguments["CHANNELS"] > 1)
+        code = self.code.main_loop if many_channels else self.code.opcodes
         waits = sorted({opcode for opcode in code if opcode.startswith(("BAR", "LDS", "STS"))})
-        if waits or (self.shared and not self.channels_last):
+        if waits or (self.shared and not many_channels):
             found.append(f"{self.shared} bytes of shared memory, {waits}")
         return found
 
@@ -165,17 +168,21 @@ class Walk(TritonKernel):
 @dataclass(frozen=True, order=True)
 class SPNConfiguration(Configuration):
     kernels: ClassVar = {PROJECTION: Projection} | dict.fromkeys(WALKS, Walk)
-    spec = SPN
 
     upsample: int = 1
     relu: bool = False
     kernel_size: int = 3
     one_mask: bool = False
+    grouped: bool = False
+
+    @property
+    def spec(self) -> OpSpec:
+        return CONDITIONAL_SPN if self.grouped else SPN
 
     @property
     def options(self) -> str:
         taps = [f"k = {self.kernel_size}"] * (self.kernel_size != 3)
-        return ", ".join(["relu"] * self.relu + taps + ["one mask"] * self.one_mask)
+        return ", ".join(["relu"] * self.relu + taps + ["one mask"] * self.one_mask + ["groups"] * self.grouped)
 
     @property
     def modelled(self) -> bool:
@@ -198,7 +205,8 @@ class SPNConfiguration(Configuration):
         """Each row of the tables of block sizes, in float32 and in bfloat16, on one GPU.
 
         A GPU has one of the four pairs of layout and upsampling in float32 and the opposite one in bfloat16, so every
-        walk in both, and the other kernels in one. Other walks, in NCHW, are on one GPU each. Half is as bfloat16.
+        walk in both, and the other kernels in one. Other walks, in NCHW, are on one GPU each. Half is as bfloat16. Of
+        the walks of groups, one pair in each dtype; the sums of rows, which compile in no time, on all GPUs.
         """
         pairs = [(last, upsample, upsample == 2) for last, upsample in product((False, True), (1, 2))]
         found = []
@@ -206,11 +214,16 @@ class SPNConfiguration(Configuration):
             of_both = [cls("float", *pairs[i]), cls("BFloat16", *pairs[~i])]
             found += [Wanted(of_both[i % 2], gpu), Wanted(of_both[1 - i % 2], gpu, WALKS)]
         others = [cls("double"), cls("float", kernel_size=1), cls("float", kernel_size=5), cls("float", one_mask=True)]
-        return found + [Wanted(of, gpu, WALKS) for of, gpu in zip(others, TRITON_GPUS, strict=True)]
+        found += [Wanted(of, gpu, WALKS) for of, gpu in zip(others, TRITON_GPUS, strict=True)]
+        grouped = [cls("float", grouped=True), cls("BFloat16", True, 2, True, grouped=True)]
+        found += [Wanted(of, gpu, (*WALKS, FINISH)) for of, gpu in zip(grouped, TRITON_GPUS, strict=False)]
+        return found + [Wanted(grouped[0], gpu, (FINISH_ROWS,)) for gpu in TRITON_GPUS]
 
     @classmethod
     def everything(cls) -> list[Wanted]:
-        options = product(DTYPES, (False, True), (1, 2), (False, True), ((3, False), (3, True), (1, False), (5, False)))
+        sizes = (3, False), (3, True), (1, False), (5, False)
+        parameters = [(*of, False) for of in sizes] + [(3, False, True)]
+        options = product(DTYPES, (False, True), (1, 2), (False, True), parameters)
         configurations = [cls(*of_x, *of_parameters) for *of_x, of_parameters in options]
         return [Wanted(*pair) for pair in product(configurations, TRITON_GPUS)]
 
