@@ -85,7 +85,10 @@ def test_images(norm):
     ("options", "message"),
     [
         ({"resolution": 64}, "resolution must be 32, got 64"),
-        ({"norm": "in"}, "norm must be one of 'bn', 'fused_bn', 'spn', 'bigbn', got 'in'"),
+        (
+            {"norm": "in"},
+            "norm must be one of 'bn', 'fused_bn', 'spn', 'bigbn', 'eager_cbn', 'cbn', 'ccbn', 'cspn', got 'in'",
+        ),
         ({"norm": "spn", "impl": "fast"}, "impl must be one of"),
     ],
 )
@@ -305,9 +308,73 @@ def test_classes():
         with pytest.raises(ValueError, match="y must be 4 classes of int64, got"):
             generator(latents(4, 5), y)
     for options, message in (
-        ({"num_classes": 3}, "num_classes=3 needs norm='bigbn' or conv='gconv'"),
+        ({"num_classes": 3}, "num_classes=3 needs norm='bigbn', a conditional norm, or conv='gconv'"),
+        ({"norm": "cspn"}, "norm='cspn' needs num_classes"),
         ({"num_classes": -1}, "num_classes must not be negative, got -1"),
         ({"conv": "dense"}, "conv must be one of 'conv', 'gconv', got 'dense'"),
     ):
         with pytest.raises(ValueError, match=message):
             Generator(**options)
+
+
+# -- conditional norms
+
+
+@pytest.mark.parametrize(
+    ("norm", "classes", "count"),
+    [
+        ("eager_cbn", 10, 4_101_376),
+        ("cbn", 10, 4_101_376),
+        ("ccbn", 10, 4_494_592),
+        ("cspn", 10, 5_065_984),
+        ("cspn", 100, 6_448_384),
+    ],
+)
+def test_parameter_counts_of_conditional_generators(norm, classes, count):
+    with torch.device("meta"):
+        generator = Generator(norm=norm, num_classes=classes, bias=False)
+    assert sum(p.numel() for p in generator.parameters()) == count
+
+
+def test_conditional_batch_norm_of_pytorch_and_fused():
+    eager = make("eager_cbn", num_classes=3)
+    fused = make("cbn", num_classes=3, impl="reference")
+    with torch.no_grad():
+        for name, parameter in eager.named_parameters():
+            if "gamma" in name or "beta" in name:
+                parameter.normal_()
+    renamed = {
+        name.replace("gamma.weight", "gamma_table").replace("beta.weight", "beta_table").replace(".norm.", "."): value
+        for name, value in eager.state_dict().items()
+    }
+    fused.load_state_dict(renamed)
+    y = torch.tensor([0, 2, 1, 2])
+    for _ in (eager.train(), fused.train(), eager.eval(), fused.eval()):
+        torch.testing.assert_close(fused(latents(), y), eager(latents(), y), **CLOSE)
+
+
+@pytest.mark.parametrize("conv", ["conv", "gconv"])
+@pytest.mark.parametrize("norm", ["cbn", "ccbn", "cspn"])
+def test_images_of_classes(norm, conv):
+    """In eval a sample's image depends on its own class and latent vector, and on those of no other."""
+    generator = make(norm, num_classes=3, conv=conv, impl="reference").eval()
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if "norm" in name:
+                parameter.normal_()
+    y = torch.tensor([0, 2, 1, 2])
+    images = generator(latents(), y)
+    torch.testing.assert_close(generator(latents()[1:2], y[1:2]), images[1:2], **CLOSE)
+    other = generator(latents(), torch.tensor([0, 1, 1, 2]))
+    assert [torch.equal(a, b) for a, b in zip(images, other, strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("norm", ["ccbn", "cspn"])
+def test_conditional_norms_see_the_latent_vector(norm):
+    torch.manual_seed(0)
+    block = UpBlock(4, 4, norm, "reference", latent_dim=5, num_classes=3).double()
+    x, z, y = latents(4, 4 * 16).view(4, 4, 4, 4), latents(4, 5), torch.tensor([0, 2, 1, 2])
+    up = tF.interpolate(x, scale_factor=2, mode="nearest")
+    h = block.conv1(block.norm1(x, y, z))
+    torch.testing.assert_close(block(x, z, y), up + block.conv2(block.norm2(h, y, z)), **CLOSE)
+    assert (block(x, 2 * z, y) - block(x, z, y)).abs().max() > 1e-3
