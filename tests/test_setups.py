@@ -37,14 +37,15 @@ def leaves_of(spec, case, dtype=torch.float64, **options):
 
 
 class Given(nn.Module):
-    """A layer with a second input: latent vectors, one-hot classes, or label maps, of that size."""
+    """A layer with a second input: latent vectors, one-hot classes, classes, or label maps, of that size."""
 
-    def __init__(self, layer, size, one_hot=False):
+    def __init__(self, layer, size, one_hot=False, classes=False):
         super().__init__()
         self.layer = layer
         shape = (2, size) if isinstance(size, int) else (2, *size)
         z = torch.randn(shape, generator=torch.Generator().manual_seed(1), device="cpu")
-        self.register_buffer("z", F.one_hot(z.argmax(1), size).float() if one_hot else z)
+        z = z.argmax(1) if classes else F.one_hot(z.argmax(1), size).float() if one_hot else z
+        self.register_buffer("z", z)
 
     def forward(self, x):
         return self.layer(x, self.z)
@@ -57,6 +58,9 @@ MODULES = {
     "LatentBatchNorm2d": lambda impl: Given(pixnorm.nn.LatentBatchNorm2d(4, 3, impl=impl), 3),
     "BatchNorm2d, up": lambda impl: pixnorm.BatchNorm2d(4, upsample=2, activation="relu", impl=impl),
     "ConditionalBatchNorm2d": lambda impl: Given(pixnorm.ConditionalBatchNorm2d(4, 5, impl=impl), 5, one_hot=True),
+    "ConditionalSPN2d": lambda impl: Given(pixnorm.ConditionalSPN2d(4, 2, impl=impl), 2, classes=True),
+    "ConditionalSPN2d, few": lambda impl: Given(pixnorm.ConditionalSPN2d(4, 5, impl=impl), 5, classes=True),
+    "ConditionalConv2d": lambda impl: Given(pixnorm.ConditionalConv2d(4, 4, 3, 5, padding=1), 5, classes=True),
     "AdaIN2d": lambda impl: Given(pixnorm.AdaIN2d(4, 3, impl=impl), 3),
     "SPADE2d": lambda impl: Given(pixnorm.SPADE2d(4, 3, 6, activation="leaky_relu", impl=impl), (3, 5, 4)),
 }
