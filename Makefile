@@ -20,7 +20,7 @@ PY := $(PYTHON)
 endif
 BUILT := build/$(subst /,-,$(PY)).built
 
-.PHONY: help build test compat bench gmm kernels gpu gpu-bundle lint format clean
+.PHONY: help build test compat bench gmm masks kernels gpu gpu-bundle lint format clean
 .PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # without an extension, the stamp is wrong
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ bench: build  ## run the benchmarks; tables, plots and raw numbers go to RESULTS
 
 gmm: build  ## train the GConv paper's toy example, eight Gaussians, with plain and generative layers
 	$(PY) -m benchmarks.paper.gmm --results $(RESULTS)
+
+masks: build  ## train a small generator on digits for a minute, and draw the SPN paper's Fig. 2, its masks
+	$(PY) -m benchmarks.paper.masks --results $(RESULTS)
 
 kernels: $(READY)  ## compile the kernels for GPUs (none needed) and check their machine code
 	$(PY) -m benchmarks.kernels
