@@ -100,17 +100,17 @@ def lane_of(size, META: tl.constexpr):
     columns = size.W // META.V
     if META.GROUPED:
         parts = tl.cdiv(size.strips * columns, META.LANES // CHANNELS)
-        position = (part % parts) * (META.LANES // CHANNELS) + o_lane // CHANNELS
-        strip = position // columns
         n = part // parts
+        part = part % parts
+    position = part * (META.LANES // CHANNELS) + o_lane // CHANNELS
+    w = (position % columns) * META.V
+    strip = position // columns
+    h = (strip % size.strips) * size.rows
+    if META.GROUPED:
         live = strip < size.strips
     else:
-        position = part * (META.LANES // CHANNELS) + o_lane // CHANNELS
-        strip = position // columns
         n = strip // size.strips
         live = n < size.N
-    w = (position % columns) * META.V
-    h = (strip % size.strips) * size.rows
     if CHANNELS == 1:
         c = tl.program_id(0) % blocks
     else:
