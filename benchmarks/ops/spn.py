@@ -17,8 +17,9 @@ from pixnorm.networks import Generator
 from pixnorm.ops.spn import preferred
 from pixnorm.testing import CONDITIONAL_SPN, SPN, Case, OpSpec
 
-PROJECTION = "spn_projection_kernel"
-FINISH, FINISH_ROWS = "spn_bwd_finish_kernel", "spn_bwd_finish_rows_kernel"
+PROJECTION, FINISH = "spn_projection_kernel", "spn_bwd_finish_kernel"
+FINISH_ROWS = "spn_bwd_finish_rows_kernel"  # Triton, with rows
+FINISH_SAMPLES, ADD_MEANS = "spn_bwd_finish_samples_kernel", "spn_bwd_add_means_kernel"  # CUDA, with groups or rows
 MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
 
 
@@ -86,6 +87,7 @@ def _numbers(kernel: CudaKernel) -> int:
         REDUCE: max(walk, SUMS * (warps // 2 * WARP if kernel.channels_last else warps)),
         APPLY: walk if kernel.channels_last else table + 4 + SUMS * warps,
         FINISH: SUMS * warps,
+        FINISH_SAMPLES: SUMS * warps,
     }[kernel.name]
 
 
@@ -97,6 +99,8 @@ CUDA = {
     # 3 loads, 18 KB of reads; about half of its traffic is stores.
     APPLY: Design({"sm_86": 12, "sm_90": 12}, _moves, _numbers),
     FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),  # moves a few KB
+    FINISH_SAMPLES: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),
+    ADD_MEANS: Design({"sm_86": 1, "sm_90": 1}),
 }
 
 

@@ -46,13 +46,14 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kBlocksAtOnce<
     for (int i = 0; i < 4; ++i) statistics[i] = call.given[i][place.c];
   }
   if (place.channel) {
-    if (blockIdx.y == 0 && place.position == 0 && place.group == 0) {
+    if (blockIdx.y == 0 && place.sample == 0 && place.position == 0 && place.group == 0) {
       for (int i = 0; i < 4; ++i) call.used[i][place.c] = statistics[i];
     }
-    channel.set(call, place.c, statistics[0], statistics[1], statistics[2], statistics[3]);
+    channel.set(call, call.in_group(call.group_of(place.sample), place.c), statistics[0], statistics[1], statistics[2],
+                statistics[3]);
   }
   // y = gamma x̂ + beta = (rstd gamma) (x - mean) + beta
-  affine.table.fill(call, place.lane_channel, channel.rstd);
+  affine.table.fill(call, place, channel.rstd);
   __syncthreads();
   affine.take_taps();
 
@@ -117,7 +118,7 @@ template <class T>
 void launch_forward(ForwardCall<T> call, bool channels_last, int64_t upsample, cudaStream_t stream) {
   dispatch_layout(channels_last, upsample, [&](auto last, auto u) {
     dispatch_columns<T, u(), last()>(call.shape, {call.x, call.p}, call.y, [&](auto columns) {
-      call.plan = make_plan<T, columns(), last()>(call.shape);
+      call.plan = make_plan<T, columns(), last()>(call.shape, call.per_sample);
       using TableHere = Table<T, u(), last()>;
       const int walking = Neighbours<acc_t<T>, 1, last()>::numbers(call.plan.threads);
       const int finishing = finish_numbers(2, call.plan.threads, last());
@@ -145,13 +146,13 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
                       const std::optional<Tensor>& mask_mean, const std::optional<Tensor>& mask_var, double eps,
                       int64_t upsample, std::optional<double> negative_slope, bool allow_tf32) {
   const Shape s = shape_of(x, upsample);
-  check_unconditional({&gamma_bias, &beta_bias, &index});
   const bool given = mean.has_value();
   STD_TORCH_CHECK(var.has_value() == given && mask_mean.has_value() == given && mask_var.has_value() == given,
                   "pixnorm: give all four statistics or none");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ParameterTensors parameters(s, mask_projection, mask_weight, mask_bias,
-                                    {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv});
+                                    {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv},
+                                    {&gamma_bias, &beta_bias}, index);
   const MemoryFormat layout = layout_of(x);
   const bool channels_last = layout == MemoryFormat::ChannelsLast;
   const cudaStream_t stream = current_stream(x);

@@ -19,7 +19,26 @@ constexpr int kFinishThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads) spn_bwd_finish_kernel(const BackwardCall<T> call) {
-  finish_channel(call, blockIdx.x, true, shared_memory<acc_t<T>>(), call.means + int64_t{blockIdx.x} * kMeans);
+  finish_channel(call, blockIdx.x, 0, true, shared_memory<acc_t<T>>(), call.means + int64_t{blockIdx.x} * kMeans);
+}
+
+constexpr int kSampleThreads = 128;
+
+template <class T>
+__global__ void __launch_bounds__(kSampleThreads) spn_bwd_finish_samples_kernel(const BackwardCall<T> call) {
+  const int sample = blockIdx.x / call.shape.c;
+  finish_sample(call, blockIdx.x - sample * call.shape.c, sample, shared_memory<acc_t<T>>());
+}
+
+// A warp for each mean of a channel.
+template <class T>
+__global__ void __launch_bounds__(kMeans* kWarp) spn_bwd_add_means_kernel(const BackwardCall<T> call) {
+  const int lane = threadIdx.x % kWarp, mean = threadIdx.x / kWarp;
+  const acc_t<T>* const shares = call.shares + int64_t{blockIdx.x} * call.shape.n * kMeans + mean;
+  acc_t<T> total = 0;
+  for (int n = lane; n < call.shape.n; n += kWarp) total += shares[n * kMeans];
+  total = warp_sum(total);
+  if (lane == 0) call.means[blockIdx.x * kMeans + mean] = total;
 }
 
 // Minimum resident blocks per SM. The 38 sums are in registers; the walk in NCHW needs more, so there 12 warps.
@@ -43,7 +62,8 @@ __global__ void __launch_bounds__(kMostThreads<T, kChannelsLast>, kApplyBlocks<T
 }
 
 // Launches reduce and apply. In channels_last a kernel between them finishes the sums: a block of apply has 32 channels
-// there, and would have to read a hundred kilobytes of partial sums.
+// there, and would have to read a hundred kilobytes of partial sums. With groups or rows two kernels do in both
+// layouts, as the means take the sums of all samples.
 template <class T>
 void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample, const Tensor& x, cudaStream_t stream) {
   using A = acc_t<T>;
@@ -55,10 +75,11 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
           // In channels_last with an activation, 4 columns take more registers in reduce than 16 warps per SM allow.
           constexpr bool kNarrow = last() && u() == 1 && columns() == 4;
           const auto launch_reduce = [&](auto v, auto activated) {
-            Plan& plan = call.plan = make_plan<T, v(), last()>(call.shape);
-            if (plan.splits > kMaxSplits) plan.split(kMaxSplits * plan.blocks);
+            Plan& plan = call.plan = make_plan<T, v(), last()>(call.shape, call.per_sample);
+            if (plan.splits * plan.samples > kMaxSplits) plan.split(kMaxSplits * plan.blocks);
             call.splits = plan.splits;
-            const Tensor sums = empty_like(x, {call.shape.c, call.splits, kSums}, dtype_of<A>);
+            call.parts = plan.splits * plan.samples;
+            const Tensor sums = empty_like(x, {call.shape.c, call.parts, kSums}, dtype_of<A>);
             call.sums = static_cast<A*>(sums.data_ptr());
             const int warps = plan.threads / kWarp;
             const int walking = TableHere::kNumbers + Neighbours<A, kExchanged, last()>::numbers(plan.threads);
@@ -71,13 +92,21 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
           constexpr bool kTwo = columns() > 1;
           const Tensor sums = kTwo && !call.activated ? launch_reduce(columns, Bool<!kTwo>{})
                                                       : launch_reduce(Int<kNarrow ? 2 : columns()>{}, Bool<true>{});
-          const Tensor means = empty_like(x, {last() ? call.shape.c : 0, kMeans}, dtype_of<A>);
-          call.means = static_cast<A*>(means.data_ptr());
-          if (last()) {
+          const bool apart = last() || call.per_sample;
+          const Tensor means = empty_like(x, {apart ? call.shape.c : 0, kMeans}, dtype_of<A>);
+          call.means = apart ? static_cast<A*>(means.data_ptr()) : nullptr;
+          const Tensor shares = empty_like(x, {call.shape.c, call.per_sample ? call.shape.n : 0, kMeans}, dtype_of<A>);
+          if (call.per_sample) {
+            call.shares = static_cast<A*>(shares.data_ptr());
+            const size_t bytes = kSampleThreads / kWarp * kSums * sizeof(A);
+            launch(spn_bwd_finish_samples_kernel<T>,
+                   {dim3(call.shape.c * call.shape.n), dim3(kSampleThreads), bytes, stream}, call);
+            launch(spn_bwd_add_means_kernel<T>, {dim3(call.shape.c), dim3(kMeans * kWarp), 0, stream}, call);
+          } else if (last()) {
             const size_t bytes = kFinishThreads / kWarp * kSums * sizeof(A);
             launch(spn_bwd_finish_kernel<T>, {dim3(call.shape.c), dim3(kFinishThreads), bytes, stream}, call);
           }
-          const Plan& plan = call.plan = make_plan<T, columns(), last()>(call.shape);
+          const Plan& plan = call.plan = make_plan<T, columns(), last()>(call.shape, call.per_sample);
           const int walking = TableHere::kNumbers + Neighbours<A, kExchanged, last()>::numbers(plan.threads);
           const int finishing = last() ? 0 : TableHere::kNumbers + kMeans + plan.threads / kWarp * kSums;
           launch(spn_bwd_apply_kernel<T, columns(), u(), last()>,
@@ -118,11 +147,11 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
                        const std::optional<Tensor>& index, const Tensor& p, const Tensor& mean, const Tensor& var,
                        const Tensor& mask_mean, const Tensor& mask_var, double eps, int64_t upsample,
                        std::optional<double> negative_slope, bool allow_tf32, bool training) {
-  check_unconditional({&gamma_bias, &beta_bias, &index});
   const Shape s = shape_of(x, upsample);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ParameterTensors parameters(s, mask_projection, mask_weight, mask_bias,
-                                    {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv});
+                                    {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv},
+                                    {&gamma_bias, &beta_bias}, index);
   check_sizes(grad_y, "grad_y", {s.n, s.c, s.h * upsample, s.w * upsample});
   check_sizes(p, "p", {s.n, s.c, s.h, s.w});
   check_same_dtype(grad_y, "grad_y", x);
@@ -140,13 +169,24 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
     const Tensor dx = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     const ScalarType parameter_dtype = mask_weight.scalar_type();
     Tensor d_projection = empty_like(x, {s.c, s.c, 1, 1}, parameter_dtype);
-    Tensor d_mask_weight = empty_like(x, {s.c}, parameter_dtype), d_mask_bias = empty_like(x, {s.c}, parameter_dtype);
-    Tensor d_taps[4];
-    for (Tensor& t : d_taps) t = empty_like(x, {s.c, 1, 3, 3}, parameter_dtype);
-    if (s.numel() == 0) {
-      for (Tensor* t : {&d_projection, &d_mask_weight, &d_mask_bias, &d_taps[0], &d_taps[1], &d_taps[2], &d_taps[3]}) {
+    const auto of_groups = [&](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> with_groups) {
+      return empty_like(x, index ? with_groups : sizes, parameter_dtype);
+    };
+    const int64_t groups = parameters.groups;
+    Tensor d_mask_weight = of_groups({s.c}, {groups, s.c}), d_mask_bias = of_groups({s.c}, {groups, s.c});
+    Tensor d_taps[4], d_rows[2];
+    for (Tensor& t : d_taps) t = of_groups({s.c, 1, 3, 3}, {groups, s.c, 1, 3, 3});
+    for (int i = 0; i < 2; ++i) {
+      const auto& row = parameters.rows[i];
+      d_rows[i] = row ? empty_like(x, {s.n, s.c}, row->scalar_type()) : empty_like(x, {0}, parameter_dtype);
+    }
+    if (s.numel() == 0 || index) {  // groups that no sample has
+      for (Tensor* t : {&d_mask_weight, &d_mask_bias, &d_taps[0], &d_taps[1], &d_taps[2], &d_taps[3]}) {
         torch::stable::zero_(*t);
       }
+    }
+    if (s.numel() == 0) {
+      for (Tensor* t : {&d_projection, &d_rows[0], &d_rows[1]}) torch::stable::zero_(*t);
     } else {
       // In NCHW, dW = Σₙ dpₙ xₙᵀ is not a single GEMM, but in (C, N, HW) it is. So apply writes dp in that order, and a
       // copy of x.
@@ -169,13 +209,16 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       call.d_mask_weight = {d_mask_weight.data_ptr(), wide};
       call.d_mask_bias = {d_mask_bias.data_ptr(), wide};
       for (int i = 0; i < 4; ++i) call.d_taps[i] = {d_taps[i].data_ptr(), wide};
+      for (int i = 0; i < 2; ++i) {
+        if (parameters.rows[i]) call.d_rows[i] = {d_rows[i].data_ptr(), d_rows[i].scalar_type() == dtype_of<A>};
+      }
       launch_backward(call, channels_last, upsample, x, stream);
       const Tensor weight = in_dtype(parameters.mask_projection, dtype_of<T>);
       add_grad_input(s, channels_last, weight, dp, dx, allow_tf32);
       grad_weight(s, channels_last, dp, x_copy, d_projection, allow_tf32);
     }
-    const Tensor no_rows[2] = {empty_like(x, {0}, parameter_dtype), empty_like(x, {0}, parameter_dtype)};
-    return {dx, d_projection, d_mask_weight, d_mask_bias, d_taps[0], d_taps[1], d_taps[2], d_taps[3], no_rows[0], no_rows[1]};
+    return {dx,        d_projection, d_mask_weight, d_mask_bias, d_taps[0],
+            d_taps[1], d_taps[2],    d_taps[3],     d_rows[0],   d_rows[1]};
   });
 }
 

@@ -78,23 +78,25 @@ class BackwardWalk {
   // Statistics, taps and, for apply, the coefficients of dx and dp.
   __device__ __forceinline__ void prepare() {
     const int c = place_.c;
-    if (place_.channel) channel_.set(call_, c, call_.used[0][c], call_.used[1][c], call_.used[2][c], call_.used[3][c]);
+    const int in_group = call_.in_group(call_.group_of(place_.sample), c);
+    if (place_.channel)
+      channel_.set(call_, in_group, call_.used[0][c], call_.used[1][c], call_.used[2][c], call_.used[3][c]);
     // The loop needs neither x̂ nor p̂: rstd is folded into the taps of gamma, or multiplies the sums at the end.
-    affine_.table.fill(call_, place_.lane_channel, channel_.rstd);
+    affine_.table.fill(call_, place_, channel_.rstd);
     if constexpr (kApply && !kChannelsLast) {
-      finish_channel(call_, c, blockIdx.y == 0, after_table() + kMeans, after_table());
+      if (!call_.means) finish_channel(call_, c, 0, blockIdx.y == 0, after_table() + kMeans, after_table());
     }
     __syncthreads();
     affine_.take_taps();
     if constexpr (kApply) {
       A means[kMeans] = {};
-      const A* const from = kChannelsLast ? call_.means + int64_t{c} * kMeans : after_table();
+      const A* const from = kChannelsLast || call_.means ? call_.means + int64_t{c} * kMeans : after_table();
       for (int i = 0; place_.channel && i < kMeans; ++i) means[i] = from[i];
-      dp_scale_ = place_.channel ? call_.mask_weight[c] * channel_.mask_rstd : A(0);
+      dp_scale_ = place_.channel ? call_.mask_weight[in_group] * channel_.mask_rstd : A(0);
       dx_slope_ = channel_.rstd * channel_.rstd * means[kMeanGx];
       dx_shift_ = channel_.rstd * means[kMeanG];
-      dp_slope_ = dp_scale_ * channel_.mask_rstd * means[kMeanQp];
-      dp_shift_ = dp_scale_ * means[kMeanQ];
+      dp_slope_ = channel_.mask_rstd * channel_.mask_rstd * means[kMeanQp];
+      dp_shift_ = channel_.mask_rstd * means[kMeanQ];
     }
   }
 
@@ -102,7 +104,8 @@ class BackwardWalk {
 #pragma unroll
     for (int i = 0; i < kSumsOf; ++i) sums_[i] *= channel_.rstd;
     sums_[kSumQp] *= channel_.mask_rstd;
-    write_sums<A, kChannelsLast>(sums_, place_.c, place_.channel, shared_memory<A>(), call_.sums, call_.splits);
+    const int64_t part = int64_t{place_.c} * call_.parts + place_.sample * call_.splits + blockIdx.y;
+    write_sums<A, kChannelsLast>(sums_, place_.channel, shared_memory<A>(), call_.sums + part * kSums);
   }
 
   // ---- once per strip ----

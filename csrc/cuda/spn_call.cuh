@@ -33,25 +33,43 @@ inline Shape shape_of(const Tensor& x, int64_t upsample) {
           static_cast<int>(x.size(3))};
 }
 
-inline void check_unconditional(std::initializer_list<const std::optional<Tensor>*> conditions) {
-  for (const auto* t : conditions) STD_TORCH_CHECK(!t->has_value(), "pixnorm: no groups or rows in the CUDA kernels");
-}
-
 // Parameters in the order of the schema, dense.
 struct ParameterTensors {
   Tensor mask_projection, mask_weight, mask_bias, taps[4];
+  std::optional<Tensor> rows[2], index;
+  int64_t groups;
 
   ParameterTensors(const Shape& s, const Tensor& projection, const Tensor& weight, const Tensor& bias,
-                   std::array<const Tensor*, 4> kernels)
+                   std::array<const Tensor*, 4> kernels, std::array<const std::optional<Tensor>*, 2> row_tensors,
+                   const std::optional<Tensor>& sample_groups)
       : mask_projection(dense(projection)), mask_weight(dense(weight)), mask_bias(dense(bias)) {
     check_sizes(projection, "mask_projection", {s.c, s.c, 1, 1});
-    check_sizes(weight, "mask_weight", {s.c});
-    check_sizes(bias, "mask_bias", {s.c});
+    groups = sample_groups && weight.dim() > 0 ? weight.size(0) : 1;
+    const auto check = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+      sample_groups ? check_sizes_of_groups(t, name, groups, sizes) : check_sizes(t, name, sizes);
+    };
+    check(weight, "mask_weight", {s.c});
+    check(bias, "mask_bias", {s.c});
     for (int i = 0; i < 4; ++i) {
-      check_sizes(*kernels[i], "a depthwise weight", {s.c, 1, 3, 3});
+      check(*kernels[i], "a depthwise weight", {s.c, 1, 3, 3});
       taps[i] = dense(*kernels[i]);
     }
+    for (int i = 0; i < 2; ++i) {
+      if (!*row_tensors[i]) continue;
+      check_sizes(**row_tensors[i], "a row", {s.n, s.c});
+      rows[i] = dense(**row_tensors[i]);
+    }
+    if (sample_groups) {
+      STD_TORCH_CHECK(sample_groups->scalar_type() == ScalarType::Long, "pixnorm: index must be of int64");
+      check_sizes(*sample_groups, "index", {s.n});
+      STD_TORCH_CHECK(groups > 0, "pixnorm: there is no group");
+      index = dense(*sample_groups);
+    }
+    STD_TORCH_CHECK(groups * s.c * kTaps <= INT_MAX && (!per_sample() || int64_t{s.n} * s.c <= INT_MAX),
+                    "pixnorm: a parameter has more than 2^31 elements");
   }
+
+  bool per_sample() const { return index || rows[0] || rows[1]; }
 
   template <class T>
   void set_up(Call<T>& call, const Shape& s, double eps, std::optional<double> negative_slope, const Tensor& x,
@@ -71,6 +89,10 @@ struct ParameterTensors {
     call.mask_weight = parameter(mask_weight);
     call.mask_bias = parameter(mask_bias);
     for (int i = 0; i < 4; ++i) call.taps[i] = parameter(taps[i]);
+    for (int i = 0; i < 2; ++i) call.rows[i] = rows[i] ? parameter(*rows[i]) : Parameter<T>{};
+    call.index = index ? data_of<int64_t>(*index) : nullptr;
+    call.groups = static_cast<int>(groups);
+    call.per_sample = per_sample();
   }
 };
 
@@ -83,7 +105,7 @@ Tensor statistic(const Tensor& t, const Shape& s) {
 
 // ---- choice of the template instance ----
 
-constexpr int kMaxSplits = 64;  // partial sums per channel that a later kernel adds up
+constexpr int kMaxSplits = 64;  // partial sums per channel (or one per sample) that a later kernel adds up
 
 // Columns of x per thread: in NCHW 16 bytes of y, or one column where width or alignment rule that out.
 template <class T, int U, bool kChannelsLast>
@@ -103,7 +125,7 @@ void dispatch_columns(const Shape& s, std::initializer_list<const void*> like_x,
 }
 
 inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stream) {
-  return {dim3(plan.blocks, plan.splits), dim3(plan.threads), shared_bytes, stream};
+  return {dim3(plan.blocks * plan.samples, plan.splits), dim3(plan.threads), shared_bytes, stream};
 }
 
 // ---- operands of the projection's GEMMs ----

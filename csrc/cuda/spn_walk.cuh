@@ -34,13 +34,15 @@ struct Plan {
   int positions, groups;  // a block processes `groups` strips at a time
   int own, halo, windows;
   int rows, strips_down;
-  int strips;                   // of one channel: n x strips_down x windows
+  int samples;                  // whose blocks are separate: n where parameters differ between samples, else 1
+  int strips;                   // of one channel and sample: (n / samples) x strips_down x windows
   int channels;                 // of one block
-  int threads, blocks, splits;  // the grid is (blocks of channels, splits of their strips)
+  int threads, blocks, splits;  // the grid is (samples x blocks of channels, splits of their strips)
 
   // Sets `splits` for at most `most_blocks` blocks, whose numbers of rounds differ by at most one.
   void split(int most_blocks) {
-    const int rounds = ceil_div(strips, groups), most = std::clamp(ceil_div(most_blocks, blocks), 1, rounds);
+    const int rounds = ceil_div(strips, groups);
+    const int most = std::clamp(ceil_div(most_blocks, blocks * samples), 1, rounds);
     splits = ceil_div(rounds, ceil_div(rounds, most));
   }
 };
@@ -58,7 +60,7 @@ template <class T, bool kChannelsLast>
 constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 16 / kMostWarps<T, kChannelsLast>;
 
 template <class T, int kColumns, bool kChannelsLast>
-Plan make_plan(const Shape& s) {
+Plan make_plan(const Shape& s, bool per_sample) {
   constexpr int kTargetBlocks = kChannelsLast ? 1 << 9 : 1 << 11;
   Plan plan{};
   const int most = kChannelsLast ? kMostWarps<T, true> : kWarp;
@@ -80,7 +82,8 @@ Plan make_plan(const Shape& s) {
   plan.rows = s.h;
   while (plan.rows > 8 && too_few()) plan.rows = ceil_div(plan.rows, 2);
   plan.strips_down = ceil_div(s.h, plan.rows);
-  plan.strips = s.n * plan.strips_down * plan.windows;
+  plan.samples = per_sample ? s.n : 1;
+  plan.strips = s.n / plan.samples * plan.strips_down * plan.windows;
 
   const int most_groups = (kChannelsLast ? 8 : kMostThreads<T, false>) / plan.positions;
   plan.groups = kChannelsLast ? 1 : kWarp / plan.positions;
@@ -96,6 +99,7 @@ struct Place {
   int c;  // its channel; `channel`: whether c < C
   bool channel;
   int lane_channel;  // index of c within the block
+  int sample;        // of the block, or 0
   int position, group;
 
   // Of the strip:
@@ -109,7 +113,8 @@ struct Place {
     const int thread = threadIdx.x;
     const int across = kChannelsLast ? thread / kWarp : thread;
     lane_channel = kChannelsLast ? thread % kWarp : 0;
-    c = blockIdx.x * plan.channels + lane_channel;
+    sample = blockIdx.x / plan.blocks;
+    c = (blockIdx.x - sample * plan.blocks) * plan.channels + lane_channel;
     channel = c < s.c;
     position = across % plan.positions;
     group = across / plan.positions;
@@ -117,7 +122,7 @@ struct Place {
 
   __device__ void enter(int strip, const Shape& s, const Plan& plan) {
     const int window = strip % plan.windows, rest = strip / plan.windows;
-    n = rest / plan.strips_down;
+    n = sample + rest / plan.strips_down;
     row = rest % plan.strips_down * plan.rows;
     const int place = position - plan.halo;
     const int vector = window * plan.own + place;
@@ -222,8 +227,23 @@ struct Call {
   A slope;
   A eps;
   const T *x, *p;
-  Parameter<T> mask_weight, mask_bias;
-  Parameter<T> taps[4];  // gamma, gamma_inv, beta, beta_inv, each (C, 9)
+  Parameter<T> mask_weight, mask_bias;  // (G, C)
+  Parameter<T> taps[4];                 // gamma, gamma_inv, beta, beta_inv, each (G, C, 9)
+  Parameter<T> rows[2];                 // gamma_bias and beta_bias, (N, C); data == nullptr: none
+  const int64_t* index;                 // (N,), the group of each sample; nullptr: G = 1
+  int groups;                           // G
+  bool per_sample;                      // there are groups or rows: no block straddles samples
+
+  __device__ __forceinline__ int group_of(int sample) const {
+    if (!index) return 0;
+    const int64_t group = index[sample];
+    return group < 0 ? 0 : group >= groups ? groups - 1 : static_cast<int>(group);
+  }
+  // The channel's index in (G, C).
+  __device__ __forceinline__ int in_group(int group, int c) const { return group * shape.c + c; }
+  __device__ __forceinline__ A row(int of, int sample, int c) const {
+    return rows[of].data ? rows[of][sample * shape.c + c] : A(0);
+  }
 };
 
 // Statistics of a channel, and the affine map that they give the mask.
@@ -232,13 +252,14 @@ struct Channel {
   using A = acc_t<T>;
   A mean, rstd, mask_mean, mask_rstd, scale, shift;  // v = value(scale (p - mask_mean) + shift)
 
-  __device__ void set(const Call<T>& call, int c, A mean_, A var, A mask_mean_, A mask_var) {
+  // i: the channel's index in (G, C)
+  __device__ void set(const Call<T>& call, int i, A mean_, A var, A mask_mean_, A mask_var) {
     mean = mean_;
     mask_mean = mask_mean_;
     rstd = 1 / sqrt(var + call.eps);
     mask_rstd = 1 / sqrt(mask_var + call.eps);
-    scale = Mask<T>::kArgument * call.mask_weight[c] * mask_rstd;
-    shift = Mask<T>::kArgument * call.mask_bias[c];
+    scale = Mask<T>::kArgument * call.mask_weight[i] * mask_rstd;
+    shift = Mask<T>::kArgument * call.mask_bias[i];
   }
 
   __device__ __forceinline__ A mask(A p) const { return Mask<T>::value(fma(scale, p - mask_mean, shift)); }
@@ -247,7 +268,7 @@ struct Channel {
 // Per-channel tables in shared memory, for gamma (of = 0, scaled by `gamma_factor`) and beta (of = 1):
 // - the taps that multiply the mask's v;
 // - the constant term, which sums the taps inside the image, for outputs in the first (1) or last (2) row and column,
-//   both (3) or neither (0);
+//   both (3) or neither (0), and the sample's row, which thus costs the walk nothing;
 // - with upsampling, taps that fall on the same pixel of x, merged: a 2x2 kernel for each output of a 2x2 block.
 template <class T, int U, bool kChannelsLast>
 class Table {
@@ -260,11 +281,15 @@ class Table {
   __device__ Table(A* memory, int lane_channel) : raw_(memory + kEntries * kChannels), at_(memory + lane_channel) {}
 
   // Called by all threads of a block; the table is valid after the next barrier.
-  __device__ void fill(const Call<T>& call, int lane_channel, A gamma_factor) {
-    const int first = blockIdx.x * kChannels;
+  template <class Place>
+  __device__ void fill(const Call<T>& call, const Place& place, A gamma_factor) {
+    const int lane_channel = place.lane_channel, first = place.c - lane_channel;
+    const int from = call.in_group(call.group_of(place.sample), first) * kTaps;
+    const A row_gamma = place.channel ? call.row(0, place.sample, place.c) : A(0);
+    const A row_beta = place.channel ? call.row(1, place.sample, place.c) : A(0);
     for (int i = threadIdx.x; i < kRaw; i += blockDim.x) {
       const int kernel = i / (kTaps * kChannels), j = i % (kTaps * kChannels);
-      raw_[i] = first + j / kTaps < call.shape.c ? call.taps[kernel][first * kTaps + j] : A(0);
+      raw_[i] = first + j / kTaps < call.shape.c ? call.taps[kernel][from + j] : A(0);
     }
     __syncthreads();
     const int worker = kChannelsLast ? threadIdx.x / kWarp : threadIdx.x;
@@ -273,7 +298,7 @@ class Table {
       const int of = entry < kBorder ? entry / kTaps : (entry - kBorder) / 16 % 2, within = (entry - kBorder) % 16;
       const A* const tap = raw_ + (2 * of * kChannels + lane_channel) * kTaps;
       const A* const tap_inv = tap + kChannels * kTaps;
-      A value = 0;
+      A value = entry < kBorder || entry >= kMerged ? A(0) : of == 0 ? row_gamma : row_beta;
       for (int k = 0; k < kTaps; ++k) {
         const int ky = k / 3, kx = k % 3;
         const A on_mask = Mask<T>::kScale * (tap[k] - tap_inv[k]);

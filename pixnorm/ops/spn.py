@@ -446,13 +446,10 @@ def _refusals(x: Tensor, learnt, index: Tensor | None, upsample: int) -> dict[st
         reason = "the kernels are for depthwise weights, not for standard convolutions"
         return {"native": reason, "triton": reason}
     native = None
-    if x.device.type == "cuda":
-        if index is not None:
-            native = "conditional SPN has no kernels in CUDA C++"
-        elif gamma_weight.shape[-1] != 3:
-            native = f"the CUDA kernels are for kernel size 3, got {gamma_weight.shape[-1]}"
-        elif mask_projection.shape[0] != mask_projection.shape[1]:
-            native = f"the CUDA kernels need one mask per channel, got {mask_projection.shape[0]} for all"
+    if x.device.type == "cuda" and gamma_weight.shape[-1] != 3:
+        native = f"the CUDA kernels are for kernel size 3, got {gamma_weight.shape[-1]}"
+    elif x.device.type == "cuda" and mask_projection.shape[0] != mask_projection.shape[1]:
+        native = f"the CUDA kernels need one mask per channel, got {mask_projection.shape[0]} for all"
     return {"native": native, "triton": beyond_32_bits(x, upsample)}
 
 

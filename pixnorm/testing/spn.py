@@ -94,7 +94,7 @@ def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
 
 
 def _takes(backend: str, case: Case) -> bool:
-    return backend != "cuda" or not case.sizes
+    return backend != "cuda" or not {"kernel_size", "masks"} & set(case.sizes)
 
 
 def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
@@ -232,5 +232,4 @@ CONDITIONAL_SPN = _spec(
     cases=_conditional_cases(),
     per_sample=(*_ROWS, "index"),
     integers=("index",),
-    backends=("cpu", "triton"),
 )
