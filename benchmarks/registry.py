@@ -51,12 +51,14 @@ class Head(NamedTuple):
         title: in tables.
         options, sizes: of the ``Case``.
         spec: where it is not the op's first.
+        cpu: on the CPU, the only shapes; None for all of the op's.
     """
 
     title: str
     options: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
     spec: OpSpec | None = None
+    cpu: Sequence[Shape] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,16 @@ class Whole:
         title: in tables.
         shapes: of its output.
         build: ("eager" or impl, shape, layout) -> the function without arguments, and the tensors that have gradients.
-        goal: by mode, the least speed-up over eager mode in its best layout, at any shape.
+        goal: by mode, the least speed-up over eager mode in its best layout, at any shape; modes without one are not
+            measured.
+        over: what "eager" stands for, in words.
     """
 
     title: str
     shapes: Sequence[Shape]
     build: Callable[[str, Shape, str], tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
     goal: Mapping[str, float]
+    over: str = "eager"
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,9 @@ def _wholes(records: Records, op: Op) -> str:
     rows, impls = [], records.impls("whole", op=str(op))
     for group in records.groups("whole", "whole", "mode", "shape", op=str(op)):
         where, eager = {"op": str(op), **group}, in_layouts("eager")
-        cells = [f"{op.wholes[group['whole']].title}, {MODES[group['mode']]}, {group['shape']}"]
+        of = op.wholes[group["whole"]]
+        over = "" if of.over == "eager" else f" (here eager is {of.over})"
+        cells = [f"{of.title}, {MODES[group['mode']]}, {group['shape']}{over}"]
         cells.append(_time(records.best(eager, "whole", **where), 1e-3, layout=True))
         for impl in impls:
             names = in_layouts(impl)

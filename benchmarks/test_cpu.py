@@ -58,7 +58,9 @@ def contender(op: Op, head: str, shape: Shape, mode: str, name: str):
 
 def layers():
     for op in OPS.values():
-        for head, shape, mode in product(op.heads, op.shapes.cpu, MODES):
+        for (head, of), shape, mode in product(op.heads.items(), op.shapes.cpu, MODES):
+            if of.cpu is not None and shape not in of.cpu:
+                continue
             floors = (*(PRODUCTS if op.products else ()), *(COPIES if op.goals.over_copy else ()))
             yield op, head, shape, mode, (*EAGER, *op.compiled(head, mode, shape), *FUSED, *floors)
 
@@ -116,7 +118,7 @@ def whole(op: Op, name: str, shape: Shape, mode: str, contender: str):
 def wholes():
     for op in OPS.values():
         for name, of in op.wholes.items():
-            for shape, mode in product(of.shapes, MODES):
+            for shape, mode in product(of.shapes, of.goal):
                 yield op, name, shape, mode, (*EAGER, *FUSED)
 
 

@@ -11,6 +11,7 @@ from benchmarks.contenders import SQUARE_PRODUCTS
 from benchmarks.cuda_code import CudaKernel, Design
 from benchmarks.machine_code import STATISTICS, Moves, moves
 from benchmarks.model import GPU, WARP
+from benchmarks.ops.conditional_spn import HEAD, WHOLES
 from benchmarks.registry import PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, in_layouts
 from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
 from pixnorm.networks import Generator
@@ -241,7 +242,8 @@ def _compiled(head: str, mode: str, shape: Shape) -> tuple[str, ...]:
     """Where torch.compile comes near the fastest peer; elsewhere it would compile for minutes to lose."""
     if (head, mode) == ("plain", "forward"):
         return in_layouts("compile")
-    return () if (head, mode) == ("up", "forward_backward") else ("compile-channels_last",)
+    lost = ("up", "forward_backward"), ("conditional", "forward_backward")
+    return () if (head, mode) in lost else ("compile-channels_last",)
 
 
 def _generator(impl: str) -> Generator:
@@ -253,7 +255,7 @@ def _generator(impl: str) -> Generator:
 
 def _over_peers(head: str, mode: str, precision: str, machine: str) -> float | None:
     if machine == "cpu":
-        return {"forward": (8, 3), "forward_backward": (12, 4)}[mode][head == "plain"]
+        return {"forward": (8, 3), "forward_backward": (12, 4)}[mode][head != "up"]
     if head == "up":
         return 8
     return 3 if "H200" in machine and (mode, precision) == ("backward", "bf16") else 4
@@ -284,7 +286,7 @@ def _share(gpu: str) -> dict[str, tuple[float, float]]:
 BENCHMARK = Op(
     spec=SPN,
     title="SPN",
-    heads={"plain": Head("SPN"), "up": UP},
+    heads={"plain": Head("SPN"), "up": UP, "conditional": HEAD},
     shapes=Shapes(
         cpu={
             (64, 256, 8, 8): "early block of a 32x32 generator, large batch: small planes",
@@ -320,7 +322,7 @@ BENCHMARK = Op(
             SpeedUp(("triton",), ("native",), _triton_over_native),
         ),
         over_copy=1.5,
-        saved={"plain": 1, "up": 0.25},
+        saved={"plain": 1, "up": 0.25, "conditional": 1},
         share=_share,
         launches={"forward": 4, "backward": 6},
         small=4,
@@ -332,5 +334,6 @@ BENCHMARK = Op(
     cuda=CUDA,
     triton=SPNConfiguration,
     compiled=_compiled,
+    wholes=WHOLES,
     auto=lambda x, options, tf32: preferred(x, options.get("upsample", 1)),
 )
