@@ -11,8 +11,9 @@ from pixnorm.networks import Generator
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore:pixnorm.spn runs on the reference")]
 
 
-def test_a_checkpoint(tmp_path):
-    options = masks.OPTIONS | {"channels": 4}
+@pytest.mark.parametrize("norm", [{"norm": "spn"}, {"norm": "cspn", "num_classes": 3}])
+def test_a_checkpoint(tmp_path, norm):
+    options = masks.OPTIONS | {"channels": 4} | norm
     torch.save({"options": options, "model": Generator(**options).state_dict()}, tmp_path / "g.pt")
     masks.main(["--checkpoint", str(tmp_path / "g.pt"), "--results", str(tmp_path)])
     assert (tmp_path / "masks.png").stat().st_size > 10_000

@@ -71,13 +71,14 @@ def train(seconds: float) -> tuple[Generator, int]:
 
 
 @torch.no_grad()
-def images_and_masks(generator: Generator, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 3, H, W) and (N, C, h, w), of ``LAYER``."""
+def images_and_masks(generator: Generator, *codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 3, H, W) and (N, Cm, h, w), of ``LAYER``, for latent vectors and, in a conditional generator, classes."""
     found = []
     layer = generator.get_submodule(LAYER)
-    hook = layer.register_forward_pre_hook(lambda layer, given: found.append(self_latent_mask(layer, given[0])))
+    # Of what the layer is given, the features and the class; a latent vector does not reach the mask.
+    hook = layer.register_forward_pre_hook(lambda layer, given: found.append(self_latent_mask(layer, *given[:2])))
     try:
-        images = generator(latents)
+        images = generator(*codes)
     finally:
         hook.remove()
     return images, found[0]
@@ -157,8 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"hinge loss, Adam with betas 0 and 0.9, rates {RATE_G:g} (generator) and {RATE_D:g} (discriminator)"
         )
     torch.manual_seed(1)
-    latents = torch.randn(SAMPLES, generator.fc.in_features)
-    images, masks = images_and_masks(generator.eval(), latents)
+    codes = [torch.randn(SAMPLES, generator.fc.in_features)]
+    if generator.num_classes:
+        codes.append(torch.arange(SAMPLES) % generator.num_classes)
+    images, masks = images_and_masks(generator.eval(), *codes)
     text = markdown(masks, facts)
     of_channels = [
         {"channel": i, "mean": round(mask.mean().item(), 4), "deviation": round(mask.std((1, 2)).mean().item(), 4)}
