@@ -283,9 +283,10 @@ def spn_bwd(
     dx = dense_like(x)
     weight = mask_projection.contiguous().to(x.dtype)
     learnt = contiguous(mask_weight, mask_bias, gamma_weight, gamma_weight_inv, beta_weight, beta_weight_inv)
-    grads = [torch.zeros_like(t) if x.numel() == 0 else torch.empty_like(t) for t in learnt]
+    new_like = torch.zeros_like if x.numel() == 0 else torch.empty_like
+    grads = [new_like(t) for t in learnt]
     of_samples = _contiguous_of_samples(gamma_bias, beta_bias, index)
-    of_rows = [mask_projection.new_empty((0,)) if t is None else torch.empty_like(t) for t in of_samples[:2]]
+    of_rows = [mask_projection.new_empty((0,)) if t is None else new_like(t) for t in of_samples[:2]]
     if x.numel() == 0:
         return dx, torch.zeros_like(mask_projection, memory_format=torch.contiguous_format), *grads, *of_rows
     grad_y, p = (dense(t, x) for t in (grad_y, p))
@@ -385,18 +386,22 @@ def _grad_of_one_mask(
         scale, shift = (t.view(groups)[index][:, None, None, None] for t in (scale, shift))
     m = torch.sigmoid(p_hat * scale + shift)
     dq = dm * m * (1 - m)
-    of_bias, of_weight = (t.sum((1, 2, 3)) for t in (dq, dq * p_hat))  # of each sample
-    dp = scale * dq
-    if training:
-        mean_q, mean_qp = ((scale.view(-1) * t).sum() / dq.numel() for t in (of_bias, of_weight))
-        dp = dp - mean_q - p_hat * mean_qp
-    dp = (dp * rstd).to(p.dtype)
+    pixels = dq * p_hat, dq  # whose sums are the gradients of the scale and the shift
     if index is None:
-        of_groups = [t.sum() for t in (of_weight, of_bias)]
-    else:  # not by index_add_, whose order varies on GPUs; not times 0, which would keep NaN
+        grads = totals = [t.sum() for t in pixels]
+        scale = scale * rstd
+    else:
+        of_samples = [t.sum((1, 2, 3)) for t in pixels]
+        # Not by index_add_, whose order varies on GPUs; not times 0, which would keep NaN.
         belongs = index == torch.arange(groups, device=index.device)[:, None]
-        of_groups = [torch.where(belongs, t, 0.0).sum(1) for t in (of_weight, of_bias)]
-    return dp, *(t.reshape(weight.shape).to(weight.dtype) for t in of_groups)
+        grads = [torch.where(belongs, t, 0.0).sum(1) for t in of_samples]
+        totals = [(scale.view(-1) * t).sum() for t in of_samples]
+        dq, scale = scale * dq, rstd  # as in spn_bwd_apply_kernel
+    dp = dq
+    if training:
+        count = dq.numel()
+        dp = dq - totals[1] / count - p_hat * (totals[0] / count)
+    return (dp * scale).to(p.dtype), *(t.reshape(weight.shape).to(weight.dtype) for t in grads)
 
 
 spn_fwd_triton = op_of_kernels("pixnorm::spn_fwd_triton", mutates_args=())(spn_fwd)

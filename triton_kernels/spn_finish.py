@@ -9,8 +9,7 @@ from pixnorm.triton_kernels.spn_rows import group_at
 
 @triton.jit(do_not_specialize=SIZES)
 def spn_bwd_finish_kernel(
-    sums_ptr, gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr,
-    mask_weight_ptr, index_ptr,
+    sums_ptr, gamma_ptr, gamma_inv_ptr, beta_ptr, beta_inv_ptr, mask_weight_ptr, index_ptr,
     d_gamma_ptr, d_gamma_inv_ptr, d_beta_ptr, d_beta_inv_ptr, d_mask_weight_ptr, d_mask_bias_ptr, means_ptr,
     N, C, G, parts, count, K: tl.constexpr, TRAINING: tl.constexpr, ONE_MASK: tl.constexpr, GROUPED: tl.constexpr,
     PARTS: tl.constexpr, SUMS: tl.constexpr,
@@ -35,12 +34,14 @@ def spn_bwd_finish_kernel(
     exists = o_sum < 4 * K * K + 2
     of_channel = sums_ptr + c.to(tl.int64) * parts * (4 * K * K + 2) + o_sum[None, :]
     total = to_accumulator(tl.zeros([SUMS], dtype=tl.float32), sums_ptr)
+    present = 0  # parts of the group
     for first in range(0, parts, PARTS):
         part = first + o_part
         valid = (part < parts)[:, None] & exists[None, :]
         if GROUPED:
             own = group_at(index_ptr, tl.minimum(part, parts - 1) // (parts // N), G) == group
             valid = valid & own[:, None]
+            present += tl.sum(own.to(tl.int32), axis=0)
         total += tl.sum(tl.load(of_channel + part[:, None] * (4 * K * K + 2), mask=valid, other=0.0), axis=0)
 
     which = o_sum // (K * K)
@@ -65,6 +66,12 @@ def spn_bwd_finish_kernel(
             scale = to_accumulator(tl.load(mask_weight_ptr + of_group), sums_ptr)
             q *= scale
             q_p *= scale
+    if GROUPED:
+        # Not 0 times NaN or infinity in the parameters of a group without samples.
+        g = tl.where(present > 0, g, 0.0)
+        g_x = tl.where(present > 0, g_x, 0.0)
+        q = tl.where(present > 0, q, 0.0)
+        q_p = tl.where(present > 0, q_p, 0.0)
     if TRAINING:
         centre = 1.0 / (to_accumulator(tl.full([], 1.0, tl.float32), sums_ptr) * count)
         tl.store(to, g * centre)

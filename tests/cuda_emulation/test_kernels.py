@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from pixnorm.ops import spn as spn_ops
 from pixnorm.ops import statistics as statistics_ops
-from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, SPECS, Case, evaluate, in_double
+from pixnorm.testing import CONDITIONAL_SPN, DENSE_LAYOUTS, LAYOUTS, SPECS, Case, evaluate, in_double
 
 from . import emulated, set_seed
 from .build import environment
@@ -45,6 +46,39 @@ def test_any_order_of_threads_gives_the_same_statistics(shape, layout, dtype, in
             results.append(statistics_ops.statistics(tensors, instance))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def _conditional_spn(tensors):
+    """What both ops return, which nothing has checked in Python."""
+    (forward, inputs), (_, backward_inputs) = CONDITIONAL_SPN.kernel_calls("native", tensors, {})
+    backward = spn_ops.spn_bwd
+    grads = backward(torch.cos(torch.arange(tensors["x"].numel())).view_as(tensors["x"]), *backward_inputs[1:])
+    return [*forward(*inputs), *grads]
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+def test_a_group_out_of_range_is_the_nearest(layout):
+    tensors = CONDITIONAL_SPN.inputs(Case((4, 5, 6, 7), "", sizes={"groups": 3}), torch.float32, layout=layout)
+    with emulated():
+        given = _conditional_spn(tensors | {"index": torch.tensor([-5, 1, 2**40, 3])})
+        nearest = _conditional_spn(tensors | {"index": torch.tensor([0, 1, 2, 2])})
+    assert all(map(torch.equal, given, nearest))
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("row", ["gamma_bias", "beta_bias"])
+def test_a_row_needs_neither_groups_nor_the_other_row(row, layout):
+    one_group = CONDITIONAL_SPN.inputs(Case((4, 5, 6, 7), "", sizes={"groups": 1}), torch.float32, layout=layout)
+    one_group.pop("beta_bias" if row == "gamma_bias" else "gamma_bias")
+    no_groups = {
+        name: t[0] if name.endswith(("weight", "bias", "inv")) and name != row else t for name, t in one_group.items()
+    }
+    del no_groups["index"]
+    with emulated():
+        by_index, without = _conditional_spn(one_group), _conditional_spn(no_groups)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(by_index, without, strict=True))
+    grads = dict(zip(("gamma_bias", "beta_bias"), without[-2:], strict=True))
+    assert grads.pop(row).shape == (4, 5) and grads.popitem()[1].shape == (0,)
 
 
 @pytest.mark.products

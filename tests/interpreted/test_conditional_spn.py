@@ -19,7 +19,7 @@ def conditional_spn(*args, **options):
 
 # The interpreter takes time per program, here a sample, and per row and phase. So take two samples, each kind of case
 # once, and upsample where that is in question.
-KINDS = {str((case.values, case.sizes, case.options.get("training"))): case for case in CONDITIONAL_SPN.cases}
+KINDS = {str((case.values, {*case.sizes}, case.options.get("training"))): case for case in CONDITIONAL_SPN.cases}
 SMALL = [Case((2, 3, 2, 4), case.why, case.options, case.values, case.sizes) for case in KINDS.values()]
 SMALL += [Case((3, 3, 2, 4), "groups of two samples and of one", {}, sizes={"groups": 2})]
 
@@ -77,6 +77,14 @@ def test_not_a_number_stays_in_its_group_in_inference(masks):
         assert not of_groups[0][[0, 2]].any()
     for name in ("gamma_bias", "beta_bias"):
         torch.testing.assert_close(actual.grads[name][[0, 2]], expected.grads[name][[0, 2]])
+
+
+def test_not_a_number_in_a_group_without_samples():
+    tensors = CONDITIONAL_SPN.inputs(Case((2, 2, 1, 4), ""), torch.float64) | {"index": torch.tensor([2, 1])}
+    clean = evaluate(CONDITIONAL_SPN, conditional_spn, tensors, {})
+    for name in ("mask_weight", "mask_bias", "gamma_weight", "beta_weight_inv"):
+        tensors[name][0] = torch.nan
+    assert_same_bits(evaluate(CONDITIONAL_SPN, conditional_spn, tensors, {}), clean)
 
 
 @pytest.mark.parametrize("missing", ["gamma_bias", "beta_bias"])
