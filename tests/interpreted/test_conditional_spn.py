@@ -19,7 +19,7 @@ def conditional_spn(*args, **options):
 
 # The interpreter takes time per program, here a sample, and per row and phase. So take two samples, each kind of case
 # once, and upsample where that is in question.
-KINDS = {str((case.values, {*case.sizes}, case.options.get("training"))): case for case in CONDITIONAL_SPN.cases}
+KINDS = {str((case.values, sorted(case.sizes), case.options.get("training"))): case for case in CONDITIONAL_SPN.cases}
 SMALL = [Case((2, 3, 2, 4), case.why, case.options, case.values, case.sizes) for case in KINDS.values()]
 SMALL += [Case((3, 3, 2, 4), "groups of two samples and of one", {}, sizes={"groups": 2})]
 
@@ -130,7 +130,7 @@ def test_opcheck(sizes):
 
 
 def test_two_runs_are_bit_identical():
-    tensors = CONDITIONAL_SPN.inputs(Case((4, 5, 1, 4), "", sizes={"masks": 1}), layout="channels_last")
+    tensors = CONDITIONAL_SPN.inputs(Case((2, 3, 1, 4), "", sizes={"masks": 1}), layout="channels_last")
     assert_same_bits(*(evaluate(CONDITIONAL_SPN, conditional_spn, tensors, {}) for _ in range(2)))
 
 
