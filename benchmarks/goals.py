@@ -95,7 +95,8 @@ def _speed_ups(records: Records, op: Op) -> Iterator[Target]:
 
 def _speed_up(records: Records, op: Op, speed_up: SpeedUp, layouts: tuple, where: dict) -> Iterator[Target]:
     over, ours = names_of(speed_up.over, layouts), names_of(speed_up.ours, layouts)
-    shapes = [label(shape) for shape in (op.shapes.cpu if records.on_cpu else op.shapes.gpu)]
+    on_cpu = op.heads[where["head"]].cpu or op.shapes.cpu
+    shapes = [label(shape) for shape in (on_cpu if records.on_cpu else op.shapes.gpu)]
 
     def over_all(figure: Callable[[str], float | None]) -> float | None:
         values = [figure(shape) for shape in (shapes if records.on_cpu else shapes[:1])]

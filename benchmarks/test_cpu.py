@@ -58,9 +58,8 @@ def contender(op: Op, head: str, shape: Shape, mode: str, name: str):
 
 def layers():
     for op in OPS.values():
-        for (head, of), shape, mode in product(op.heads.items(), op.shapes.cpu, MODES):
-            if of.cpu is not None and shape not in of.cpu:
-                continue
+        of_heads = [(head, shape) for head, of in op.heads.items() for shape in of.cpu or op.shapes.cpu]
+        for (head, shape), mode in product(of_heads, MODES):
             floors = (*(PRODUCTS if op.products else ()), *(COPIES if op.goals.over_copy else ()))
             yield op, head, shape, mode, (*EAGER, *op.compiled(head, mode, shape), *FUSED, *floors)
 
