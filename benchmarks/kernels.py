@@ -16,13 +16,18 @@ from benchmarks import cuda_code, machine_code, triton_code
 from benchmarks.machine_code import Kernel
 from benchmarks.model import GPUS
 from benchmarks.ops import OPS
+from benchmarks.ops.conditional_spn import ClassParametersConfiguration
 from benchmarks.ops.label_conv import LabelConvConfiguration
 from benchmarks.registry import Op
 
 DESIGNS = {**cuda_code.SHARED, **{name: design for op in OPS.values() for name, design in op.cuda.items()}}
 SHAPES = [("float", (64, 256, 32, 32)), ("BFloat16", (64, 256, 32, 32)), ("float", (32, 64, 128, 128))]  # of y
 # Of several ops, or of one that is not measured.
-OTHER_TRITON = {"statistics": triton_code.StatisticsConfiguration, "label_conv": LabelConvConfiguration}
+OTHER_TRITON = {
+    "statistics": triton_code.StatisticsConfiguration,
+    "label_conv": LabelConvConfiguration,
+    "class_parameters": ClassParametersConfiguration,
+}
 LAYOUTS = {False: "NCHW", True: "channels_last"}
 
 

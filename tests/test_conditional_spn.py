@@ -58,10 +58,8 @@ def plain_of(layer, chosen):
         plain.mask_projection.copy_(layer.mask_projection)
         plain.mask_weight.copy_(layer.mask_weight[chosen])
         plain.mask_bias.copy_(layer.mask_bias[chosen])
-        for name in KERNELS:
-            scale, shift = (
-                getattr(layer, f"{name}_{kind}")[chosen, :, None, None, None] for kind in ("scale", "shift")
-            )
+        for i, name in enumerate(KERNELS):
+            scale, shift = (t[chosen, i, :, None, None, None] for t in (layer.kernel_scale, layer.kernel_shift))
             getattr(plain, name).copy_(scale * getattr(layer, name) + shift)
     return plain
 
@@ -106,9 +104,8 @@ def test_the_latent_vector_adds_to_scale_and_shift(impl, n, c, h, w, k, classes,
     x_hat = tF.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(layer(x, y, z) - layer(x, y, 0 * z), gamma * x_hat + beta, **CLOSE)
     with torch.no_grad():
-        for name in KERNELS:
-            getattr(layer, f"{name}_scale").zero_()
-            getattr(layer, f"{name}_shift").zero_()
+        layer.kernel_scale.zero_()
+        layer.kernel_shift.zero_()
     bigbn = pixnorm.nn.LatentBatchNorm2d(c, 2, impl="reference", dtype=torch.float64)
     with torch.no_grad():
         bigbn.gamma.weight.copy_(layer.gamma_latent)
@@ -122,8 +119,7 @@ def test_a_shift_adds_its_taps_whatever_the_mask(impl, k, sums):
     layer = make(impl, 3, 2, kernel_size=k)
     before = layer(x, y)
     with torch.no_grad():
-        layer.beta_weight_shift += 0.5
-        layer.beta_weight_inv_shift += 0.5
+        layer.kernel_shift[:, 2:] += 0.5
     added = layer(x, y) - before
     for (row, column), taps in zip([(3, 4), (0, 4), (0, 0)], sums, strict=True):
         torch.testing.assert_close(added[:, :, row, column], torch.full_like(added[:, :, 0, 0], 0.5 * taps), **CLOSE)
@@ -133,8 +129,7 @@ def test_absent_classes_get_zero_gradients(impl):
     x, _, _ = draw(0, 6, 3, 4, 5, 4)
     layer = make(impl, 3, 4)
     layer(x, torch.tensor([0, 2, 2, 0, 0, 2], device=x.device)).sin().sum().backward()
-    tables = ["mask_weight", "mask_bias", *(f"{name}_{kind}" for name in KERNELS for kind in ("scale", "shift"))]
-    for name in tables:
+    for name in ("mask_weight", "mask_bias", "kernel_scale", "kernel_shift"):
         grad = getattr(layer, name).grad
         assert (grad[[1, 3]] == 0).all() and (grad[[0, 2]] != 0).all(), name
 
@@ -153,7 +148,7 @@ def test_classes_as_vectors(impl, n, soft):
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             of_class = parameter.shape[0] == 3 and averaged.get_parameter(name).shape[0] == 1
-            averaged.get_parameter(name).copy_(weights[None] @ parameter if of_class else parameter)
+            averaged.get_parameter(name).copy_(torch.tensordot(weights, parameter, 1) if of_class else parameter)
     torch.testing.assert_close(layer(x, weights.expand(n, 3), z), averaged(x, torch.zeros_like(y), z), **CLOSE)
 
 
@@ -197,13 +192,12 @@ def test_depthwise_kernels_are_those_of_conditional_convolution():
     x, y, _ = draw(0, 4, 3, 5, 6, 2)
     layer = make("reference", 3, 2)
     with torch.no_grad():
-        for name in KERNELS[:2]:
-            getattr(layer, f"{name}_scale").zero_()
-            getattr(layer, f"{name}_shift").zero_()
+        layer.kernel_scale[:, :2] = 0
+        layer.kernel_shift[:, :2] = 0
     m = self_latent_mask(layer, x, y)
     expected = 0
-    for mask, name in ((m, "beta_weight"), (1 - m, "beta_weight_inv")):
-        tables = getattr(layer, f"{name}_scale"), getattr(layer, f"{name}_shift")
+    for i, mask in ((2, m), (3, 1 - m)):
+        name, tables = KERNELS[i], (layer.kernel_scale[:, i], layer.kernel_shift[:, i])
         expected += F.conditional_conv2d(mask, y, getattr(layer, name), *tables, padding=1, groups=3)
     torch.testing.assert_close(layer(x, y), expected, **CLOSE)
 
@@ -266,8 +260,8 @@ def test_starts_as_batch_norm_and_resets():
     close = (layer(x, y, z) - tF.batch_norm(x, None, None, training=True)).abs().max()
     assert 0 < close < 1  # the noise of the kernels
     layer.reset_parameters()
-    assert (layer.mask_weight == 1).all() and (layer.gamma_weight_scale == 1).all()
-    assert (layer.mask_bias == 0).all() and (layer.beta_weight_inv_shift == 0).all()
+    assert (layer.mask_weight == 1).all() and (layer.kernel_scale == 1).all()
+    assert (layer.mask_bias == 0).all() and (layer.kernel_shift == 0).all()
     assert layer.gamma_latent.abs().max() <= (6 / 5) ** 0.5 and layer.gamma_latent.std() > 0.1
 
 
@@ -277,8 +271,8 @@ def test_state_dict_of_its_own_loads():
     for name, tensor in layer.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     state = layer.state_dict()
-    del state["gamma_weight_scale"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*gamma_weight_scale"):
+    del state["kernel_scale"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*kernel_scale"):
         other.load_state_dict(state)
 
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import pixnorm
 from pixnorm.functional import gconv_mix, label_conv2d, spn
 from pixnorm.ops import _dispatch
+from pixnorm.ops import class_parameters as class_parameters_module
 from pixnorm.ops import gconv as gconv_module
 from pixnorm.ops import label_conv as label_conv_module
 from pixnorm.ops import modulate as modulate_module
@@ -95,6 +96,9 @@ WRITTEN = {
     "gconv_mix_bwd_weight": "weights biases",
     "label_conv_fwd": "y",
     "label_conv_grad": "sums",
+    "class_parameters_fwd": "to_mask_weight to_mask_bias to_gamma to_gamma_inv to_beta to_beta_inv",
+    "class_parameters_tables": "to_mask_weight to_mask_bias to_scale to_shift",
+    "class_parameters_kernels": "to_gamma to_gamma_inv to_beta to_beta_inv",
 }
 STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
 
@@ -233,6 +237,22 @@ def test_the_compiler_sees_the_kernels_of_label_convolution(pretended_gpu, dynam
     check_graphs(graphs, "label_conv", (["label_conv_fwd"], ["label_conv_grad"]))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_compiler_sees_the_kernels_of_class_parameters(pretended_gpu, dynamic):
+    layer = pixnorm.ConditionalSPN2d(8, 5)
+    names = ["mask_weight", "mask_bias", *pixnorm.nn.spn.KERNELS, "kernel_scale", "kernel_shift"]
+    tensors = {name: getattr(layer, name).detach() for name in names} | {"classes": torch.tensor([3, 1, 3])}
+
+    def function(classes, **tensors):
+        formed = class_parameters_module.class_parameters(classes, *tensors.values(), impl="triton")
+        return torch.cat([t.flatten() for t in formed])
+
+    _, graphs = traced(function, tensors, names, dynamic)
+    kernels = ["class_parameters_fwd"], ["class_parameters_tables", "class_parameters_kernels"]
+    check_graphs(graphs, "class_parameters", kernels)
+
+
 def traced(function, tensors, differentiable, dynamic):
     """The output, and the graphs of forward and backward."""
     torch.compiler.reset()
@@ -293,6 +313,8 @@ def test_pytorch_finds_the_kernels_of_the_ops():
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
         "label_conv_fwd_triton": ["label_conv_fwd"],
         "label_conv_grad_triton": ["label_conv_grad"],
+        "class_parameters_fwd_triton": ["class_parameters_fwd"],
+        "class_parameters_grad_triton": ["class_parameters_tables", "class_parameters_kernels"],
     }.items():
         found = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"pixnorm::{op}")}
         assert found == {f"{name}_kernel" for name in names}
@@ -320,7 +342,7 @@ def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
             assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
-MODULES = [spn_module, gconv_module, modulate_module, label_conv_module]
+MODULES = [spn_module, gconv_module, modulate_module, label_conv_module, class_parameters_module]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -1,6 +1,5 @@
 """The modules of self pixel-wise normalisation, plain and conditional."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from pixnorm.nn._norm import Norm2d
 from pixnorm.nn.batchnorm import check_latent
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_classes, check_eps, check_option
+from pixnorm.ops.class_parameters import class_parameters
 from pixnorm.ops.common import ACTIVATIONS, onlooker, rows_of_classes
 from pixnorm.ops.modulate import rows_for
 
@@ -257,9 +257,9 @@ class ConditionalSPN2d(PixelwiseNorm2d):
         floating-point y for N.
 
     Parameters ``mask_projection``, ``gamma_weight``, ``gamma_weight_inv``, ``beta_weight`` and ``beta_weight_inv`` as
-    in :class:`SPN2d`; ``mask_weight`` and ``mask_bias`` (K, Cm), 1 and 0 at first; for each of the four kernels
-    ``<kernel>_scale`` and ``<kernel>_shift`` (K, C), 1 and 0 at first; with ``latent_dim``, ``gamma_latent`` and
-    ``beta_latent`` (C, dz), Glorot uniform. Buffers as in :class:`SPN2d`.
+    in :class:`SPN2d`; ``mask_weight`` and ``mask_bias`` (K, Cm), 1 and 0 at first; ``kernel_scale`` and
+    ``kernel_shift`` (K, 4, C), for the four kernels in this order, 1 and 0 at first; with ``latent_dim``,
+    ``gamma_latent`` and ``beta_latent`` (C, dz), Glorot uniform. Buffers as in :class:`SPN2d`.
 
     Raises:
         ValueError: an argument is out of range; y or z does not fit, or z is missing.
@@ -314,9 +314,8 @@ class ConditionalSPN2d(PixelwiseNorm2d):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        for name in KERNELS:
-            self.register_parameter(f"{name}_scale", parameter(num_classes, num_features))
-            self.register_parameter(f"{name}_shift", parameter(num_classes, num_features))
+        self.kernel_scale = parameter(num_classes, len(KERNELS), num_features)
+        self.kernel_shift = parameter(num_classes, len(KERNELS), num_features)
         for name in ("gamma_latent", "beta_latent"):
             self.register_parameter(name, parameter(num_features, latent_dim) if latent_dim else None)
         self.reset_parameters()
@@ -324,9 +323,8 @@ class ConditionalSPN2d(PixelwiseNorm2d):
     def reset_parameters(self) -> None:
         """Draw the parameters as ``init`` says, with equal classes, and reset the running statistics."""
         super().reset_parameters()
-        for name in KERNELS:
-            nn.init.ones_(getattr(self, f"{name}_scale"))
-            nn.init.zeros_(getattr(self, f"{name}_shift"))
+        nn.init.ones_(self.kernel_scale)
+        nn.init.zeros_(self.kernel_shift)
         if self.latent_dim:
             nn.init.xavier_uniform_(self.gamma_latent)
             nn.init.xavier_uniform_(self.beta_latent)
@@ -337,61 +335,49 @@ class ConditionalSPN2d(PixelwiseNorm2d):
             return node
         check_classes(y, input.shape[0], self.num_classes)
         check_latent(z, input, self.latent_dim)
-        index, of_groups = self._groups(y)
+        index, learnt = self._of_classes(y)
         rows = [None, None]
         if self.latent_dim:
             rows = [rows_for(nn.functional.linear(z, w), input) for w in (self.gamma_latent, self.beta_latent)]
         buffers, options = self._statistics()
         output = F.conditional_spn(
-            input,
-            index,
-            self.mask_projection,
-            of_groups(self.mask_weight),
-            of_groups(self.mask_bias),
-            *[self._kernels(name, of_groups) for name in KERNELS],
-            *rows,
-            *buffers,
-            **options,
-            **self._fused(),
+            input, index, self.mask_projection, *learnt, *rows, *buffers, **options, **self._fused()
         )
         return self._counted(output)
 
-    def _groups(self, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Each sample's group, and a function from a table's rows of classes to rows of groups.
+    def _of_classes(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Each sample's group, and the groups' parameters: the mask's scale and shift and four kernels.
 
         Groups are the classes that are in the batch. Where looking would synchronise with a GPU or break a graph, they
         are all classes; or the samples, if they are fewer. For y in floating point they are the samples.
         """
-        if y.dim() == 1 and y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None:
+        tables = self.mask_weight, self.mask_bias, self.kernel_scale, self.kernel_shift
+        if y.dim() == 2:
+            # Autocast computes the products in another dtype.
+            tables = [rows_of_classes(y, t.flatten(1)).to(t.dtype).view(y.shape[0], *t.shape[1:]) for t in tables]
+            index = classes = torch.arange(y.shape[0], device=y.device)
+        elif y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None:
             classes, index = y.unique(return_inverse=True)
-            return index, lambda table: nn.functional.embedding(classes, table)
-        if y.dim() == 1 and y.shape[0] >= self.num_classes:
-            return y, lambda table: table
-        # Autocast computes the products in another dtype.
-        samples = torch.arange(y.shape[0], device=y.device)
-        return samples, lambda table: rows_of_classes(y, table).to(table.dtype)
-
-    def _kernels(self, name: str, of_groups: Callable[[Tensor], Tensor]) -> Tensor:
-        """(G, C, 1, k, k)"""
-        scale, shift = (
-            of_groups(getattr(self, f"{name}_{kind}"))[..., None, None, None] for kind in ("scale", "shift")
-        )
-        return torch.addcmul(shift, scale, getattr(self, name))
+        elif y.shape[0] >= self.num_classes:
+            classes, index = torch.arange(self.num_classes, device=y.device), y
+        else:
+            classes, index = y, torch.arange(y.shape[0], device=y.device)
+        mask_weight, mask_bias, scale, shift = tables
+        kernels = [getattr(self, name) for name in KERNELS]
+        return index, class_parameters(classes, mask_weight, mask_bias, *kernels, scale, shift, impl=self.impl)
 
     def _converted(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint of plain SPN: all classes get its mask and its kernels, and z no weight."""
         found = super()._converted(found)
-        tables = [f"{name}_{kind}" for name in KERNELS for kind in ("scale", "shift")]
-        if "gamma_weight" not in found or found.keys() & set(tables):
+        if "gamma_weight" not in found or found.keys() & {"kernel_scale", "kernel_shift"}:
             return found
         like = found["gamma_weight"]
         converted = dict(found)
         for name in ("mask_weight", "mask_bias"):
             if name in found and found[name].dim() == 1:
                 converted[name] = found[name].expand(self.num_classes, -1)
-        for name in tables:
-            value = 1.0 if name.endswith("scale") else 0.0
-            converted[name] = like.new_full((self.num_classes, self.num_features), value)
+        for name, value in (("kernel_scale", 1.0), ("kernel_shift", 0.0)):
+            converted[name] = like.new_full((self.num_classes, len(KERNELS), self.num_features), value)
         if self.latent_dim:
             for name in ("gamma_latent", "beta_latent"):
                 converted[name] = like.new_zeros((self.num_features, self.latent_dim))
@@ -422,8 +408,7 @@ def self_latent_mask(layer: SPN2d | ConditionalSPN2d, x: Tensor, y: Tensor | Non
     kernels = zero, zero, torch.ones_like(zero), zero
     if isinstance(layer, ConditionalSPN2d):
         check_classes(y, x.shape[0], layer.num_classes)
-        index, of_groups = layer._groups(y)
-        weight, bias = of_groups(layer.mask_weight), of_groups(layer.mask_bias)
+        index, (weight, bias, *_) = layer._of_classes(y)
         kernels = [kernel.expand(weight.shape[0], *kernel.shape) for kernel in kernels]
         m = F.conditional_spn(
             x, index, layer.mask_projection, weight, bias, *kernels, None, None, *buffers, **options, impl=layer.impl
