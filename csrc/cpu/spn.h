@@ -1,4 +1,4 @@
-// Shared by spn.cpp (tensors, products, threads) and spn_kernels.h (vector code).
+// Shared by the host code (spn_call.h: arguments, threads) and the vector code (spn_kernels.h).
 #pragma once
 
 #include <algorithm>
