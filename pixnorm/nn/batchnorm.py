@@ -1,14 +1,14 @@
 """Batch norms: plain, and with scale and shift from a class, from a latent vector, or from both."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnorm.functional import modulated_norm
+from pixnorm.nn._conditional import Conditional, check_latent, check_sizes
 from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
-from pixnorm.ops.checks import check_classes, check_eps, check_option, has_shape
+from pixnorm.ops.checks import check_eps, check_option
 from pixnorm.ops.common import ACTIVATIONS, rows_of_classes
 from pixnorm.ops.modulate import rows_for
 
@@ -158,7 +158,7 @@ class BatchNorm2d(ModulatedNorm2d):
         return super().extra_repr() + (", affine=False" if not self.affine else "")
 
 
-class ConditionalBatchNorm2d(ModulatedNorm2d):
+class ConditionalBatchNorm2d(Conditional, ModulatedNorm2d):
     r"""Batch norm with a scale and a shift for each class (cBN, arXiv 1610.07629), and from a latent vector (ccBN):
 
     ``y = (G[y] + z Wg) · x̂ + B[y] + z Wb``; without ``latent_dim``, only the tables.
@@ -196,10 +196,7 @@ class ConditionalBatchNorm2d(ModulatedNorm2d):
         *,
         negative_slope: float = 0.2,
     ):
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if latent_dim < 0:
-            raise ValueError(f"latent_dim must not be negative, got {latent_dim}")
+        check_sizes(num_classes, latent_dim)
         super().__init__(
             num_features,
             eps,
@@ -212,16 +209,9 @@ class ConditionalBatchNorm2d(ModulatedNorm2d):
             device=device,
             dtype=dtype,
         )
-        self.num_classes = num_classes
-        self.latent_dim = latent_dim
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.gamma_table = parameter(num_classes, num_features)
-        self.beta_table = parameter(num_classes, num_features)
-        for name in ("gamma_latent", "beta_latent"):
-            self.register_parameter(name, parameter(num_features, latent_dim) if latent_dim else None)
+        self.gamma_table = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
+        self.beta_table = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
+        self._register_conditions(num_classes, latent_dim, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -229,32 +219,17 @@ class ConditionalBatchNorm2d(ModulatedNorm2d):
         self.reset_running_stats()
         nn.init.ones_(self.gamma_table)
         nn.init.zeros_(self.beta_table)
-        if self.latent_dim:
-            nn.init.xavier_uniform_(self.gamma_latent)
-            nn.init.xavier_uniform_(self.beta_latent)
+        self._reset_latent()
 
     def forward(self, input: Tensor, y: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise the input, then scale and shift each sample's channels as its class, and z, say."""
         if (node := traced(self, input, y, z)) is not None:
             return node
-        check_classes(y, input.shape[0], self.num_classes)
-        check_latent(z, input, self.latent_dim)
+        self._check(input, y, z)
         gamma, beta = rows_of_classes(y, self.gamma_table), rows_of_classes(y, self.beta_table)
-        if self.latent_dim:
-            gamma, beta = gamma + F.linear(z, self.gamma_latent), beta + F.linear(z, self.beta_latent)
+        if (rows := self._rows(z)) is not None:
+            gamma, beta = gamma + rows[0], beta + rows[1]
         return self._modulated(input, gamma, beta)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + f", num_classes={self.num_classes}, latent_dim={self.latent_dim}"
-
-
-def check_latent(z: Tensor | None, x: Tensor, latent_dim: int) -> None:
-    """z is there where it is needed, (N, dz)."""
-    if z is None and latent_dim:
-        raise ValueError(f"z is needed, of shape {(x.shape[0], latent_dim)}")
-    if z is not None and not has_shape(z, (x.shape[0], latent_dim)):
-        wanted = (x.shape[0], latent_dim)
-        raise ValueError(f"z must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(z.shape)}")
 
 
 class LatentBatchNorm2d(ModulatedNorm2d):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pixnorm import functional as F
+from pixnorm.nn._conditional import Conditional, check_sizes
 from pixnorm.nn._leaf import traced
 from pixnorm.nn._norm import Norm2d
-from pixnorm.nn.batchnorm import check_latent
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_classes, check_eps, check_option
 from pixnorm.ops.class_parameters import class_parameters
@@ -232,7 +232,7 @@ class SPN2d(PixelwiseNorm2d):
         return super().extra_repr() + ("" if self.depthwise else ", depthwise=False")
 
 
-class ConditionalSPN2d(PixelwiseNorm2d):
+class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
     r"""Conditional self pixel-wise normalisation (cSPN, arXiv 2201.10725, section 3.2): :class:`SPN2d` with a class for
     each sample, and a latent vector.
 
@@ -288,10 +288,7 @@ class ConditionalSPN2d(PixelwiseNorm2d):
         init: str = "bn",
         negative_slope: float = 0.2,
     ):
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if latent_dim < 0:
-            raise ValueError(f"latent_dim must not be negative, got {latent_dim}")
+        check_sizes(num_classes, latent_dim)
         super().__init__(
             num_features,
             kernel_size,
@@ -308,16 +305,10 @@ class ConditionalSPN2d(PixelwiseNorm2d):
             negative_slope,
             classes=(num_classes,),
         )
-        self.num_classes = num_classes
-        self.latent_dim = latent_dim
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.kernel_scale = parameter(num_classes, len(KERNELS), num_features)
-        self.kernel_shift = parameter(num_classes, len(KERNELS), num_features)
-        for name in ("gamma_latent", "beta_latent"):
-            self.register_parameter(name, parameter(num_features, latent_dim) if latent_dim else None)
+        for name in ("kernel_scale", "kernel_shift"):
+            table = torch.empty(num_classes, len(KERNELS), num_features, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(table))
+        self._register_conditions(num_classes, latent_dim, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -325,20 +316,16 @@ class ConditionalSPN2d(PixelwiseNorm2d):
         super().reset_parameters()
         nn.init.ones_(self.kernel_scale)
         nn.init.zeros_(self.kernel_shift)
-        if self.latent_dim:
-            nn.init.xavier_uniform_(self.gamma_latent)
-            nn.init.xavier_uniform_(self.beta_latent)
+        self._reset_latent()
 
     def forward(self, input: Tensor, y: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise the input with the parameters of each sample's class; in training update the running statistics."""
         if (node := traced(self, input, y, z)) is not None:
             return node
-        check_classes(y, input.shape[0], self.num_classes)
-        check_latent(z, input, self.latent_dim)
+        self._check(input, y, z)
         index, learnt = self._of_classes(y)
-        rows = [None, None]
-        if self.latent_dim:
-            rows = [rows_for(nn.functional.linear(z, w), input) for w in (self.gamma_latent, self.beta_latent)]
+        rows = self._rows(z)
+        rows = (None, None) if rows is None else [rows_for(row, input) for row in rows]
         buffers, options = self._statistics()
         output = F.conditional_spn(
             input, index, self.mask_projection, *learnt, *rows, *buffers, **options, **self._fused()
@@ -382,9 +369,6 @@ class ConditionalSPN2d(PixelwiseNorm2d):
             for name in ("gamma_latent", "beta_latent"):
                 converted[name] = like.new_zeros((self.num_features, self.latent_dim))
         return converted
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + f", num_classes={self.num_classes}, latent_dim={self.latent_dim}"
 
 
 def self_latent_mask(layer: SPN2d | ConditionalSPN2d, x: Tensor, y: Tensor | None = None) -> Tensor:
