@@ -37,6 +37,7 @@ class Design(NamedTuple):
     numbers: Callable[["CudaKernel"], int] = lambda kernel: 0  # of dynamic shared memory per block, as csrc launches it
     loads: Callable[["CudaKernel"], int] = lambda kernel: 0  # in flight per thread, a round, where inputs are streamed
     share: Callable[["CudaKernel"], float] = lambda kernel: 1  # of a vector's outputs, that a round computes
+    sizes: tuple[str, ...] = ("columns", "upsample")  # its template arguments that are numbers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class CudaKernel(Kernel):
     upsample: int
     channels_last: bool
     relu: bool
+    kernel_size: int
 
     may_spill, modelled = False, True
 
@@ -59,12 +61,14 @@ class CudaKernel(Kernel):
         if name not in designs:
             raise ValueError(f"no file of benchmarks/ops has a design for {name}")
         dtype, *values = arguments.replace("c10::", "").split(", ")
-        columns, upsample, *_ = [int(value) for value in values if value.isdigit()] + [1, 1]
+        numbers = [int(value) for value in values if value.isdigit()]
+        sizes = {"columns": 1, "upsample": 1, "kernel_size": 3} | dict(zip(designs[name].sizes, numbers, strict=False))
         channels_last, relu, *_ = [value == "true" for value in values if not value.isdigit()] + [False, False]
-        return cls(gpu, code, designs[name], name, dtype, columns, upsample, channels_last, relu)
+        return cls(gpu, code, designs[name], name, dtype, channels_last=channels_last, relu=relu, **sizes)
 
     def __str__(self) -> str:
         options = ["channels_last"] * self.channels_last + ["up"] * (self.upsample == 2) + ["relu"] * self.relu
+        options += [f"k = {self.kernel_size}"] * (self.kernel_size != 3)
         return " ".join([self.name, self.dtype, f"x{self.columns}", *options, self.gpu.arch])
 
     @property

@@ -21,6 +21,11 @@ from pixnorm.testing import CONDITIONAL_SPN, SPN, Case, OpSpec
 PROJECTION, FINISH = "spn_projection_kernel", "spn_bwd_finish_kernel"
 FINISH_ROWS = "spn_bwd_finish_rows_kernel"  # Triton, with rows
 FINISH_SAMPLES, ADD_MEANS = "spn_bwd_finish_samples_kernel", "spn_bwd_add_means_kernel"  # CUDA, with groups or rows
+GENERAL_WALK, GENERAL_SUMS, GENERAL_MASK = GENERAL = tuple(
+    f"spn_general_{part}_kernel" for part in ("walk", "sums", "mask")
+)
+GENERAL_FINISH = "spn_general_finish_kernel"
+ONE_MASK = tuple(f"spn_one_mask_{part}_kernel" for part in ("sums", "finish", "apply"))
 MODULATE, REDUCE, APPLY = WALKS = "spn_fwd_modulate_kernel", "spn_bwd_reduce_kernel", "spn_bwd_apply_kernel"
 
 
@@ -92,6 +97,13 @@ def _numbers(kernel: CudaKernel) -> int:
     }[kernel.name]
 
 
+def _general_numbers(kernel: CudaKernel) -> int:
+    """Of shared memory in channels_last, which needs more: taps and their constants, or sums."""
+    taps, warps = kernel.kernel_size**2, kernel.code.threads // WARP
+    table, sums = (4 * taps + 2) * WARP, 2 * taps * warps // 2 * WARP
+    return {GENERAL_WALK: table, GENERAL_SUMS: sums, GENERAL_MASK: table}[kernel.name]
+
+
 CUDA = {
     # 2 loads, 16 KB of reads; a third of its traffic is stores.
     MODULATE: Design({"sm_86": 16, "sm_90": 16}, _moves, _numbers),
@@ -102,6 +114,13 @@ CUDA = {
     FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),  # moves a few KB
     FINISH_SAMPLES: Design({"sm_86": 1, "sm_90": 1}, numbers=_numbers),
     ADD_MEANS: Design({"sm_86": 1, "sm_90": 1}),
+    # For other kernel sizes and masks; one column per thread.
+    **{
+        name: Design({"sm_86": 8, "sm_90": 8}, numbers=_general_numbers, sizes=("upsample", "kernel_size"))
+        for name in GENERAL
+    },
+    GENERAL_FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=lambda kernel: 6 * 25),
+    **{name: Design({"sm_86": 1, "sm_90": 1}, numbers=lambda kernel: 8) for name in ONE_MASK},
 }
 
 

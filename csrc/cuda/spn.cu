@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cuda/spn_call.cuh"
+#include "cuda/spn_general.cuh"
 #include "cuda/statistics.cuh"
 
 namespace pixnorm::spn {
@@ -161,12 +162,12 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
     using A = acc_t<T>;
     const Tensor x_dense = dense(x, layout);
     const Tensor y = empty_like(x, {s.n, s.c, s.h * upsample, s.w * upsample}, dtype_of<T>, layout);
-    const Tensor p = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
+    const Tensor p = empty_like(x, {s.n, parameters.masks, s.h, s.w}, dtype_of<T>, layout);
     Tensor used[4], statistics[4];
-    for (Tensor& t : used) t = empty_like(x, {s.c}, dtype_of<A>);
+    for (int i = 0; i < 4; ++i) used[i] = empty_like(x, {i < 2 ? s.c : parameters.masks}, dtype_of<A>);
     if (given) {
       const Tensor* const from[4] = {&*mean, &*var, &*mask_mean, &*mask_var};
-      for (int i = 0; i < 4; ++i) statistics[i] = statistic<A>(*from[i], s);
+      for (int i = 0; i < 4; ++i) statistics[i] = statistic<A>(*from[i], i < 2 ? s.c : parameters.masks);
     }
     if (s.numel() == 0) {
       for (int i = 0; i < 4; ++i) given ? torch::stable::copy_(used[i], statistics[i]) : torch::stable::zero_(used[i]);
@@ -174,6 +175,23 @@ ForwardResult spn_fwd(const Tensor& x, const Tensor& mask_projection, const Tens
     }
 
     project(s, channels_last, in_dtype(parameters.mask_projection, dtype_of<T>), x_dense, p, allow_tf32);
+    if (parameters.general(s)) {
+      GeneralCall<T> call{};
+      parameters.set_up(call, s, eps, negative_slope, x_dense, p);
+      call.y = static_cast<T*>(y.data_ptr());
+      const auto data = [&](int i) { return static_cast<A*>(used[i].data_ptr()); };
+      for (int i = 0; i < 4; ++i) {
+        if (given) torch::stable::copy_(used[i], statistics[i]);
+        call.used[i] = data(i);
+      }
+      for (int i = 0; !given && i < 4; i += 2) {  // of x, of p
+        const int c = i == 0 ? s.c : call.masks;
+        compute_statistics(StatisticsShape::batch(s.n, c, s.pixels(), channels_last), x, i == 0 ? call.x : call.p,
+                           static_cast<const T*>(nullptr), data(i), data(i + 1), stream);
+      }
+      launch_general_forward(call, channels_last, upsample, stream);
+      return {y, p, used[0], used[1], used[2], used[3]};
+    }
     ForwardCall<T> call{};
     parameters.set_up(call, s, eps, negative_slope, x_dense, p);
     call.y = static_cast<T*>(y.data_ptr());

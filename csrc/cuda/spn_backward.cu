@@ -9,6 +9,7 @@
 #include "cuda/spn_backward_sums.cuh"
 #include "cuda/spn_backward_walk.cuh"
 #include "cuda/spn_call.cuh"
+#include "cuda/spn_general.cuh"
 
 namespace pixnorm::spn {
 namespace {
@@ -28,17 +29,6 @@ template <class T>
 __global__ void __launch_bounds__(kSampleThreads) spn_bwd_finish_samples_kernel(const BackwardCall<T> call) {
   const int sample = blockIdx.x / call.shape.c;
   finish_sample(call, blockIdx.x - sample * call.shape.c, sample, shared_memory<acc_t<T>>());
-}
-
-// A warp for each mean of a channel.
-template <class T>
-__global__ void __launch_bounds__(kMeans* kWarp) spn_bwd_add_means_kernel(const BackwardCall<T> call) {
-  const int lane = threadIdx.x % kWarp, mean = threadIdx.x / kWarp;
-  const acc_t<T>* const shares = call.shares + int64_t{blockIdx.x} * call.shape.n * kMeans + mean;
-  acc_t<T> total = 0;
-  for (int n = lane; n < call.shape.n; n += kWarp) total += shares[n * kMeans];
-  total = warp_sum(total);
-  if (lane == 0) call.means[blockIdx.x * kMeans + mean] = total;
 }
 
 // Minimum resident blocks per SM. The 38 sums are in registers; the walk in NCHW needs more, so there 12 warps.
@@ -101,7 +91,7 @@ void launch_backward(BackwardCall<T> call, bool channels_last, int64_t upsample,
             const size_t bytes = kSampleThreads / kWarp * kSums * sizeof(A);
             launch(spn_bwd_finish_samples_kernel<T>,
                    {dim3(call.shape.c * call.shape.n), dim3(kSampleThreads), bytes, stream}, call);
-            launch(spn_bwd_add_means_kernel<T>, {dim3(call.shape.c), dim3(kMeans * kWarp), 0, stream}, call);
+            launch_add_means(call, stream);
           } else if (last()) {
             const size_t bytes = kFinishThreads / kWarp * kSums * sizeof(A);
             launch(spn_bwd_finish_kernel<T>, {dim3(call.shape.c), dim3(kFinishThreads), bytes, stream}, call);
@@ -132,7 +122,8 @@ void grad_weight(const Shape& s, bool channels_last, const Tensor& dp, const Ten
   const Matrices out = as_matrix(dw, s);
   const int64_t all = s.n * int64_t{s.pixels()};
   const auto matrix = [&](const Tensor& t) {
-    return channels_last ? as_matrices(t, s, true) : Matrices{t.data_ptr(), t.scalar_type(), 1, s.c, all, 0, all, 1};
+    if (channels_last) return as_matrices(t, s, true);
+    return Matrices{t.data_ptr(), t.scalar_type(), 1, t.size(1), all, 0, all, 1};
   };
   channels_last ? gemm(out, matrix(dp).transposed(), matrix(x), 0, tf32)
                 : gemm(out, matrix(dp), matrix(x).transposed(), 0, tf32);
@@ -153,7 +144,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
                                     {&gamma_weight, &gamma_weight_inv, &beta_weight, &beta_weight_inv},
                                     {&gamma_bias, &beta_bias}, index);
   check_sizes(grad_y, "grad_y", {s.n, s.c, s.h * upsample, s.w * upsample});
-  check_sizes(p, "p", {s.n, s.c, s.h, s.w});
+  check_sizes(p, "p", {s.n, parameters.masks, s.h, s.w});
   check_same_dtype(grad_y, "grad_y", x);
   check_same_dtype(p, "p", x);
   const MemoryFormat layout = layout_of(x);
@@ -168,14 +159,14 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
     if (!channels_last && !is_aligned(dy_dense.data_ptr(), 16)) dy_dense = torch::stable::clone(dy_dense);
     const Tensor dx = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
     const ScalarType parameter_dtype = mask_weight.scalar_type();
-    Tensor d_projection = empty_like(x, {s.c, s.c, 1, 1}, parameter_dtype);
+    const int64_t groups = parameters.groups, masks = parameters.masks, k = parameters.kernel_size;
+    Tensor d_projection = empty_like(x, {masks, s.c, 1, 1}, parameter_dtype);
     const auto of_groups = [&](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> with_groups) {
       return empty_like(x, index ? with_groups : sizes, parameter_dtype);
     };
-    const int64_t groups = parameters.groups;
-    Tensor d_mask_weight = of_groups({s.c}, {groups, s.c}), d_mask_bias = of_groups({s.c}, {groups, s.c});
+    Tensor d_mask_weight = of_groups({masks}, {groups, masks}), d_mask_bias = of_groups({masks}, {groups, masks});
     Tensor d_taps[4], d_rows[2];
-    for (Tensor& t : d_taps) t = of_groups({s.c, 1, 3, 3}, {groups, s.c, 1, 3, 3});
+    for (Tensor& t : d_taps) t = of_groups({s.c, 1, k, k}, {groups, s.c, 1, k, k});
     for (int i = 0; i < 2; ++i) {
       const auto& row = parameters.rows[i];
       d_rows[i] = row ? empty_like(x, {s.n, s.c}, row->scalar_type()) : empty_like(x, {0}, parameter_dtype);
@@ -190,9 +181,9 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
     } else {
       // In NCHW, dW = Σₙ dpₙ xₙᵀ is not a single GEMM, but in (C, N, HW) it is. So apply writes dp in that order, and a
       // copy of x.
-      const Tensor dp = empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>, layout);
+      const Tensor dp = empty_like(x, {s.n, masks, s.h, s.w}, dtype_of<T>, layout);
       const Tensor x_copy = channels_last ? x_dense : empty_like(x, {s.n, s.c, s.h, s.w}, dtype_of<T>);
-      BackwardCall<T> call{};
+      GeneralCall<T> call{};
       parameters.set_up(call, s, eps, negative_slope, x_dense, p_dense);
       call.dy = data_of<T>(dy_dense);
       call.dx = static_cast<T*>(dx.data_ptr());
@@ -202,7 +193,7 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       Tensor used[4];
       const Tensor* const from[4] = {&mean, &var, &mask_mean, &mask_var};
       for (int i = 0; i < 4; ++i) {
-        used[i] = statistic<A>(*from[i], s);
+        used[i] = statistic<A>(*from[i], i < 2 ? s.c : masks);
         call.used[i] = data_of<A>(used[i]);
       }
       const bool wide = parameter_dtype == dtype_of<A>;
@@ -212,7 +203,8 @@ BackwardResult spn_bwd(const Tensor& grad_y, const Tensor& x, const Tensor& mask
       for (int i = 0; i < 2; ++i) {
         if (parameters.rows[i]) call.d_rows[i] = {d_rows[i].data_ptr(), d_rows[i].scalar_type() == dtype_of<A>};
       }
-      launch_backward(call, channels_last, upsample, x, stream);
+      parameters.general(s) ? launch_general_backward(call, channels_last, upsample, x, stream)
+                            : launch_backward<T>(call, channels_last, upsample, x, stream);
       const Tensor weight = in_dtype(parameters.mask_projection, dtype_of<T>);
       add_grad_input(s, channels_last, weight, dp, dx, allow_tf32);
       grad_weight(s, channels_last, dp, x_copy, d_projection, allow_tf32);

@@ -60,9 +60,9 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, int group, bo
     const A inside = sum_inside(sum, k);
     const A with_mask = Mask<T>::kScale * sum[kWithMask + k] + Mask<T>::kShift * inside;
     const A with_inverse = inside - with_mask;
-    const int i = in_group * kTaps + k;
-    d_bn = call.taps[0][i] * with_mask + call.taps[1][i] * with_inverse;
-    if (write) {
+    d_bn = call.tap(0, in_group, k, 3) * with_mask + call.tap(1, in_group, k, 3) * with_inverse;
+    const int i = call.tap_at(in_group, k, 3);
+    if (write && i >= 0) {
       call.d_taps[2 * of].set(i, with_mask);
       call.d_taps[2 * of + 1].set(i, with_inverse);
     }
@@ -105,40 +105,40 @@ __device__ void finish_sample(const BackwardCall<T>& call, int c, int sample, ac
 }
 
 // Reduces the sums over the block and writes them where finish_channel reads them.
-template <class A, bool kChannelsLast>
-__device__ void write_sums(A (&sums)[kSums], bool channel, A* scratch, A* to) {
+template <bool kChannelsLast, int kCount, class A>
+__device__ void write_sums(A (&sums)[kCount], bool channel, A* scratch, A* to) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if constexpr (kChannelsLast) {
     // Lanes are channels: reduce over warps only.
     for (int half = warps / 2; half > 0; half /= 2) {
-      A* const mine = scratch + (warp % half) * kSums * kWarp + lane;
+      A* const mine = scratch + (warp % half) * kCount * kWarp + lane;
       __syncthreads();
       if (warp >= half && warp < 2 * half) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) mine[i * kWarp] = sums[i];
+        for (int i = 0; i < kCount; ++i) mine[i * kWarp] = sums[i];
       }
       __syncthreads();
       if (warp < half) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += mine[i * kWarp];
+        for (int i = 0; i < kCount; ++i) sums[i] += mine[i * kWarp];
       }
     }
     if (warp == 0 && channel) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) to[i] = sums[i];
+      for (int i = 0; i < kCount; ++i) to[i] = sums[i];
     }
   } else {
-    warp_sum_scatter<kSums>(sums);
-    const Scattered range = scattered<kSums>(lane);
+    warp_sum_scatter<kCount>(sums);
+    const Scattered range = scattered<kCount>(lane);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ceil_div(kSums, kWarp); ++i) {
-      if (i < range.count) scratch[warp * kSums + range.first + i] = sums[i];
+    for (int i = 0; i < ceil_div(kCount, kWarp); ++i) {
+      if (i < range.count) scratch[warp * kCount + range.first + i] = sums[i];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kSums; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kCount; i += blockDim.x) {
       A total = 0;
-      for (int w = 0; w < warps; ++w) total += scratch[w * kSums + i];
+      for (int w = 0; w < warps; ++w) total += scratch[w * kCount + i];
       to[i] = total;
     }
   }

@@ -105,7 +105,7 @@ class BackwardWalk {
     for (int i = 0; i < kSumsOf; ++i) sums_[i] *= channel_.rstd;
     sums_[kSumQp] *= channel_.mask_rstd;
     const int64_t part = int64_t{place_.c} * call_.parts + place_.sample * call_.splits + blockIdx.y;
-    write_sums<A, kChannelsLast>(sums_, place_.channel, shared_memory<A>(), call_.sums + part * kSums);
+    write_sums<kChannelsLast>(sums_, place_.channel, shared_memory<A>(), call_.sums + part * kSums);
   }
 
   // ---- once per strip ----

@@ -37,21 +37,24 @@ inline Shape shape_of(const Tensor& x, int64_t upsample) {
 struct ParameterTensors {
   Tensor mask_projection, mask_weight, mask_bias, taps[4];
   std::optional<Tensor> rows[2], index;
-  int64_t groups;
+  int64_t groups, masks, kernel_size;
 
   ParameterTensors(const Shape& s, const Tensor& projection, const Tensor& weight, const Tensor& bias,
                    std::array<const Tensor*, 4> kernels, std::array<const std::optional<Tensor>*, 2> row_tensors,
                    const std::optional<Tensor>& sample_groups)
       : mask_projection(dense(projection)), mask_weight(dense(weight)), mask_bias(dense(bias)) {
-    check_sizes(projection, "mask_projection", {s.c, s.c, 1, 1});
+    masks = projection.dim() > 0 && projection.size(0) == 1 ? 1 : s.c;
+    kernel_size = kernels[0]->dim() > 0 ? kernels[0]->size(-1) : 0;
+    STD_TORCH_CHECK(kernel_size == 1 || kernel_size == 3 || kernel_size == 5, "pixnorm: kernel sizes are 1, 3 and 5");
+    check_sizes(projection, "mask_projection", {masks, s.c, 1, 1});
     groups = sample_groups && weight.dim() > 0 ? weight.size(0) : 1;
     const auto check = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
       sample_groups ? check_sizes_of_groups(t, name, groups, sizes) : check_sizes(t, name, sizes);
     };
-    check(weight, "mask_weight", {s.c});
-    check(bias, "mask_bias", {s.c});
+    check(weight, "mask_weight", {masks});
+    check(bias, "mask_bias", {masks});
     for (int i = 0; i < 4; ++i) {
-      check(*kernels[i], "a depthwise weight", {s.c, 1, 3, 3});
+      check(*kernels[i], "a depthwise weight", {s.c, 1, kernel_size, kernel_size});
       taps[i] = dense(*kernels[i]);
     }
     for (int i = 0; i < 2; ++i) {
@@ -65,11 +68,14 @@ struct ParameterTensors {
       STD_TORCH_CHECK(groups > 0, "pixnorm: there is no group");
       index = dense(*sample_groups);
     }
-    STD_TORCH_CHECK(groups * s.c * kTaps <= INT_MAX && (!per_sample() || int64_t{s.n} * s.c <= INT_MAX),
-                    "pixnorm: a parameter has more than 2^31 elements");
+    STD_TORCH_CHECK(
+        groups * s.c * kernel_size * kernel_size <= INT_MAX && (!per_sample() || int64_t{s.n} * s.c <= INT_MAX),
+        "pixnorm: a parameter has more than 2^31 elements");
   }
 
   bool per_sample() const { return index || rows[0] || rows[1]; }
+  // Whether spn_general.cu has the kernels.
+  bool general(const Shape& s) const { return kernel_size == 5 || masks != s.c; }
 
   template <class T>
   void set_up(Call<T>& call, const Shape& s, double eps, std::optional<double> negative_slope, const Tensor& x,
@@ -92,14 +98,16 @@ struct ParameterTensors {
     for (int i = 0; i < 2; ++i) call.rows[i] = rows[i] ? parameter(*rows[i]) : Parameter<T>{};
     call.index = index ? data_of<int64_t>(*index) : nullptr;
     call.groups = static_cast<int>(groups);
+    call.masks = static_cast<int>(masks);
+    call.kernel_size = static_cast<int>(kernel_size);
     call.per_sample = per_sample();
   }
 };
 
 // A vector of statistics in the accumulation dtype.
 template <class A>
-Tensor statistic(const Tensor& t, const Shape& s) {
-  check_sizes(t, "a statistic", {s.c});
+Tensor statistic(const Tensor& t, int64_t channels) {
+  check_sizes(t, "a statistic", {channels});
   return dense(in_dtype(t, dtype_of<A>));
 }
 
@@ -130,15 +138,15 @@ inline Launch launch_of(const Plan& plan, size_t shared_bytes, cudaStream_t stre
 
 // ---- operands of the projection's GEMMs ----
 
-// Activations as matrices: a batch of (C, HW) in NCHW, one (N HW, C) in channels_last.
+// Activations, or masks, as matrices: a batch of (C, HW) in NCHW, one (N HW, C) in channels_last.
 inline Matrices as_matrices(const Tensor& t, const Shape& s, bool channels_last) {
-  const int64_t pixels = s.pixels();
-  if (channels_last) return {t.data_ptr(), t.scalar_type(), 1, s.n * pixels, s.c, 0, s.c, 1};
-  return {t.data_ptr(), t.scalar_type(), s.n, s.c, pixels, s.c * pixels, pixels, 1};
+  const int64_t pixels = s.pixels(), c = t.size(1);
+  if (channels_last) return {t.data_ptr(), t.scalar_type(), 1, s.n * pixels, c, 0, c, 1};
+  return {t.data_ptr(), t.scalar_type(), s.n, c, pixels, c * pixels, pixels, 1};
 }
 
 inline Matrices as_matrix(const Tensor& weight, const Shape& s) {
-  return {weight.data_ptr(), weight.scalar_type(), 1, s.c, s.c, 0, s.c, 1};
+  return {weight.data_ptr(), weight.scalar_type(), 1, weight.size(0), s.c, 0, s.c, 1};
 }
 
 inline Matrices repeated(Matrices m, int64_t batch) {

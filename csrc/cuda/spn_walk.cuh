@@ -227,8 +227,10 @@ struct Call {
   A slope;
   A eps;
   const T *x, *p;
-  Parameter<T> mask_weight, mask_bias;  // (G, C)
-  Parameter<T> taps[4];                 // gamma, gamma_inv, beta, beta_inv, each (G, C, 9)
+  Parameter<T> mask_weight, mask_bias;  // (G, masks)
+  Parameter<T> taps[4];                 // gamma, gamma_inv, beta, beta_inv, each (G, C, k²)
+  int masks;                            // C, or 1 for all channels
+  int kernel_size;                      // k
   Parameter<T> rows[2];                 // gamma_bias and beta_bias, (N, C); data == nullptr: none
   const int64_t* index;                 // (N,), the group of each sample; nullptr: G = 1
   int groups;                           // G
@@ -239,8 +241,18 @@ struct Call {
     const int64_t group = index[sample];
     return group < 0 ? 0 : group >= groups ? groups - 1 : static_cast<int>(group);
   }
-  // The channel's index in (G, C).
+  // The channel's index in (G, C), and its mask's in (G, masks).
   __device__ __forceinline__ int in_group(int group, int c) const { return group * shape.c + c; }
+  __device__ __forceinline__ int mask_in_group(int group, int c) const { return group * masks + (masks == 1 ? 0 : c); }
+  // The place in a kernel's tensor of tap `k` of `size` x `size`, for the channel with that index; -1 where there is
+  // none: kernels see one of 1x1 as one of 3x3 with zeros around its tap.
+  __device__ __forceinline__ int tap_at(int channel, int k, int size) const {
+    return kernel_size == size ? channel * size * size + k : k == size * size / 2 ? channel : -1;
+  }
+  __device__ __forceinline__ A tap(int kernel, int channel, int k, int size) const {
+    const int at = tap_at(channel, k, size);
+    return at < 0 ? A(0) : taps[kernel][at];
+  }
   __device__ __forceinline__ A row(int of, int sample, int c) const {
     return rows[of].data ? rows[of][sample * shape.c + c] : A(0);
   }
@@ -252,7 +264,7 @@ struct Channel {
   using A = acc_t<T>;
   A mean, rstd, mask_mean, mask_rstd, scale, shift;  // v = value(scale (p - mask_mean) + shift)
 
-  // i: the channel's index in (G, C)
+  // i: the mask's index in (G, masks)
   __device__ void set(const Call<T>& call, int i, A mean_, A var, A mask_mean_, A mask_var) {
     mean = mean_;
     mask_mean = mask_mean_;
@@ -284,12 +296,12 @@ class Table {
   template <class Place>
   __device__ void fill(const Call<T>& call, const Place& place, A gamma_factor) {
     const int lane_channel = place.lane_channel, first = place.c - lane_channel;
-    const int from = call.in_group(call.group_of(place.sample), first) * kTaps;
+    const int from = call.in_group(call.group_of(place.sample), first);
     const A row_gamma = place.channel ? call.row(0, place.sample, place.c) : A(0);
     const A row_beta = place.channel ? call.row(1, place.sample, place.c) : A(0);
     for (int i = threadIdx.x; i < kRaw; i += blockDim.x) {
       const int kernel = i / (kTaps * kChannels), j = i % (kTaps * kChannels);
-      raw_[i] = first + j / kTaps < call.shape.c ? call.taps[kernel][from + j] : A(0);
+      raw_[i] = first + j / kTaps < call.shape.c ? call.tap(kernel, from + j / kTaps, j % kTaps, 3) : A(0);
     }
     __syncthreads();
     const int worker = kChannelsLast ? threadIdx.x / kWarp : threadIdx.x;

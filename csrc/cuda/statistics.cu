@@ -220,19 +220,7 @@ void launch_statistics(const StatisticsShape& s, const StatisticsPlan& plan, con
   }
 }
 
-#define PIXNORM_INSTANTIATE(T)                                                                          \
-  template StatisticsPlan plan_statistics<T>(const StatisticsShape&, const T*, const T*);               \
-  template void launch_statistics<T>(const StatisticsShape&, const StatisticsPlan&, const T*, const T*, \
-                                     const Partials<acc_t<T>>&, cudaStream_t);
-PIXNORM_INSTANTIATE(double)
-PIXNORM_INSTANTIATE(float)
-PIXNORM_INSTANTIATE(BFloat16)
-PIXNORM_INSTANTIATE(Half)
-#undef PIXNORM_INSTANTIATE
-
 namespace {
-
-// ---- the op `statistics` ----
 
 constexpr int kFinishWarps = 8;
 
@@ -249,6 +237,42 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp)
     var[int64_t{set} * partials.c + c] = statistics[1];
   }
 }
+
+}  // namespace
+
+template <class T>
+void compute_statistics(const StatisticsShape& s, const Tensor& like, const T* first, const T* second, acc_t<T>* mean,
+                        acc_t<T>* var, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const StatisticsPlan plan = plan_statistics(s, first, second);
+  const int64_t sets = (second ? 2 : 1) * s.groups;
+  const int blocks = ceil_div(s.c, kWarp);
+  STD_TORCH_CHECK(sets * std::max(plan.parts, blocks) <= INT_MAX, "pixnorm: more than 2^31 partial statistics");
+  const Tensor memory = empty_like(like, {sets, plan.parts, 3, s.c}, dtype_of<A>);
+  const Partials<A> partials{static_cast<A*>(memory.data_ptr()), plan.parts, s.c};
+  launch_statistics(s, plan, first, second, partials, stream);
+  const int threads = std::min(plan.parts, kFinishWarps) * kWarp;
+  launch(
+      finish_statistics_kernel<A>,
+      {dim3(static_cast<unsigned>(sets) * blocks), dim3(threads), finish_numbers(1, threads, true) * sizeof(A), stream},
+      partials, blocks, mean, var);
+}
+
+#define PIXNORM_INSTANTIATE(T)                                                                                         \
+  template StatisticsPlan plan_statistics<T>(const StatisticsShape&, const T*, const T*);                              \
+  template void launch_statistics<T>(const StatisticsShape&, const StatisticsPlan&, const T*, const T*,                \
+                                     const Partials<acc_t<T>>&, cudaStream_t);                                         \
+  template void compute_statistics<T>(const StatisticsShape&, const Tensor&, const T*, const T*, acc_t<T>*, acc_t<T>*, \
+                                      cudaStream_t);
+PIXNORM_INSTANTIATE(double)
+PIXNORM_INSTANTIATE(float)
+PIXNORM_INSTANTIATE(BFloat16)
+PIXNORM_INSTANTIATE(Half)
+#undef PIXNORM_INSTANTIATE
+
+namespace {
+
+// ---- the op `statistics` ----
 
 StatisticsShape shape_of(const StatisticsInput& in, bool instance) {
   STD_TORCH_CHECK(in.n * in.c <= INT_MAX && in.pixels <= INT_MAX,
@@ -269,19 +293,8 @@ std::tuple<Tensor, Tensor> statistics(const std::vector<Tensor>& tensors, bool i
     const StatisticsShape s = shape_of(in, instance);
     const T* const first = data_of<T>(in.tensors[0]);
     const T* const second = in.count() == 2 ? data_of<T>(in.tensors[1]) : nullptr;
-    const StatisticsPlan plan = plan_statistics(s, first, second);
-    const int64_t sets = in.count() * s.groups;
-    const int blocks = ceil_div(s.c, kWarp);
-    STD_TORCH_CHECK(sets * std::max(plan.parts, blocks) <= INT_MAX, "pixnorm: more than 2^31 partial statistics");
-    const Tensor memory = empty_like(in.tensors[0], {sets, plan.parts, 3, s.c}, dtype_of<A>);
-    const Partials<A> partials{static_cast<A*>(memory.data_ptr()), plan.parts, s.c};
-    const cudaStream_t stream = current_stream(in.tensors[0]);
-    launch_statistics(s, plan, first, second, partials, stream);
-    const int threads = std::min(plan.parts, kFinishWarps) * kWarp;
-    launch(finish_statistics_kernel<A>,
-           {dim3(static_cast<unsigned>(sets) * blocks), dim3(threads), finish_numbers(1, threads, true) * sizeof(A),
-            stream},
-           partials, blocks, static_cast<A*>(mean.data_ptr()), static_cast<A*>(var.data_ptr()));
+    compute_statistics(s, in.tensors[0], first, second, static_cast<A*>(mean.data_ptr()),
+                       static_cast<A*>(var.data_ptr()), current_stream(in.tensors[0]));
     return {mean, var};
   });
 }

@@ -114,4 +114,9 @@ template <class T>
 void launch_statistics(const StatisticsShape& s, const StatisticsPlan& plan, const T* first, const T* second,
                        const Partials<acc_t<T>>& partials, cudaStream_t stream);
 
+// Both stages: writes mean and variance, [tensor, group][C] each. `like`: a tensor of the device, for memory.
+template <class T>
+void compute_statistics(const StatisticsShape& s, const torch::stable::Tensor& like, const T* first, const T* second,
+                        acc_t<T>* mean, acc_t<T>* var, cudaStream_t stream);
+
 }  // namespace pixnorm

@@ -441,16 +441,11 @@ def preferred(x: Tensor, upsample: int) -> str:
 
 def _refusals(x: Tensor, learnt, index: Tensor | None, upsample: int) -> dict[str, str | None]:
     """Why kernels cannot take these arguments."""
-    gamma_weight, mask_projection = learnt[3], learnt[0]
+    gamma_weight = learnt[3]
     if gamma_weight.shape[-3] != 1:
         reason = "the kernels are for depthwise weights, not for standard convolutions"
         return {"native": reason, "triton": reason}
-    native = None
-    if x.device.type == "cuda" and gamma_weight.shape[-1] != 3:
-        native = f"the CUDA kernels are for kernel size 3, got {gamma_weight.shape[-1]}"
-    elif x.device.type == "cuda" and mask_projection.shape[0] != mask_projection.shape[1]:
-        native = f"the CUDA kernels need one mask per channel, got {mask_projection.shape[0]} for all"
-    return {"native": native, "triton": beyond_32_bits(x, upsample)}
+    return {"native": None, "triton": beyond_32_bits(x, upsample)}
 
 
 _NAMES = (

@@ -93,10 +93,6 @@ def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
     return dtype.itemsize * torch.Size(case.shape).numel() + 4 * statistic * case.shape[1]
 
 
-def _takes(backend: str, case: Case) -> bool:
-    return backend != "cuda" or not {"kernel_size", "masks"} & set(case.sizes)
-
-
 def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     forward, backward = ops_of(impl)
     training = options.get("training", True)
@@ -217,7 +213,6 @@ def _spec(name: str, function, reference, groups: int | None, rows: tuple[str, .
         inference={"training": False},
         product_weight="mask_projection",
         float32_parameters=True,
-        takes=_takes,
         **options,
     )
 
