@@ -116,7 +116,7 @@ CUDA = {
     ADD_MEANS: Design({"sm_86": 1, "sm_90": 1}),
     # For other kernel sizes and masks; one column per thread.
     **{
-        name: Design({"sm_86": 8, "sm_90": 8}, numbers=_general_numbers, sizes=("upsample", "kernel_size"))
+        name: Design({"sm_86": 12, "sm_90": 12}, numbers=_general_numbers, sizes=("upsample", "kernel_size"))
         for name in GENERAL
     },
     GENERAL_FINISH: Design({"sm_86": 1, "sm_90": 1}, numbers=lambda kernel: 6 * 25),

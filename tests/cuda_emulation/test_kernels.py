@@ -7,7 +7,9 @@ import torch
 
 from pixnorm.ops import spn as spn_ops
 from pixnorm.ops import statistics as statistics_ops
-from pixnorm.testing import CONDITIONAL_SPN, DENSE_LAYOUTS, LAYOUTS, SPECS, Case, evaluate, in_double
+from pixnorm.ops import spn as spn_ops
+from pixnorm.ops import statistics as statistics_ops
+from pixnorm.testing import CONDITIONAL_SPN, DENSE_LAYOUTS, LAYOUTS, SPECS, SPN, Case, evaluate, in_double
 
 from . import emulated, set_seed
 from .build import environment
@@ -21,16 +23,28 @@ specs = pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.cuda_ker
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 64, 16, 16), (7, 33, 4, 4), (1, 3, 33, 131)], ids=str)
 def test_any_order_of_threads_gives_the_same_bits(spec, shape, layout, dtype):
+    for options in spec.variants:
+        _check_any_order(spec, Case(shape, "", options), dtype, layout)
+
+
+@pytest.mark.parametrize("spec", [SPN, CONDITIONAL_SPN], ids=str)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("sizes", [{"kernel_size": 5}, {"masks": 1}, {"kernel_size": 5, "masks": 1}], ids=str)
+def test_any_order_of_threads_gives_the_same_bits_for_other_sizes(spec, sizes, layout):
+    for options in spec.variants:
+        _check_any_order(spec, Case((3, 33, 17, 9), "", options, sizes=sizes), torch.float32, layout)
+
+
+def _check_any_order(spec, case, dtype, layout):
+    tensors = spec.inputs(case, dtype, layout=layout)
+    results = []
     with emulated():
-        for options in spec.variants:
-            tensors = spec.inputs(Case(shape, "", options), dtype, layout=layout)
-            results = []
-            for seed in range(3):
-                set_seed(seed)
-                results.append(evaluate(spec, spec.call("native"), tensors, options))
-            for result in results[1:]:
-                for (name, a), (_, b) in zip(result.named(), results[0].named(), strict=True):
-                    assert torch.equal(a, b), name
+        for seed in range(3):
+            set_seed(seed)
+            results.append(evaluate(spec, spec.call("native"), tensors, case.options))
+    for result in results[1:]:
+        for (name, a), (_, b) in zip(result.named(), results[0].named(), strict=True):
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("instance", [False, True], ids=["batch", "instance"])
@@ -96,7 +110,8 @@ def test_tf32_is_the_flag_of_convolutions(spec, monkeypatch):
 
 
 SHAPES = "2x3x5x7 or 3x2x1x5 or 2x5x6x17 or 2x17x7x10"
-VALUES = f"(forward_and_gradients and ({SHAPES}) and (float32-float32 or bfloat16-float32))"
+SIZES = "kernel_size or masks"
+VALUES = f"(forward_and_gradients and ({SHAPES} or {SIZES}) and (float32-float32 or bfloat16-float32))"
 STATISTICS = f"(test_statistics.py and (opcheck or any_strides or of_nothing or (float32 and ({SHAPES}))))"
 CHOSEN = f"native-cuda-emulated and ({VALUES} or (test_layouts and bfloat16) or empty_batch or {STATISTICS})"
 FILES = ("tests/test_ops.py", "tests/test_statistics.py")
