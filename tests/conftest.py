@@ -85,8 +85,6 @@ def pytest_collection_modifyitems(config, items):
     def fits(item):
         asked = item.callspec.params if hasattr(item, "callspec") else {}
         impl, spec = asked.get("kernel", asked.get("impl")), asked.get("spec")
-        if impl and spec and "case" in asked and not spec.takes(_backend(impl, device), asked["case"]):
-            return False
         tested = [spec] if spec else getattr(item.module, "SPECS", ())
         if impl and tested and not any(s.cuda_kernels if impl == EMULATED else s.runs(impl, device) for s in tested):
             return False
@@ -238,11 +236,6 @@ def _runs_emulated(metafunc):
     return here and mark is not None and mark.kwargs.get("runs", True)
 
 
-def _backend(impl, device):
-    """Of ``OpSpec.backends``."""
-    return "cuda" if impl == EMULATED else device if impl == "native" else impl
-
-
 def _reach(impl):
     if impl != EMULATED:
         yield impl
@@ -261,13 +254,6 @@ def impl(request):
 @pytest.fixture
 def kernel(request):
     yield from _reach(request.param)
-
-
-@pytest.fixture
-def backend(request):
-    """What ``OpSpec.takes`` calls the impl of the test."""
-    asked = request.node.callspec.params
-    return _backend(asked.get("kernel", asked.get("impl")), request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 // SPN with 5x5 taps, or with one mask for all channels (Table 7 of the paper), on NVIDIA GPUs. Simpler than the kernels
-// of spn.cu, and slower: a thread owns one column and computes the masks of its neighbours itself.
+// of spn.cu, and not tuned: a thread owns one column and computes the masks of its neighbours itself.
 //
 // A thread walks down a strip with the (2 kReach + 1)² pixels around its own in registers. No block straddles two
 // samples. Backward: d_beta (with an activation), the sums of the taps' gradients, dq, what the sums finish, dx and dp.
@@ -312,13 +312,16 @@ __global__ void __launch_bounds__(kThreads) spn_one_mask_finish_kernel(const Gen
   A means[2] = {};
   for (int group = threadIdx.x; group < call.groups; group += blockDim.x) {
     A sums[2] = {};
+    bool absent = true;
     for (int sample = 0; sample < call.shape.n; ++sample) {
       if (call.group_of(sample) != group) continue;
+      absent = false;
       const A* const from = call.mask_sums + 2 * int64_t{sample} * call.splits;
       for (int split = 0; split < call.splits; ++split) sums[0] += from[2 * split], sums[1] += from[2 * split + 1];
     }
     call.d_mask_bias.set(group, sums[0]);
     call.d_mask_weight.set(group, sums[1]);
+    if (absent) continue;  // its weight may be NaN
     for (int i = 0; i < 2; ++i) means[i] = fma(call.mask_weight[group], sums[i], means[i]);
   }
   for (int i = 0; i < 2; ++i) {

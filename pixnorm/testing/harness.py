@@ -211,7 +211,6 @@ class OpSpec:
         integers: names of the arguments of an integer dtype: never cast, never differentiated.
         buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
-        takes: ``(backend, case)`` -> whether the kernels of one of ``backends`` can run it.
         backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
         options: values of the keyword arguments; tests try all combinations.
         variants: the combinations that tests of other things go through.
@@ -235,7 +234,6 @@ class OpSpec:
     buffers: tuple[str, ...] = ()
     title: str = ""
     saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
-    takes: Callable[[str, Case], bool] = lambda backend, case: True
     backends: tuple[str, ...] = ("cpu", "cuda", "triton")
     options: Mapping[str, tuple] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)

@@ -7,8 +7,6 @@ import torch
 
 from pixnorm.ops import spn as spn_ops
 from pixnorm.ops import statistics as statistics_ops
-from pixnorm.ops import spn as spn_ops
-from pixnorm.ops import statistics as statistics_ops
 from pixnorm.testing import CONDITIONAL_SPN, DENSE_LAYOUTS, LAYOUTS, SPECS, SPN, Case, evaluate, in_double
 
 from . import emulated, set_seed
