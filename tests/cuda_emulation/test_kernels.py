@@ -77,6 +77,17 @@ def test_a_group_out_of_range_is_the_nearest(layout):
     assert all(map(torch.equal, given, nearest))
 
 
+@pytest.mark.parametrize("sizes", [{}, {"kernel_size": 5}, {"masks": 1}], ids=str)
+def test_not_a_number_in_a_group_without_samples(sizes):
+    tensors = CONDITIONAL_SPN.inputs(Case((2, 3, 4, 5), "", sizes=sizes), torch.float32)
+    tensors["index"] = torch.tensor([2, 1])
+    with emulated():
+        clean = _conditional_spn(tensors)
+        for name in ("mask_weight", "mask_bias", "gamma_weight", "beta_weight_inv"):
+            tensors[name][0] = torch.nan
+        assert all(map(torch.equal, _conditional_spn(tensors), clean))
+
+
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("row", ["gamma_bias", "beta_bias"])
 def test_a_row_needs_neither_groups_nor_the_other_row(row, layout):
