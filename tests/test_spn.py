@@ -54,11 +54,14 @@ def test_not_a_number_in_not_a_number_out(impl, value, dtype, layout):
         assert result.grads["x"][:, 2].isnan().all()
 
 
-def test_not_a_number_stays_where_it_is_in_inference(impl):
+@pytest.mark.parametrize("masks", [3, 1])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_not_a_number_stays_where_it_is_in_inference(impl, kernel_size, masks):
     """With given statistics only pixels within the stencil of the NaN become NaN; ReLU does not hide it."""
-    tensors = SPN.inputs(Case((2, 3, 7, 20), ""))
+    tensors = SPN.inputs(Case((2, 3, 7, 20), "", sizes={"kernel_size": kernel_size, "masks": masks}))
     tensors["x"][1, 1, 3, 9] = torch.nan
     y = SPN.function(**tensors, training=False, activation="relu", impl=impl)
     spoilt = torch.zeros_like(y, dtype=torch.bool)
-    spoilt[1, :, 2:5, 8:11] = True  # it reaches the mask, hence the 3x3 stencil, of every channel
+    reach = kernel_size // 2
+    spoilt[1, :, 3 - reach : 4 + reach, 9 - reach : 10 + reach] = True  # it reaches the mask of every channel
     assert torch.equal(y.isnan(), spoilt)

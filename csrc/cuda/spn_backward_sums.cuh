@@ -60,9 +60,9 @@ __device__ void finish_channel(const BackwardCall<T>& call, int c, int group, bo
     const A inside = sum_inside(sum, k);
     const A with_mask = Mask<T>::kScale * sum[kWithMask + k] + Mask<T>::kShift * inside;
     const A with_inverse = inside - with_mask;
-    d_bn = call.tap(0, in_group, k, 3) * with_mask + call.tap(1, in_group, k, 3) * with_inverse;
-    const int i = call.tap_at(in_group, k, 3);
-    if (write && i >= 0) {
+    const int i = in_group * kTaps + k;
+    d_bn = call.taps[0][i] * with_mask + call.taps[1][i] * with_inverse;
+    if (write) {
       call.d_taps[2 * of].set(i, with_mask);
       call.d_taps[2 * of + 1].set(i, with_inverse);
     }

@@ -75,7 +75,7 @@ struct ParameterTensors {
 
   bool per_sample() const { return index || rows[0] || rows[1]; }
   // Whether spn_general.cu has the kernels.
-  bool general(const Shape& s) const { return kernel_size == 5 || masks != s.c; }
+  bool general(const Shape& s) const { return kernel_size != 3 || masks != s.c; }
 
   template <class T>
   void set_up(Call<T>& call, const Shape& s, double eps, std::optional<double> negative_slope, const Tensor& x,

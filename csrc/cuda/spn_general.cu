@@ -1,5 +1,5 @@
-// SPN with 5x5 taps, or with one mask for all channels (Table 7 of the paper), on NVIDIA GPUs. Simpler than the kernels
-// of spn.cu, and not tuned: a thread owns one column and computes the masks of its neighbours itself.
+// SPN with 1x1 or 5x5 taps, or with one mask for all channels (Table 7 of the paper), on NVIDIA GPUs. Simpler than the
+// kernels of spn.cu, and not tuned: a thread owns one column and computes the masks of its neighbours itself.
 //
 // A thread walks down a strip with the (2 kReach + 1)² pixels around its own in registers. No block straddles two
 // samples. Backward: d_beta (with an activation), the sums of the taps' gradients, dq, what the sums finish, dx and dp.
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks<T>)
   for (int i = 0; wanted == Wanted::kDx && i < kMeans; ++i) means[i] = call.means[int64_t{worker.c} * kMeans + i];
   const A weight = call.mask_weight[call.mask_in_group(worker.group, worker.c)];
 
-  for (int item = worker.first; item < call.items; item += worker.step) {
+  for (unsigned item = worker.first; item < call.items; item += worker.step) {
     const int w = item % s.w, top = item / s.w * call.rows, end = min(top + call.rows, s.h);
     MasksAround<T, S::kSide> masks;
     for (int h = top - S::kReach; h < top + S::kReach; ++h) masks.enter(worker, channel, h, w);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks<T>) spn_general_sums_ker
   const Channel<T> channel = worker.statistics();
   const bool of_gamma = blockIdx.z == 0;
   A sums[2 * S::kTaps] = {}, interior = 0;  // interior: over outputs for which all taps are inside
-  for (int item = worker.first; item < call.items; item += worker.step) {
+  for (unsigned item = worker.first; item < call.items; item += worker.step) {
     const int w = item % s.w, top = item / s.w * call.rows, end = min(top + call.rows, s.h);
     MasksAround<T, S::kSide> masks;
     for (int h = top - S::kReach; h < top + S::kReach; ++h) masks.enter(worker, channel, h, w);
@@ -123,12 +123,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks<T>) spn_general_sums_ker
   }
 #pragma unroll
   for (int k = 0; k < S::kTaps; ++k) sums[S::kTaps + k] += interior;
-  A* const to = call.sums + (2 * worker.part() + blockIdx.z) * 2 * S::kTaps;
-  if (call.channels_last) {
-    write_sums<true>(sums, worker.channel, shared_memory<A>(), to);
-  } else {
-    write_sums<false>(sums, worker.channel, shared_memory<A>(), to);
-  }
+  worker.write(sums, call.sums + (2 * worker.part() + blockIdx.z) * 2 * S::kTaps);
 }
 
 // ---- the gradient of the mask ----
@@ -144,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks<T>) spn_general_mask_ker
   const Taps<T, K> taps(worker);
   const bool own_mask = call.masks == s.c;
   A sums[2] = {};  // Σ dq, Σ dq p̂
-  for (int item = worker.first; item < call.items; item += worker.step) {
+  for (unsigned item = worker.first; item < call.items; item += worker.step) {
     const int w = item % s.w, top = item / s.w * call.rows, end = min(top + call.rows, s.h);
     A x_hat[kSide][kSide] = {}, d_beta[U * U][kSide][kSide] = {};  // of the pixels around
     const auto enter = [&](int h) {
@@ -193,25 +188,18 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks<T>) spn_general_mask_ker
       call.dm[worker.at(h, w)] = dm;
     }
   }
-  if (!own_mask) return;
-  A* const to = call.mask_sums + 2 * worker.part();
-  __syncthreads();  // the taps' memory is the scratch
-  if (call.channels_last) {
-    write_sums<true>(sums, worker.channel, shared_memory<A>(), to);
-  } else {
-    write_sums<false>(sums, worker.channel, shared_memory<A>(), to);
-  }
+  if (own_mask) worker.write(sums, call.mask_sums + 2 * worker.part());
 }
 
 // ---- what the sums finish ----
 
 // A block for each channel of a sample. The first sample of a group adds up the parts of all of the group's samples.
 template <class T>
-__global__ void __launch_bounds__(kThreads) spn_general_finish_kernel(const GeneralCall<T> call, int size) {
+__global__ void __launch_bounds__(kThreads) spn_general_finish_kernel(const GeneralCall<T> call) {
   using A = acc_t<T>;
   const Shape& s = call.shape;
   const int sample = blockIdx.x / s.c, c = blockIdx.x - sample * s.c, thread = threadIdx.x;
-  const int taps = size * size, each = 2 * taps, group = call.group_of(sample);
+  const int taps = call.kernel_size * call.kernel_size, each = 2 * taps, group = call.group_of(sample);
   A* const total = shared_memory<A>();
   A* const of_means = total + 2 * each;
   A* const share = call.shares + (int64_t{c} * s.n + sample) * kMeans;
@@ -231,15 +219,13 @@ __global__ void __launch_bounds__(kThreads) spn_general_finish_kernel(const Gene
     __syncthreads();
     const int channel = call.in_group(group, c);
     for (int i = thread; i < each; i += blockDim.x) {
-      const int of = i / taps, k = i % taps, at = call.tap_at(channel, k, size);
+      const int of = i / taps, k = i % taps, at = channel * taps + k;
       const A inside = total[of * each + taps + k];
       const A with_mask = Mask<T>::kScale * total[of * each + k] + Mask<T>::kShift * inside;
       const A with_inverse = inside - with_mask;
-      of_means[i] = call.tap(0, channel, k, size) * with_mask + call.tap(1, channel, k, size) * with_inverse;
-      if (at >= 0) {
-        call.d_taps[2 * of].set(at, with_mask);
-        call.d_taps[2 * of + 1].set(at, with_inverse);
-      }
+      of_means[i] = call.taps[0][at] * with_mask + call.taps[1][at] * with_inverse;
+      call.d_taps[2 * of].set(at, with_mask);
+      call.d_taps[2 * of + 1].set(at, with_inverse);
     }
     __syncthreads();
     if (thread < 2) {
@@ -356,10 +342,11 @@ Launch plan(GeneralCall<T>& call, bool channels_last, cudaStream_t stream) {
   call.channels = channels_last ? kWarp : 1;
   call.blocks = ceil_div(s.c, call.channels);
   call.rows = std::min(s.h, kStrip);
-  call.items = s.w * ceil_div(s.h, call.rows);
+  const int items = s.w * ceil_div(s.h, call.rows);
+  call.items = items;
   int threads = channels_last ? kThreads : kWarp;
-  while (!channels_last && threads < std::min(call.items, kThreads)) threads *= 2;
-  const int rounds = ceil_div(call.items, threads / (channels_last ? kWarp : 1));
+  while (!channels_last && threads < std::min(items, kThreads)) threads *= 2;
+  const int rounds = ceil_div(items, threads / (channels_last ? kWarp : 1));
   const int64_t blocks = int64_t{call.blocks} * s.n;
   STD_TORCH_CHECK(int64_t{s.c} * s.n <= INT_MAX, "pixnorm: more than 2^31 planes");
   call.splits = std::clamp(static_cast<int>((kTargetBlocks + blocks - 1) / blocks), 1, std::min(rounds, 64));
@@ -367,11 +354,12 @@ Launch plan(GeneralCall<T>& call, bool channels_last, cudaStream_t stream) {
   return {dim3(static_cast<unsigned>(blocks), call.splits), dim3(threads), 0, stream};
 }
 
-// f(Int<U>, Int<K>); 1x1 taps are 3x3 taps with zeros.
-template <class T, class F>
-void dispatch_stencil(const GeneralCall<T>& call, int64_t upsample, const F& f) {
+// f(Int<U>, Int<K>)
+template <class F>
+void dispatch_stencil(int kernel_size, int64_t upsample, const F& f) {
   dispatch_bool(upsample == 2, [&](auto twice) {
-    dispatch_bool(call.kernel_size == 5, [&](auto five) { f(Int<twice() ? 2 : 1>{}, Int<five() ? 5 : 3>{}); });
+    constexpr Int<twice() ? 2 : 1> u{};
+    kernel_size == 1 ? f(u, Int<1>{}) : kernel_size == 3 ? f(u, Int<3>{}) : f(u, Int<5>{});
   });
 }
 
@@ -386,7 +374,7 @@ Launch with_numbers(Launch how, int numbers) {
 template <class T>
 void launch_general_forward(GeneralCall<T> call, bool channels_last, int64_t upsample, cudaStream_t stream) {
   const Launch walk = plan(call, channels_last, stream);
-  dispatch_stencil(call, upsample, [&](auto u, auto k) {
+  dispatch_stencil(call.kernel_size, upsample, [&](auto u, auto k) {
     const int table = Taps<T, k()>::kEntries * call.channels;
     launch(spn_general_walk_kernel<T, u(), k()>, with_numbers<T>(walk, table), call, Wanted::kY);
   });
@@ -399,7 +387,7 @@ void launch_general_backward(GeneralCall<T> call, bool channels_last, int64_t up
   const Launch walk = plan(call, channels_last, stream);
   const Shape& s = call.shape;
   const bool own_mask = call.masks == s.c;
-  const int warps = walk.block.x / kWarp, size = call.kernel_size == 5 ? 5 : 3, each = 2 * size * size;
+  const int warps = walk.block.x / kWarp, each = 2 * call.kernel_size * call.kernel_size;
   const auto memory = [&](std::initializer_list<int64_t> sizes) { return empty_like(like, sizes, dtype_of<A>); };
   const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
   const Tensor d_beta = empty_like(like, {call.activated ? s.numel() * upsample * upsample : 0}, dtype_of<T>);
@@ -409,7 +397,7 @@ void launch_general_backward(GeneralCall<T> call, bool channels_last, int64_t up
   call.dm = data(dm), call.dq = data(dq), call.sums = data(sums), call.mask_sums = data(mask_sums);
   call.shares = data(shares), call.means = data(means);
   call.d_beta = call.activated ? static_cast<T*>(d_beta.data_ptr()) : const_cast<T*>(call.dy);
-  dispatch_stencil(call, upsample, [&](auto u, auto k) {
+  dispatch_stencil(call.kernel_size, upsample, [&](auto u, auto k) {
     const int table = Taps<T, k()>::kEntries * call.channels;
     const auto adding = [&](int count) { return channels_last ? warps / 2 * count * kWarp : warps * count; };
     if (call.activated) {
@@ -420,7 +408,7 @@ void launch_general_backward(GeneralCall<T> call, bool channels_last, int64_t up
     launch(spn_general_sums_kernel<T, u(), k()>, twice, call);
     launch(spn_general_mask_kernel<T, u(), k()>, with_numbers<T>(walk, std::max(table, adding(2))), call);
     const Launch finish{dim3(s.c * s.n), dim3(kThreads), 3 * each * sizeof(A), stream};
-    launch(spn_general_finish_kernel<T>, finish, call, size);
+    launch(spn_general_finish_kernel<T>, finish, call);
     launch_add_means<T>(call, stream);
     if (!own_mask) {
       const Launch pixels{dim3(s.n, call.splits), dim3(kThreads), 2 * kThreads / kWarp * sizeof(A), stream};

@@ -1,5 +1,5 @@
-// SPN's kernels for what those of spn.cu and spn_backward.cu have not: 5x5 taps, and one mask for all channels. See
-// spn_general.cu.
+// SPN's kernels for what those of spn.cu and spn_backward.cu have not: 1x1 and 5x5 taps, and one mask for all channels.
+// See spn_general.cu.
 #pragma once
 
 #include "cuda/spn_backward_sums.cuh"
@@ -10,10 +10,10 @@ template <class T>
 struct GeneralCall : BackwardCall<T> {
   using A = acc_t<T>;
   bool channels_last;
-  int rows;      // of a strip; an item of work is a column of a strip
-  int items;     // of a channel of a sample
-  int channels;  // of a block
-  int blocks;    // of channels
+  int rows;        // of a strip; an item of work is a column of a strip
+  unsigned items;  // of a channel of a sample; unsigned, as a thread counts on beyond the last
+  int channels;    // of a block
+  int blocks;      // of channels
   T* y;
   T* d_beta;     // dy, as far as the activation lets it through; like y
   A* dm;         // like x: dq, or with one mask each channel's share of the gradient of its v

@@ -26,7 +26,7 @@ struct Worker {
   int sample, c, lane_channel;
   bool channel;
   int group;             // of the sample
-  int first, step;       // its items of work
+  unsigned first, step;  // its items of work
   int pixel, p_pixel;    // strides
   int64_t base, p_base;  // offsets of the plane in x and p
 
@@ -74,6 +74,15 @@ struct Worker {
   // The plane's offset in a (C, N, HW) tensor.
   __device__ int64_t plane_by_channel() const { return (int64_t{c} * call.shape.n + sample) * call.shape.pixels(); }
   __device__ int64_t part() const { return (int64_t{c} * call.shape.n + sample) * gridDim.y + blockIdx.y; }
+  // Adds up the block's sums, in the shared memory that the taps had.
+  template <int kCount>
+  __device__ void write(A (&sums)[kCount], A* to) const {
+    if (call.channels_last) {
+      write_sums<true>(sums, channel, shared_memory<A>(), to);
+    } else {
+      write_sums<false>(sums, channel, shared_memory<A>(), to);
+    }
+  }
 };
 
 // The masks around a thread's pixel, zero outside the image.
@@ -114,8 +123,8 @@ class Taps {
     const bool last = call.channels_last;
     const int thread = last ? threadIdx.x / kWarp : threadIdx.x, threads = last ? blockDim.x / kWarp : blockDim.x;
     for (int entry = thread; worker.channel && entry < 2 * kTaps; entry += threads) {
-      const int of = entry / kTaps, k = entry % kTaps, i = call.in_group(worker.group, worker.c);
-      const A tap = call.tap(2 * of, i, k, K), tap_inv = call.tap(2 * of + 1, i, k, K);
+      const int of = entry / kTaps, i = call.in_group(worker.group, worker.c) * kTaps + entry % kTaps;
+      const A tap = call.taps[2 * of][i], tap_inv = call.taps[2 * of + 1][i];
       at_[entry * channels_] = Mask<T>::kScale * (tap - tap_inv);
       at_[(2 * kTaps + entry) * channels_] = Mask<T>::kShift * tap + (1 - Mask<T>::kShift) * tap_inv;
     }

@@ -244,15 +244,6 @@ struct Call {
   // The channel's index in (G, C), and its mask's in (G, masks).
   __device__ __forceinline__ int in_group(int group, int c) const { return group * shape.c + c; }
   __device__ __forceinline__ int mask_in_group(int group, int c) const { return group * masks + (masks == 1 ? 0 : c); }
-  // The place in a kernel's tensor of tap `k` of `size` x `size`, for the channel with that index; -1 where there is
-  // none: kernels see one of 1x1 as one of 3x3 with zeros around its tap.
-  __device__ __forceinline__ int tap_at(int channel, int k, int size) const {
-    return kernel_size == size ? channel * size * size + k : k == size * size / 2 ? channel : -1;
-  }
-  __device__ __forceinline__ A tap(int kernel, int channel, int k, int size) const {
-    const int at = tap_at(channel, k, size);
-    return at < 0 ? A(0) : taps[kernel][at];
-  }
   __device__ __forceinline__ A row(int of, int sample, int c) const {
     return rows[of].data ? rows[of][sample * shape.c + c] : A(0);
   }
@@ -296,12 +287,12 @@ class Table {
   template <class Place>
   __device__ void fill(const Call<T>& call, const Place& place, A gamma_factor) {
     const int lane_channel = place.lane_channel, first = place.c - lane_channel;
-    const int from = call.in_group(call.group_of(place.sample), first);
+    const int from = call.in_group(call.group_of(place.sample), first) * kTaps;
     const A row_gamma = place.channel ? call.row(0, place.sample, place.c) : A(0);
     const A row_beta = place.channel ? call.row(1, place.sample, place.c) : A(0);
     for (int i = threadIdx.x; i < kRaw; i += blockDim.x) {
       const int kernel = i / (kTaps * kChannels), j = i % (kTaps * kChannels);
-      raw_[i] = first + j / kTaps < call.shape.c ? call.tap(kernel, from + j / kTaps, j % kTaps, 3) : A(0);
+      raw_[i] = first + j / kTaps < call.shape.c ? call.taps[kernel][from + j] : A(0);
     }
     __syncthreads();
     const int worker = kChannelsLast ? threadIdx.x / kWarp : threadIdx.x;

@@ -161,6 +161,8 @@ def _cases() -> tuple[Case, ...]:
     cases.append(Case((2, 3, 1, 2), "an image inside the borders", UP, sizes={"kernel_size": 5}))
     cases.append(Case((1, 5, 70, 100), "rows of one image in several work items", {}, sizes={"kernel_size": 5}))
     cases.append(Case((1, 20, 70, 100), "the same, and several blocks of channels", {}, sizes={"masks": 1}))
+    for size in ({"kernel_size": 1}, {"kernel_size": 5}, {"kernel_size": 5, "masks": 1}):
+        cases.append(Case((2, 35, 18, 3), "blocks of 32 channels, strips of 16 rows, upsampling", UP, sizes=size))
 
     values = {"offset": "|mean| >> std", "saturated": "mask at 0 and 1", "constant": "a channel of zero variance"}
     for name, why in values.items():
