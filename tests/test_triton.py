@@ -475,6 +475,16 @@ def test_the_table_of_what_is_faster(monkeypatch):
     assert spn_module.preferred(torch.zeros(1, 1, 1, 1), 2) == "native"
 
 
+@pytest.mark.parametrize("sizes", [{}, {"kernel_size": 1}, {"kernel_size": 5}, {"masks": 1}], ids=str)
+def test_triton_is_preferred_where_the_cuda_kernels_are_not_tuned(monkeypatch, sizes):
+    on_gpu, on_cpu = types.SimpleNamespace(device=torch.device("cuda")), torch.zeros(1, 1, 1, 1)
+    assert [spn_module.preferred(x, 1, tuned=False) for x in (on_gpu, on_cpu)] == ["triton", "native"]
+    asked = []
+    monkeypatch.setattr(spn_module, "preferred", lambda x, upsample, tuned: asked.append(tuned) or "native")
+    SPN.function(**SPN.inputs(Case((2, 3, 4, 5), "", sizes=sizes)), impl="reference")
+    assert asked == [not sizes]
+
+
 @pytest.mark.parametrize(
     "shape, upsample", [((1, 128, 4100, 4100), 1), ((1, 128, 2050, 2050), 2), ((2**21, 1, 32, 32), 1)]
 )

@@ -403,7 +403,8 @@ def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Ten
     training, eps, upsample = options["training"], options["eps"], options["upsample"]
     _check(x, learnt, index, rows, buffers, options)
     refusals = _refusals(x, learnt, index, upsample)
-    chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample), stacklevel=5)
+    tuned = learnt[0].shape[0] == x.shape[1] and learnt[3].shape[-1] == 3
+    chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample, tuned), stacklevel=5)
     if chosen == "reference":
         constants = () if index is None else (index,)
         inputs = x, *learnt, *rows
@@ -432,8 +433,17 @@ def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Ten
 TRITON_IS_FASTER: frozenset[tuple[str, torch.dtype, bool, int]] = frozenset()
 
 
-def preferred(x: Tensor, upsample: int) -> str:
-    if not TRITON_IS_FASTER or x.device.type != "cuda":
+def preferred(x: Tensor, upsample: int, tuned: bool = True) -> str:
+    """What ``auto`` takes where both can run.
+
+    Args:
+        tuned: kernel size 3 and one mask per channel. The CUDA kernels for the rest move more memory than Triton's.
+    """
+    if x.device.type != "cuda":
+        return "native"
+    if not tuned:
+        return "triton"
+    if not TRITON_IS_FASTER:
         return "native"
     kind = gpu_name(x.device.index), x.dtype, is_channels_last(x), upsample
     return "triton" if kind in TRITON_IS_FASTER else "native"
