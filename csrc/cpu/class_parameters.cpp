@@ -166,10 +166,10 @@ void backward(const Shape& s, const Groups& groups, int64_t kernel, int64_t begi
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients class_parameters_grad(const Tensor& grad_mask_weight, const Tensor& grad_mask_bias, const Tensor& grad_gamma,
-                               const Tensor& grad_gamma_inv, const Tensor& grad_beta, const Tensor& grad_beta_inv,
-                               const Tensor& classes, const Tensor& mask_weight, const Tensor& mask_bias,
-                               const Tensor& gamma, const Tensor& gamma_inv, const Tensor& beta, const Tensor& beta_inv,
-                               const Tensor& scale) {
+                                const Tensor& grad_gamma_inv, const Tensor& grad_beta, const Tensor& grad_beta_inv,
+                                const Tensor& classes, const Tensor& mask_weight, const Tensor& mask_bias,
+                                const Tensor& gamma, const Tensor& gamma_inv, const Tensor& beta,
+                                const Tensor& beta_inv, const Tensor& scale) {
   const Learnt learnt{mask_weight, mask_bias, gamma, gamma_inv, beta, beta_inv, scale};
   const std::array<Tensor, kScale> grads{grad_mask_weight, grad_mask_bias, grad_gamma,
                                          grad_gamma_inv,   grad_beta,      grad_beta_inv};
