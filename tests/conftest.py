@@ -8,7 +8,8 @@
 ``impl``, ``kernel``   every impl that can run here; every one but the reference
 
 ``@pytest.mark.beside(arguments, environment=function)`` runs pytest with these in a second process, one after the other
-in parallel with this one; the fixture ``beside`` is the outcome. Such tests come last.
+in parallel with this one, and two at a time once this one has nothing else to do; the fixture ``beside`` is the
+outcome. Such tests come last.
 
 With ``@pytest.mark.emulated`` kernels include those in CUDA C++, on CPU tensors (see cuda_emulation), as impl "native".
 Those in Triton are included on a GPU; on the CPU they have their own tests, in interpreted/.
@@ -17,6 +18,7 @@ Those in Triton are included on a GPU; on the CPU they have their own tests, in 
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -92,9 +94,13 @@ def pytest_collection_modifyitems(config, items):
             return False
         if spec and not spec.float32_parameters and asked.get("parameter_dtype") != asked.get("dtype"):
             return False
-        if device == "cuda" and impl == "triton" and {"case", "dtype", "parameter_dtype", "layout"} <= asked.keys():
-            # Each kernel takes seconds to compile, and there are hundreds.
-            return spec.in_rotation(*(asked[name] for name in ("case", "dtype", "parameter_dtype", "layout")))
+        if {"case", "dtype", "parameter_dtype", "layout"} <= asked.keys():
+            combination = [asked[name] for name in ("case", "dtype", "parameter_dtype", "layout")]
+            if device == "cpu":
+                return spec.tried_on_cpu(*combination, emulated=impl == EMULATED)
+            if impl == "triton":
+                # Each kernel takes seconds to compile, and there are hundreds.
+                return spec.in_rotation(*combination)
         needed = max((mark.args[0] for mark in item.iter_markers("gpu_memory")), default=0)
         return needed == 0 or needed * 1e9 <= torch.cuda.get_device_properties("cuda").total_memory
 
@@ -113,13 +119,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Beside:
-    """Runs of pytest, one after the other, in parallel with the tests of this process."""
+    """Runs of pytest, in parallel with the tests of this process: two processes at any time, this one included."""
 
     def __init__(self):
-        self.executor = ThreadPoolExecutor(1)
+        self.executor = ThreadPoolExecutor(2)
+        self.turn = threading.Semaphore(1)
         self.outcomes: dict[str, Future] = {}
-        self.running: subprocess.Popen | None = None
-        self.ended = False
+        self.running: set[subprocess.Popen] = set()
+        self.waiting = self.ended = False
 
     def start(self, test: str, mark: pytest.Mark) -> None:
         self.outcomes[test] = self.executor.submit(self._run, mark.args, mark.kwargs["environment"])
@@ -130,23 +137,32 @@ class Beside:
         command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--show-capture=no"]
         variables = os.environ | environment() | {IN_A_PROCESS_BESIDE: "1"}
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.running = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=variables, **output)
-        if self.ended:
-            self.running.kill()
-        printed, _ = self.running.communicate()
-        return subprocess.CompletedProcess(command, self.running.returncode, printed)
+        with self.turn, subprocess.Popen(command, cwd=Path(__file__).parents[1], env=variables, **output) as process:
+            self.running.add(process)
+            if self.ended:
+                process.kill()
+            printed, _ = process.communicate()
+        self.running.remove(process)
+        return subprocess.CompletedProcess(command, process.returncode, printed)
+
+    def outcome(self, test: str) -> subprocess.CompletedProcess:
+        """That of the run of this test, for which this process waits: another may run in its place."""
+        if not self.waiting:
+            self.waiting = True
+            self.turn.release()
+        return self.outcomes[test].result(timeout=1800)
 
     def end(self) -> None:
         self.ended = True
         self.executor.shutdown(wait=False, cancel_futures=True)
-        if self.running:
-            self.running.kill()
+        for process in [*self.running]:
+            process.kill()
 
 
 @pytest.fixture
 def beside(request):
     """The outcome of the run that the mark describes."""
-    return request.config.stash[BESIDE].outcomes[request.node.nodeid].result(timeout=1800)
+    return request.config.stash[BESIDE].outcome(request.node.nodeid)
 
 
 def pytest_collection_finish(session):

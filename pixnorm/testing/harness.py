@@ -202,7 +202,8 @@ class OpSpec:
         reference: the specification, in plain PyTorch.
         make_inputs: ``(case, dtype, parameter_dtype, generator)`` -> the tensor arguments by name.
         differentiable: names of the arguments that have a gradient, the first activation first.
-        cases: the grid, each row with its reason.
+        cases: each with the code path that it is for. The first two run with all dtypes in both layouts, so choose them
+            for the most: see ``tried_on_cpu``.
         traffic: ``(case, dtype)`` -> the bytes that a two-pass implementation must move.
         kernel_calls: ``(impl, tensors, options)`` -> each op of ``torch.ops.pixnorm`` that the impl consists of, with
             arguments that it can be called with.
@@ -310,6 +311,25 @@ class OpSpec:
         """
         choices = list(product(self.dtypes, DENSE_LAYOUTS))
         return choices[self.cases.index(case) // 2 % len(choices)] == ((dtype, parameter_dtype), layout)
+
+    def tried_on_cpu(
+        self, case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, *, emulated: bool = False
+    ) -> bool:
+        """Whether a case runs on the CPU with these dtypes and this layout: one case per code path, not all products.
+
+        The first two cases run with every combination; the others in both layouts, in float32 and in one pair with a
+        half dtype, in turn. Emulated CUDA kernels are slow, and run in one layout with each of these. Float64 is left
+        to the first two: gradcheck is in float64, and there each case is compared with the reference as well.
+        """
+        at = self.cases.index(case)
+        if at < 2:
+            return True
+        halves = [pair for pair in self.dtypes if pair[0].itemsize == 2]
+        turn, of_dtype = divmod(at // 2, len(halves))
+        chosen = {self.dtypes[0], halves[of_dtype]}
+        if emulated:
+            chosen = {halves[of_dtype] if layout == DENSE_LAYOUTS[turn % 2] else self.dtypes[0]}
+        return (dtype, parameter_dtype) in chosen
 
     @property
     def first(self) -> str:
