@@ -197,7 +197,8 @@ def test_gradcheck(spec, options, kernel):
         return spec.function(**differentiable, **copies, **constants, **options, impl=kernel)
 
     assert torch.autograd.gradcheck(function, list(leaves.values()))
-    assert torch.autograd.gradgradcheck(function, list(leaves.values()))
+    # Through the reference, whose derivatives are PyTorch's own: random directions are enough.
+    assert torch.autograd.gradgradcheck(function, list(leaves.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=name_of)
