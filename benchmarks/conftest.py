@@ -18,7 +18,8 @@ def time_lap(request, benchmark):
     """``time_lap(where, contender, prepare)``: add one lap of a contender to the results.
 
     ``where`` is what its record says besides; ``prepare()`` gives the function to time, and what else to record.
-    The first lap is one round, from cold. Later ones have as many rounds as fit ``LAP_SECONDS``, at least one. With
+    The first lap is one round, after one that is not timed: ``torch.compile`` compiles in it, for each pass and grad
+    mode anew. Later ones have as many rounds as fit ``LAP_SECONDS``, at least one. With
     ``rivals``, of which only the fastest will count, those that take longer than a lap should, and ``TOO_SLOW`` times
     as long as the fastest, sit out the later laps.
     """
@@ -36,7 +37,7 @@ def time_lap(request, benchmark):
             pytest.skip("nothing to time")
         rounds = max(1, min(MAX_ROUNDS, int(LAP_SECONDS / before)))
         benchmark.extra_info.update({**where, "contender": contender, **found})
-        benchmark.pedantic(function, rounds=rounds, warmup_rounds=int(rounds > 1))
+        benchmark.pedantic(function, rounds=rounds, warmup_rounds=int(rounds > 1 or before == math.inf))
         if benchmark.stats:
             shortest[(*key, contender)] = min(before, benchmark.stats.stats.min)
 
