@@ -184,7 +184,7 @@ class StyleEpilogueFunction(torch.autograd.Function):
 
             grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[3:])
         else:
-            x, demod, _, *rows = inputs
+            _, demod, _, *rows = inputs
             grad_x, grad_demod, *of_rows = ctx.backward_op(grad_y, *inputs, negative_slope, gain)
             grads = grad_x, _shaped(grad_demod, demod), None, *map(_shaped, of_rows, rows)
         return None, None, None, *grads
