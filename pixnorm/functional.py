@@ -5,6 +5,7 @@ from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
 from pixnorm.ops.spn import conditional_spn, spn
+from pixnorm.ops.style import style_epilogue, style_norm
 
 __all__ = [
     "adain",
@@ -17,4 +18,6 @@ __all__ = [
     "label_conv2d",
     "modulated_norm",
     "spn",
+    "style_epilogue",
+    "style_norm",
 ]
