@@ -4,6 +4,7 @@ from pixnorm.ops.conditional_conv import conditional_conv2d
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
+from pixnorm.ops.modulated_conv import modulated_conv2d, spatially_modulated_conv2d
 from pixnorm.ops.spn import conditional_spn, spn
 from pixnorm.ops.style import style_epilogue, style_norm
 
@@ -16,7 +17,9 @@ __all__ = [
     "gconv_mix",
     "glinear",
     "label_conv2d",
+    "modulated_conv2d",
     "modulated_norm",
+    "spatially_modulated_conv2d",
     "spn",
     "style_epilogue",
     "style_norm",
