@@ -71,8 +71,8 @@ class EqualizedLinear(_Equalized, nn.Linear):
 
 
 class EqualizedConv2d(_Equalized, nn.Conv2d):
-    r"""``nn.Conv2d`` with an equalised learning rate: its kernels in use are ``c W``, ``c = gain · lr_multiplier / √(I/g
-    · kh · kw)``, and its bias ``lr_multiplier · b``.
+    r"""``nn.Conv2d`` with an equalised learning rate: it uses kernels ``c W``, ``c = gain · lr_multiplier / √fan_in``,
+    and a bias ``lr_multiplier · b``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as

@@ -1,5 +1,7 @@
 """The mapping network of StyleGAN (arXiv 1812.04948), and what is done with the styles w that it gives."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,10 +112,7 @@ class MappingNetwork(nn.Module):
         sizes = [latent_dim, *[hidden_dim or style_dim] * (layers - 1), style_dim]
         where = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            [
-                EqualizedLinear(i, o, lr_multiplier=lr_multiplier, **where)
-                for i, o in zip(sizes, sizes[1:], strict=False)
-            ]
+            [EqualizedLinear(i, o, lr_multiplier=lr_multiplier, **where) for i, o in pairwise(sizes)]
         )
         self.register_buffer("w_avg", torch.zeros(style_dim, **where))
 

@@ -1,6 +1,8 @@
 """The layers of StyleGAN's synthesis networks (arXiv 1812.04948, 1912.04958) and of spatially modulated convolution
 (arXiv 2006.05394)."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -347,7 +349,7 @@ class StyleBlocks(nn.Module):
         super().__init__()
         if not blocks:
             raise ValueError("expected at least one block")
-        for before, after in zip(blocks, blocks[1:], strict=False):
+        for before, after in pairwise(blocks):
             if before.conv.out_channels != after.conv.in_channels:
                 channels = f"{after.conv.in_channels} channels follows one that gives {before.conv.out_channels}"
                 raise ValueError(f"a block of {channels}")

@@ -6,10 +6,10 @@ convolved, and divided by the standard deviation that the result is expected to 
 s is a number per sample and channel, or, for spatially modulated convolution, a map. For independent h of mean 0 and
 variance 1 the variance at an output pixel is w² ∗ s², and σ_E² its mean over the pixels of a sample, plus eps.
 
-No second convolution finds it. For numbers, σ_E²[n, o] = Σ_i s²[n, i] Σ_t w²[o, i, t]. For maps the mean of w² ∗ s² over
-the pixels is
+No second convolution finds it. For numbers, σ_E²[n, o] = Σ_i s²[n, i] Σ_t w²[o, i, t]. For maps the mean of w² ∗ s²
+over the pixels is
 
-    σ_E²[n, o] = Σ_{i,t} w²[o, i, t] S[n, i, t] / (H' W'),        S[n, i, t]: the sum of s² over the pixels that tap t sees
+    σ_E²[n, o] = Σ_{i,t} w²[o, i, t] S[n, i, t] / (H' W'),     S[n, i, t]: the sum of s² over the pixels that tap t sees
 
 one small product; S comes from the pass that forms s · h. A tap sees every pixel once but for those near the border,
 which depend on the padding: how often is a product of a count per row and one per column (:func:`tap_counts`).
