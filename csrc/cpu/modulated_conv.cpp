@@ -82,6 +82,16 @@ struct Call {
 
   bool channels_last() const { return layout == MemoryFormat::ChannelsLast; }
 
+  // Calls f(begin, end) for all planes, some at a time: so many that products by class and tap are vector code.
+  template <class F>
+  void for_planes(const F& f) const {
+    constexpr int64_t kPlanes = 64;
+    const int64_t together = std::clamp<int64_t>(grain, 1, kPlanes);
+    parallel_for(0, ceil_div(n * c, together), ceil_div(grain, together), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i * together, std::min((i + 1) * together, n * c));
+    });
+  }
+
   // Calls f(sample, begin, end, part) for all runs of rows.
   template <class F>
   void for_rows(const F& f) const {
@@ -102,13 +112,14 @@ void forward(const Call& call, const T* x, const T* s, T* y, acc_t<T>* sums) {
   const auto of_taps = PIXNORM_BY_ISA(sums_of_taps<A, double>);
   if (!call.channels_last()) {
     const auto kernel = PIXNORM_BY_ISA(scale_plane<T>);
-    parallel_for(0, call.n * call.c, call.grain, [&](int64_t begin, int64_t end) {
-      const Buffer<double> by_class(classes), scratch(image.columns.classes);
+    call.for_planes([&](int64_t begin, int64_t end) {
+      const int64_t planes = end - begin;
+      const Buffer<double> by_class(classes * planes), scratch(image.columns.classes * planes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = i * image.pixels();
-        kernel(image, x + at, s + at, y + at, by_class.data());
-        of_taps(image, 1, by_class.data(), scratch.data(), sums + i * taps);
+        kernel(image, x + at, s + at, y + at, by_class.data() + i - begin, planes);
       }
+      of_taps(image, planes, by_class.data(), scratch.data(), sums + begin * taps);
     });
     return;
   }
@@ -140,12 +151,13 @@ void backward(const Call& call, const T* dy, const acc_t<T>* grad_sums, const T*
   const auto of_classes = PIXNORM_BY_ISA(weights_of_classes<A>);
   if (!call.channels_last()) {
     const auto kernel = PIXNORM_BY_ISA(scale_plane_backward<T>);
-    parallel_for(0, call.n * call.c, call.grain, [&](int64_t begin, int64_t end) {
-      const Buffer<A> weights(classes), scratch(image.rows.taps);
+    call.for_planes([&](int64_t begin, int64_t end) {
+      const int64_t planes = end - begin;
+      const Buffer<A> weights(classes * planes), scratch(image.rows.taps * planes);
+      of_classes(image, planes, grad_sums + begin * taps, scratch.data(), weights.data());
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = i * image.pixels();
-        of_classes(image, 1, grad_sums + i * taps, scratch.data(), weights.data());
-        kernel(image, dy + at, x + at, s + at, weights.data(), dx + at, ds + at);
+        kernel(image, dy + at, x + at, s + at, weights.data() + i - begin, planes, dx + at, ds + at);
       }
     });
     return;

@@ -25,10 +25,10 @@ PIXNORM_INLINE void gradients_at(const T* dy, const T* x, const T* s, V weight, 
   write<V>(ds, d * read<V>(x) + style * weight);
 }
 
-// ---- NCHW: a plane ----
+// ---- NCHW: a plane, whose sums or weights of classes are `stride` numbers apart ----
 
 template <class T>
-void scale_plane(const Image& image, const T* x, const T* s, T* y, double* sums) {
+void scale_plane(const Image& image, const T* x, const T* s, T* y, double* sums, int64_t stride) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int n = kLanes<A>, kWays = 4;
@@ -51,7 +51,7 @@ void scale_plane(const Image& image, const T* x, const T* s, T* y, double* sums)
     for (; i < end; ++i) tail += scale_at<A>(x + i, s + i, y + i);
     total += sum_lanes<A>(V((sum[0] + sum[1]) + (sum[2] + sum[3]))) + tail;
   }
-  for (int64_t i = 0; i < image.classes(); ++i) sums[i] = 0;
+  for (int64_t i = 0; i < image.classes(); ++i) sums[i * stride] = 0;
   // The few at the borders once more, from cache; what is left of the total is inside.
   const auto square = [&](int64_t i) __attribute__((always_inline)) {
     const A style = read<A>(s + i);
@@ -60,35 +60,35 @@ void scale_plane(const Image& image, const T* x, const T* s, T* y, double* sums)
   for (int64_t column = 1; column < classes; ++column) {
     const int64_t w = image.columns.border[column - 1];
     for (int64_t h = 0; h < image.rows.size; ++h) {
-      sums[image.rows.class_of[h] * classes + column] += square(h * width + w);
+      sums[(image.rows.class_of[h] * classes + column) * stride] += square(h * width + w);
     }
   }
   double inside = total;
-  for (int64_t column = 1; column < classes; ++column) inside -= sums[column];
+  for (int64_t column = 1; column < classes; ++column) inside -= sums[column * stride];
   for (int64_t row = 1; row < image.rows.classes; ++row) {
     const int64_t h = image.rows.border[row - 1];
     double in_row = 0;
     for (int64_t w = 0; w < width; ++w) {
       if (image.columns.class_of[w] == 0) in_row += square(h * width + w);
     }
-    double* const of_row = sums + row * classes;
+    double* const of_row = sums + row * classes * stride;
     of_row[0] = in_row;
-    for (int64_t column = 0; column < classes; ++column) inside -= of_row[column];
+    for (int64_t column = 0; column < classes; ++column) inside -= of_row[column * stride];
   }
   const bool any = image.rows.has_inside() && image.columns.has_inside();
   sums[0] = any && inside > 0 ? inside : 0;
 }
 
 template <class T>
-void scale_plane_backward(const Image& image, const T* dy, const T* x, const T* s, const acc_t<T>* weights, T* dx,
-                          T* ds) {
+void scale_plane_backward(const Image& image, const T* dy, const T* x, const T* s, const acc_t<T>* weights,
+                          int64_t stride, T* dx, T* ds) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int n = kLanes<A>;
   const int64_t width = image.columns.size, classes = image.columns.classes;
   for (int64_t h = 0; h < image.rows.size;) {
     const int64_t end_row = image.rows.run_end(h);
-    const A* const of_row = weights + image.rows.class_of[h] * classes;
+    const A* const of_row = weights + image.rows.class_of[h] * classes * stride;
     const int64_t end = end_row * width;
     int64_t i = h * width;
     const V inside = broadcast<A>(of_row[0]);
@@ -98,7 +98,7 @@ void scale_plane_backward(const Image& image, const T* dy, const T* x, const T* 
     for (; h < end_row; ++h) {
       for (int64_t column = 1; column < classes; ++column) {
         const int64_t at = h * width + image.columns.border[column - 1];
-        gradients_at<A>(dy + at, x + at, s + at, of_row[column], dx + at, ds + at);
+        gradients_at<A>(dy + at, x + at, s + at, of_row[column * stride], dx + at, ds + at);
       }
     }
   }
