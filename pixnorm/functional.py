@@ -1,5 +1,6 @@
 """The public functions, in the manner of ``torch.nn.functional``."""
 
+from pixnorm.ops.blur import blur2d
 from pixnorm.ops.conditional_conv import conditional_conv2d
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
@@ -11,6 +12,7 @@ from pixnorm.ops.style import style_epilogue, style_norm
 __all__ = [
     "adain",
     "adain_transfer",
+    "blur2d",
     "conditional_conv2d",
     "conditional_spn",
     "gconv2d",

@@ -213,7 +213,7 @@ class OpSpec:
         buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
         backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
-        options: values of the keyword arguments; tests try all combinations.
+        options: values of the keyword arguments; tests try all combinations. If there are none, the variants.
         variants: the combinations that tests of other things go through.
         inference: the keyword arguments of a call that is not training, where it differs from one that is.
         product_weight: the weight of the op's matrix product, if it has one; on GPUs it follows TF32 flags.
@@ -295,7 +295,9 @@ class OpSpec:
         return "cuda" in self.backends and "cuda" in native_devices[f"{self.name}_fwd"]
 
     def combinations(self) -> list[dict[str, Any]]:
-        """All of ``options``."""
+        """All of ``options``; or the variants, where these are all that are allowed."""
+        if not self.options:
+            return [dict(variant) for variant in self.variants]
         return [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
 
     @property
