@@ -333,9 +333,9 @@ def spatially_modulated_conv2d(
     r"""Spatially modulated convolution (arXiv 2006.05394 eq. 12-14): ``w * (s · h) / sigma`` with a style for each
     pixel, where ``sigma²[n, o]`` is the mean over the output's pixels of ``w² * s²``, plus eps.
 
-    The padding of ``w² * s²`` is that of the convolution, so that the output has unit variance with every padding.
-    With zeros, taps outside the image lower sigma: only for 1x1 kernels, or with other paddings, is a constant map the
-    same as :func:`modulated_conv2d`.
+    The padding of ``w² * s²`` is that of the convolution, so that the output has unit variance with zeros, too (and
+    about that where padding repeats pixels, which are not independent then). Taps that see zeros lower sigma: only for
+    1x1 kernels, or with other paddings, is a constant map the same as :func:`modulated_conv2d`.
 
     Args:
         x: (N, I, H, W), floating point, contiguous or channels_last.
