@@ -266,8 +266,9 @@ def test_one_pass_between_two_convolutions(impl):
     suffix = "_triton" if impl == "triton" else ""
     epilogue, gradient = f"style_epilogue_fwd{suffix}", f"style_epilogue_bwd{suffix}"
     assert [n for n in forward.names if n not in VIEWS] == [epilogue, *["convolution", epilogue] * 3]
+    grad = torch.ones_like(y)
     with Calls(x.numel()) as backward:
-        y.backward(torch.ones_like(y))
+        y.backward(grad)
     assert [n for n in backward.names if n not in VIEWS] == [gradient, *["convolution_backward", gradient] * 3]
 
 

@@ -3,6 +3,7 @@
 // channels_last, where they run over the channels of a pixel. Small planes in NCHW are transposed to pixels of kBlock
 // planes.
 
+#include "cpu/runs.h"
 #include "cpu/upsample_kernels.h"
 // in this order
 #include "cpu/rows.h"

@@ -3,7 +3,7 @@
 // Sums are by class of rows and of columns, [rows.classes][columns.classes]. Those that a tap sees are a combination of
 // them, and so is the gradient at a pixel of what its class gets from the taps: both are small products.
 
-#include "cpu/upsample_kernels.h"
+#include "cpu/runs.h"
 
 using modulated_conv::Axis;
 using modulated_conv::Image;
