@@ -35,17 +35,15 @@ template <class T>
 void blur_images(const Shape& s, bool channels_last, int64_t images, const T* x, T* y) {
   const auto kernel = dispatch_resample(s.resample, [&](auto resample) {
     constexpr Resample kResample = decltype(resample)::value;
-    return channels_last ? PIXNORM_BY_ISA(blur_rows<T, kResample, true>)
-                         : PIXNORM_BY_ISA(blur_rows<T, kResample, false>);
+    return channels_last ? PIXNORM_BY_ISA(blur_rows<T, kResample, true, T>)
+                         : PIXNORM_BY_ISA(blur_rows<T, kResample, false, T>);
   });
   const int64_t row = s.w * s.channels, out_row = s.out_w * s.channels;
   const int64_t part = std::clamp<int64_t>(kGrain / out_row, 1, s.out_h), parts = ceil_div(s.out_h, part);
   parallel_for(0, images * parts, ceil_div(kGrain, part * out_row), [&](int64_t begin, int64_t end) {
-    const Buffer<acc_t<T>> scratch(s.scratch());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / parts, top = i % parts * part;
-      kernel(s, x + image * s.h * row, top, std::min(top + part, s.out_h), y + image * s.out_h * out_row,
-             scratch.data());
+      kernel(s, x + image * s.h * row, top, std::min(top + part, s.out_h), y + image * s.out_h * out_row);
     }
   });
 }
@@ -57,10 +55,9 @@ void blur_small_planes(Shape s, int64_t planes, const T* x, T* y) {
       s.resample, [](auto resample) { return PIXNORM_BY_ISA(blur_planes<T, decltype(resample)::value>); });
   const int64_t before = s.h * s.w * kBlock, after = s.out_h * s.out_w * kBlock;
   parallel_for(0, ceil_div(planes, kBlock), ceil_div(kGrain, after), [&](int64_t begin, int64_t end) {
-    const Buffer<acc_t<T>> scratch(before + after + s.scratch());
-    acc_t<T>* const at = scratch.data();
+    const Buffer<acc_t<T>> scratch(before + after);
     for (int64_t block = begin; block < end; ++block) {
-      kernel(s, x, planes, block, y, at, at + before, at + before + after);
+      kernel(s, x, planes, block, y, scratch.data(), scratch.data() + before);
     }
   });
 }

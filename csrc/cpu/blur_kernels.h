@@ -1,7 +1,9 @@
-// Vector code of the blur, which is separable. Along h, rows are weighted sums of rows, whatever a pixel is. Along w,
-// neighbours are one element apart in NCHW, where vectors run over the pixels of a row, and `channels` in
-// channels_last, where they run over the channels of a pixel. Small planes in NCHW are transposed to pixels of kBlock
-// planes.
+// Vector code of the blur, which is separable: along h, rows are weighted sums of rows, kept in registers; along w,
+// neighbours are added.
+//
+// In channels_last vectors run over the channels of a pixel, and neighbours are other vectors. In NCHW they run over
+// the pixels of a row, and neighbours are vectors shifted by one. Small planes in NCHW, whose rows are shorter than
+// vectors, are transposed to pixels of kBlock planes, and are then as in channels_last.
 
 #include "cpu/runs.h"
 #include "cpu/upsample_kernels.h"
@@ -38,37 +40,79 @@ struct Rows {
     return rows;
   }
 
-  // Their elements [first, first + count).
-  PIXNORM_INLINE void sum(int64_t first, int64_t elements, acc_t<T>* to) const {
-    switch (count) {
-      case 1:
-        return sum_of<1>(first, elements, to);
-      case 2:
-        return sum_of<2>(first, elements, to);
-      case 3:
-        return sum_of<3>(first, elements, to);
-      default:
-        return sum_of<4>(first, elements, to);
-    }
-  }
-
- private:
-  template <int kCount>
-  PIXNORM_INLINE void sum_of(int64_t first, int64_t elements, acc_t<T>* to) const {
-    using A = acc_t<T>;
-    constexpr int n = kLanes<A>;
-    const auto at_element = [&](auto zero, int64_t i) __attribute__((always_inline)) {
-      using V = decltype(zero);
-      V sum = read<V>(at[0] + first + i) * weight[0];
+  // The sum at an element.
+  template <class V, int kCount>
+  PIXNORM_INLINE V sum(int64_t i) const {
+    V total = read<V>(at[0] + i) * weight[0];
 #pragma GCC unroll 4
-      for (int row = 1; row < kCount; ++row) sum += read<V>(at[row] + first + i) * weight[row];
-      write(to + i, sum);
-    };
-    int64_t i = 0;
-    for (; i + n <= elements; i += n) at_element(Vec<A>{}, i);
-    for (; i < elements; ++i) at_element(A(0), i);
+    for (int row = 1; row < kCount; ++row) total += read<V>(at[row] + i) * weight[row];
+    return total;
   }
 };
+
+// Calls f(count) with it as a compile-time constant.
+template <class F>
+PIXNORM_INLINE void with_count(int count, const F& f) {
+  if (count == 1) f(std::integral_constant<int, 1>{});
+  if (count == 2) f(std::integral_constant<int, 2>{});
+  if (count == 3) f(std::integral_constant<int, 3>{});
+  if (count == 4) f(std::integral_constant<int, 4>{});
+}
+
+// An element and its neighbour: after upsampling one of the two pixels on either side of their border, but for a
+// factor.
+template <class A, class V>
+PIXNORM_INLINE V three_to_one(V here, V beside) {
+  return here * A(3) + beside;
+}
+
+// ---- channels_last ----
+
+// kWays vectors of the channels of a row, from channel c on; all of its pixels.
+template <class V, Resample kResample, int kCount, int kWays, class T, class To>
+PIXNORM_INLINE void filter_channels(const Shape& s, const Rows<T>& rows, int64_t c, To* y) {
+  using A = acc_t<T>;
+  struct Pixel {
+    V at[kWays];
+  };
+  constexpr int n = sizeof(V) / sizeof(A);
+  const auto along_h = [&](int64_t w) __attribute__((always_inline)) {
+    Pixel pixel{};
+    if (w < s.w) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kWays; ++i) pixel.at[i] = rows.template sum<V, kCount>(w * s.channels + c + i * n);
+    }
+    return pixel;
+  };
+  const auto put = [&](int64_t w, const auto& value) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWays; ++i) write<V>(y + w * s.channels + c + i * n, value(i));
+  };
+  Pixel before{}, here = along_h(0);
+  for (int64_t step = 0; step < s.steps(); ++step) {
+    const auto left = [&](int i) __attribute__((always_inline)) { return three_to_one<A>(here.at[i], before.at[i]); };
+    if constexpr (kResample == Resample::kDown) {
+      const Pixel second = along_h(2 * step + 1), after = along_h(2 * step + 2);
+      put(step, [&](int i)
+                    __attribute__((always_inline)) { return V(left(i) + three_to_one<A>(second.at[i], after.at[i])); });
+      before = second, here = after;
+    } else {
+      const Pixel after = along_h(step + 1);
+      if constexpr (kResample == Resample::kNone) {
+        put(step,
+            [&](int i) __attribute__((always_inline)) { return V(here.at[i] * A(2) + (before.at[i] + after.at[i])); });
+      } else {
+        const auto right = [&](int i)
+                               __attribute__((always_inline)) { return three_to_one<A>(here.at[i], after.at[i]); };
+        put(2 * step, left);
+        if (2 * step + 1 < s.out_w) put(2 * step + 1, right);
+      }
+      before = here, here = after;
+    }
+  }
+}
+
+// ---- NCHW ----
 
 // Elements of two vectors in turn: the first half of the result, and with kHalf = 1 the second.
 template <int kHalf, class V, int... j>
@@ -77,113 +121,94 @@ PIXNORM_INLINE V interleaved(V a, V b, std::integer_sequence<int, j...>) {
   return __builtin_shufflevector(a, b, (kHalf * (n / 2) + j / 2 + j % 2 * n)...);
 }
 
-// Filters `steps` steps of a row along w; `end` is where the row of y ends. `from` has a pixel more on either side.
-template <Resample kResample, bool kChannelsLast, class A, class To>
-PIXNORM_INLINE void filter_along_w(const A* from, int64_t steps, int64_t channels, To* to, const To* end) {
+// The last element of a vector and then the others of the next one; the first of that after the others of a vector.
+template <class V, int... j>
+PIXNORM_INLINE V shifted_right(V before, V here, std::integer_sequence<int, j...>) {
+  return __builtin_shufflevector(before, here, (int{sizeof...(j)} - 1 + j)...);
+}
+
+template <class V, int... j>
+PIXNORM_INLINE V shifted_left(V here, V after, std::integer_sequence<int, j...>) {
+  return __builtin_shufflevector(here, after, (1 + j)...);
+}
+
+template <Resample kResample, int kCount, class T>
+PIXNORM_INLINE void filter_row(const Shape& s, const Rows<T>& rows, T* y) {
+  using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int n = kLanes<A>;
-  const int64_t c = kChannelsLast ? channels : 1;
-  // Three quarters of an element and one of its neighbour on this side, but for a factor.
-  const auto left = [&](auto zero, const A* at) __attribute__((always_inline)) {
-    using Number = decltype(zero);
-    return Number(read<Number>(at) * A(3) + read<Number>(at - c));
+  constexpr auto kIndices = std::make_integer_sequence<int, n>{};
+  const auto along_h = [&](int64_t w) __attribute__((always_inline)) {
+    if (w + n <= s.w) return rows.template sum<V, kCount>(w);
+    V value{};
+    for (int i = 0; w + i < s.w; ++i) value[i] = rows.template sum<A, kCount>(w + i);
+    return value;
   };
-  const auto right = [&](auto zero, const A* at) __attribute__((always_inline)) {
-    using Number = decltype(zero);
-    return Number(read<Number>(at) * A(3) + read<Number>(at + c));
+  const auto put = [&](int64_t w, V value) __attribute__((always_inline)) {
+    if (w + n <= s.out_w) return write<V>(y + w, value);
+    for (int i = 0; w + i < s.out_w; ++i) write<A>(y + w + i, value[i]);
   };
-  if constexpr (kResample == Resample::kNone) {
-    const auto filter = [&](auto zero, int64_t i) __attribute__((always_inline)) {
-      using Number = decltype(zero);
-      const Number sides = read<Number>(from + i - c) + read<Number>(from + i + c);
-      write<Number>(to + i, read<Number>(from + i) * A(2) + sides);
-    };
-    int64_t i = 0;
-    for (; i + n <= steps * c; i += n) filter(V{}, i);
-    for (; i < steps * c; ++i) filter(A(0), i);
-  } else if constexpr (kChannelsLast) {
-    const auto filter = [&](auto zero, int64_t i, To* target, bool both) __attribute__((always_inline)) {
-      if constexpr (kResample == Resample::kDown) {
-        write(target, decltype(zero)(left(zero, from + i) + right(zero, from + i + c)));
-      } else {
-        write(target, left(zero, from + i));
-        if (both) write(target + c, right(zero, from + i));
-      }
-    };
-    constexpr int kIn = kResample == Resample::kDown ? 2 : 1, kOut = kResample == Resample::kUp ? 2 : 1;
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t first = step * kIn * c;
-      To* const target = to + step * kOut * c;
-      const bool both = end - target > c;
-      int64_t i = 0;
-      for (; i + n <= c; i += n) filter(V{}, first + i, target + i, both);
-      for (; i < c; ++i) filter(A(0), first + i, target + i, both);
-    }
-  } else {
-    constexpr auto kIndices = std::make_integer_sequence<int, n>{};
-    int64_t i = 0;
+  const auto left = [&](V before, V here) __attribute__((always_inline)) {
+    return three_to_one<A>(here, shifted_right(before, here, kIndices));
+  };
+  const auto right = [&](V here, V after) __attribute__((always_inline)) {
+    return three_to_one<A>(here, shifted_left(here, after, kIndices));
+  };
+  V before{}, here = along_h(0);
+  for (int64_t step = 0; step < s.steps(); step += n) {
     if constexpr (kResample == Resample::kDown) {
-      for (; i + n <= steps; i += n) {
-        const A *const a = from + 2 * i, *const b = a + n;
-        const V evens = every_other<0>(left(V{}, a), left(V{}, b), kIndices);
-        write<V>(to + i, evens + every_other<1>(right(V{}, a), right(V{}, b), kIndices));
-      }
-      for (; i < steps; ++i) write<A>(to + i, left(A(0), from + 2 * i) + right(A(0), from + 2 * i + 1));
+      const V second = along_h(2 * step + n), after = along_h(2 * step + 2 * n);
+      const V evens = every_other<0>(left(before, here), left(here, second), kIndices);
+      put(step, evens + every_other<1>(right(here, second), right(second, after), kIndices));
+      before = second, here = after;
     } else {
-      for (; i + n <= steps && end - (to + 2 * i) >= 2 * n; i += n) {
-        const V a = left(V{}, from + i), b = right(V{}, from + i);
-        write<V>(to + 2 * i, interleaved<0>(a, b, kIndices));
-        write<V>(to + 2 * i + n, interleaved<1>(a, b, kIndices));
+      const V after = along_h(step + n);
+      if constexpr (kResample == Resample::kNone) {
+        put(step, here * A(2) + (shifted_right(before, here, kIndices) + shifted_left(here, after, kIndices)));
+      } else {
+        const V a = left(before, here), b = right(here, after);
+        put(2 * step, interleaved<0>(a, b, kIndices));
+        put(2 * step + n, interleaved<1>(a, b, kIndices));
       }
-      for (; i < steps; ++i) {
-        write<A>(to + 2 * i, left(A(0), from + i));
-        if (end - (to + 2 * i) > 1) write<A>(to + 2 * i + 1, right(A(0), from + i));
-      }
+      before = here, here = after;
     }
   }
 }
 
-// Rows [begin, end) of an image of y. x and y point to their images.
-template <Resample kResample, bool kChannelsLast, class T, class To>
-PIXNORM_INLINE void filter_rows(const Shape& s, const T* x, int64_t begin, int64_t end, To* y, acc_t<T>* scratch) {
+// ---- entry points ----
+
+// Rows [begin, end) of an image of y, or of a plane in NCHW. x and y point to the images.
+template <class T, Resample kResample, bool kChannelsLast, class To>
+void blur_rows(const Shape& s, const T* x, int64_t begin, int64_t end, To* y) {
   using A = acc_t<T>;
-  const int64_t c = kChannelsLast ? s.channels : 1, pitch = s.pitch(), strip = s.strip(), band = s.band();
-  for (int64_t top = begin; top < end; top += band) {
-    const int64_t bottom = top + band < end ? top + band : end;
-    for (int64_t step = 0; step < s.steps(); step += strip) {
-      const int64_t steps = s.steps() - step < strip ? s.steps() - step : strip;
-      // The pixels of x that these need, as far as there are such.
-      const int64_t before = step * s.in() - 1, after = (step + steps) * s.in() + 1;
-      const int64_t first = before < 0 ? 0 : before, last = after < s.w ? after : s.w;
-      for (int64_t row = top; row < bottom; ++row) {
-        A* const to = scratch + (row - top) * pitch;
-        for (int64_t i = 0; i < (first - before) * c; ++i) to[i] = 0;
-        for (int64_t i = (last - before) * c; i < (after - before) * c; ++i) to[i] = 0;
-        Rows<T>::template of<kResample>(s, x, row).sum(first * c, (last - first) * c, to + (first - before) * c);
+  [[maybe_unused]] constexpr int n = kLanes<A>, kWays = 4;
+  for (int64_t row = begin; row < end; ++row) {
+    const auto rows = Rows<T>::template of<kResample>(s, x, row);
+    To* const of_row = y + row * s.out_w * s.channels;
+    with_count(rows.count, [&](auto count) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      if constexpr (kChannelsLast) {
+        int64_t c = 0;
+        for (; c + kWays * n <= s.channels; c += kWays * n) {
+          filter_channels<Vec<A>, kResample, kCount, kWays>(s, rows, c, of_row);
+        }
+        for (; c + n <= s.channels; c += n) filter_channels<Vec<A>, kResample, kCount, 1>(s, rows, c, of_row);
+        for (; c < s.channels; ++c) filter_channels<A, kResample, kCount, 1>(s, rows, c, of_row);
+      } else {
+        filter_row<kResample, kCount>(s, rows, of_row);
       }
-      for (int64_t row = top; row < bottom; ++row) {
-        To *const of_row = y + row * s.out_w * c, *const row_end = of_row + s.out_w * c;
-        filter_along_w<kResample, kChannelsLast>(scratch + (row - top) * pitch + c, steps, c,
-                                                 of_row + step * s.out() * c, row_end);
-      }
-    }
+    });
   }
-}
-
-template <class T, Resample kResample, bool kChannelsLast>
-void blur_rows(const Shape& s, const T* x, int64_t begin, int64_t end, T* y, acc_t<T>* scratch) {
-  filter_rows<kResample, kChannelsLast>(s, x, begin, end, y, scratch);
 }
 
 // A block of `total` small planes in NCHW. `before` and `after` hold them as [pixel][kBlock].
 template <class T, Resample kResample>
-void blur_planes(const Shape& s, const T* x, int64_t total, int64_t block, T* y, acc_t<T>* before, acc_t<T>* after,
-                 acc_t<T>* scratch) {
+void blur_planes(const Shape& s, const T* x, int64_t total, int64_t block, T* y, acc_t<T>* before, acc_t<T>* after) {
   using A = acc_t<T>;
   const int64_t pixels = s.h * s.w, out_pixels = s.out_h * s.out_w;
   const Plane<A> of_x = plane_of<T>(x, false, total, pixels, 0, block);
   const Plane<A> of_y = plane_of<T>(y, false, total, out_pixels, 0, block);
   of_x.read(of_x, 0, pixels, before);
-  filter_rows<kResample, true>(s, before, 0, s.out_h, after, scratch);
+  blur_rows<A, kResample, true>(s, before, 0, s.out_h, after);
   of_y.write(of_y, 0, out_pixels, after);
 }
