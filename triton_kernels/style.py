@@ -37,8 +37,6 @@ from pixnorm.triton_kernels.tiles import WARPS, Tiling
 
 # Elements of planes that stay in registers, at most; in backward also those of the gradient.
 RESIDENT, RESIDENT_BACKWARD = 16384, 8192
-# Channels of a tile in NCHW, at least: they share its noise.
-CHANNELS = 4
 # Partial sums that the kernel which adds them up reads at once, and the elements of each.
 SUMS, COLUMNS_OF_SUMS = 32, 32
 
@@ -149,7 +147,7 @@ def style_epilogue_fwd(
     y = dense_like(x)
     if x.numel() == 0:
         return y
-    tiling = Tiling.of(x, least=CHANNELS)
+    tiling = Tiling.of(x, per_pixel=True)
     arguments = _epilogue_arguments(x, demod, noise, noise_strength, bias, next_styles, negative_slope, gain, tiling)
     launch(wrap_triton(style_epilogue_fwd_kernel), (tiling.programs,), y_ptr=y, **arguments)
     return y
@@ -174,7 +172,7 @@ def style_epilogue_bwd(
     if x.numel() == 0:
         d_demod, d_styles, d_strength, d_bias = map(torch.zeros_like, grads)
         return dx, d_demod, d_strength, d_bias, d_styles
-    tiling = Tiling.of(x, least=CHANNELS)
+    tiling = Tiling.of(x, per_pixel=True)
     arguments = _epilogue_arguments(x, demod, noise, noise_strength, bias, next_styles, negative_slope, gain, tiling)
     sums = _sums(x, tiling, sum(of is not None for of in wanted))
     launch(
@@ -209,7 +207,7 @@ def style_norm_fwd(
         mean, var = (torch.zeros((n, c), dtype=accumulator(x), device=x.device) for _ in range(2))
         return y, mean, var
     planes = Tiling.of_planes(x, RESIDENT)
-    tiling = planes or Tiling.of(x, least=CHANNELS)
+    tiling = planes or Tiling.of(x, per_pixel=True)
     arguments = _arguments(x, noise, noise_strength, bias, negative_slope, tiling) | {"EPS": eps}
     if planes:
         mean, var = (torch.empty((n, c), dtype=accumulator(x), device=x.device) for _ in range(2))
@@ -245,7 +243,7 @@ def style_norm_bwd(
     if x.numel() == 0:
         return dx, *map(torch.zeros_like, grads)
     planes = Tiling.of_planes(x, RESIDENT_BACKWARD)
-    tiling = planes or Tiling.of(x, least=CHANNELS)
+    tiling = planes or Tiling.of(x, per_pixel=True)
     arguments = _arguments(x, noise, noise_strength, bias, negative_slope, tiling) | {
         "dy_ptr": dense(grad_y, x),
         "mean_ptr": mean.contiguous(),

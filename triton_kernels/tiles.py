@@ -51,8 +51,12 @@ class Tiling(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, x: Tensor, upsample: int = 1, least: int = 1) -> "Tiling":
-        """Of up to TILE elements of y; in NCHW with so many channels at least, as far as there are."""
+    def of(cls, x: Tensor, upsample: int = 1, per_pixel: bool = False) -> "Tiling":
+        """Of up to TILE elements of y.
+
+        With ``per_pixel`` something is loaded for each pixel, and shared by as many channels as a thread can have: in
+        NCHW a row of the tile is one vector of each thread.
+        """
         n, c, h, w = x.shape
         itemsize = x.element_size()
         channels_last = is_channels_last(x)
@@ -65,7 +69,7 @@ class Tiling(NamedTuple):
             pixels = max(1, min(planes, tile // channels))
         else:
             columns = power_of_two_in(h * w, vector) if upsample == 1 else power_of_two_in(w, vector // upsample)
-            pixels = min(planes, tile // min(power_of_two_from(c), least))
+            pixels = min(planes, tile, WARPS * WARP * vector if per_pixel else tile)
             channels = min(power_of_two_from(c), tile // pixels)
         of_sample, blocks = triton.cdiv(h * w, pixels), triton.cdiv(c, channels)
         tiles = triton.cdiv(of_sample, max(1, PROGRAMS // max(1, n * blocks)))
