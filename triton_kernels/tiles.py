@@ -51,8 +51,8 @@ class Tiling(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, x: Tensor, upsample: int = 1, per_pixel: bool = False) -> "Tiling":
-        """Of up to TILE elements of y.
+    def of(cls, x: Tensor, upsample: int = 1, per_pixel: bool = False, share: int = 1) -> "Tiling":
+        """Of up to TILE / share elements of y.
 
         With ``per_pixel`` something is loaded for each pixel, and shared by as many channels as a thread can have: in
         NCHW a row of the tile is one vector of each thread.
@@ -60,7 +60,7 @@ class Tiling(NamedTuple):
         n, c, h, w = x.shape
         itemsize = x.element_size()
         channels_last = is_channels_last(x)
-        tile = (TILE_OF_DOUBLE if x.dtype == torch.float64 else TILE) // upsample
+        tile = (TILE_OF_DOUBLE if x.dtype == torch.float64 else TILE) // upsample // max(1, share)
         vector = 16 // itemsize
         planes = power_of_two_from(h * w)
         if channels_last:
