@@ -37,19 +37,19 @@ def blur2d_reference(x: Tensor, *, up: int = 1, down: int = 1) -> Tensor:
     return F.avg_pool2d(y, 2) if down == 2 else y
 
 
-def _empty(x: Tensor, h: int, w: int) -> Tensor:
-    """In x's dtype and layout, of another resolution."""
+def empty_of(x: Tensor, h: int, w: int) -> Tensor:
+    """An empty tensor in x's dtype and layout, of another resolution."""
     return torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def blur2d_fwd_fake(x, up, down):
     h, w = x.shape[2:]
-    return _empty(x, h * up // down, w * up // down)
+    return empty_of(x, h * up // down, w * up // down)
 
 
 # `h` and `w` are those of x: with down = 2 the last row or column of an odd size is dropped.
 def blur2d_bwd_fake(grad_y, up, down, h, w):
-    return _empty(grad_y, h, w)
+    return empty_of(grad_y, h, w)
 
 
 blur2d_fwd = define_op(
