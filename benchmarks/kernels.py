@@ -16,6 +16,7 @@ from benchmarks import cuda_code, machine_code, triton_code
 from benchmarks.machine_code import Kernel
 from benchmarks.model import GPUS
 from benchmarks.ops import OPS
+from benchmarks.ops.blur import BlurConfiguration
 from benchmarks.ops.conditional_spn import ClassParametersConfiguration
 from benchmarks.ops.label_conv import LabelConvConfiguration
 from benchmarks.ops.style import StyleConfiguration
@@ -29,6 +30,7 @@ OTHER_TRITON = {
     "label_conv": LabelConvConfiguration,
     "class_parameters": ClassParametersConfiguration,
     "style": StyleConfiguration,
+    "blur": BlurConfiguration,
 }
 LAYOUTS = {False: "NCHW", True: "channels_last"}
 

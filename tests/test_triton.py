@@ -20,8 +20,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pixnorm
-from pixnorm.functional import gconv_mix, label_conv2d, spn
+from pixnorm.functional import blur2d, gconv_mix, label_conv2d, spn
 from pixnorm.ops import _dispatch
+from pixnorm.ops import blur as blur_module
 from pixnorm.ops import class_parameters as class_parameters_module
 from pixnorm.ops import gconv as gconv_module
 from pixnorm.ops import label_conv as label_conv_module
@@ -94,6 +95,7 @@ WRITTEN = {
     "gconv_mix_fwd": "y",
     "gconv_mix_bwd_input": "grad_u partials",
     "gconv_mix_bwd_weight": "weights biases",
+    "blur2d": "y",
     "label_conv_fwd": "y",
     "label_conv_grad": "sums",
     "class_parameters_fwd": "to_mask_weight to_mask_bias to_gamma to_gamma_inv to_beta to_beta_inv",
@@ -253,6 +255,16 @@ def test_the_compiler_sees_the_kernels_of_class_parameters(pretended_gpu, dynami
     check_graphs(graphs, "class_parameters", kernels)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options, size", [({}, (5, 6)), ({"up": 2}, (10, 12)), ({"down": 2}, (2, 3))], ids=str)
+def test_the_compiler_sees_the_kernel_of_the_blur(pretended_gpu, options, size, dynamic):
+    function = functools.partial(blur2d, **options, impl="triton")
+    y, graphs = traced(function, {"x": torch.randn(2, 3, 5, 6)}, ("x",), dynamic)
+    assert y.shape == (2, 3, *size)
+    check_graphs(graphs, "blur2d_", (["blur2d"], ["blur2d"]))
+
+
 def traced(function, tensors, differentiable, dynamic):
     """The output, and the graphs of forward and backward."""
     torch.compiler.reset()
@@ -311,6 +323,8 @@ def test_pytorch_finds_the_kernels_of_the_ops():
         "modulate_bwd_triton": [f"modulate_{name}" for name in (*BACKWARD, "bwd_resident")],
         "gconv_mix_fwd_triton": ["gconv_mix_fwd"],
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
+        "blur2d_fwd_triton": ["blur2d"],
+        "blur2d_bwd_triton": ["blur2d"],
         "label_conv_fwd_triton": ["label_conv_fwd"],
         "label_conv_grad_triton": ["label_conv_grad"],
         "class_parameters_fwd_triton": ["class_parameters_fwd"],
@@ -342,7 +356,14 @@ def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
             assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
-MODULES = [spn_module, gconv_module, modulate_module, label_conv_module, class_parameters_module]
+MODULES = [
+    spn_module,
+    gconv_module,
+    modulate_module,
+    label_conv_module,
+    class_parameters_module,
+    blur_module,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -88,27 +88,29 @@ PIXNORM_INLINE void filter_channels(const Shape& s, const Rows<T>& rows, int64_t
 #pragma GCC unroll 4
     for (int i = 0; i < kWays; ++i) write<V>(y + w * s.channels + c + i * n, value(i));
   };
-  Pixel before{}, here = along_h(0);
+  Pixel before{}, here = along_h(0), after;
+  const auto left = [&](int i) __attribute__((always_inline)) { return three_to_one<A>(here.at[i], before.at[i]); };
+  const auto right = [&](int i) __attribute__((always_inline)) { return three_to_one<A>(here.at[i], after.at[i]); };
+  const auto middle = [&](int i) __attribute__((always_inline)) {
+    return V(here.at[i] * A(2) + (before.at[i] + after.at[i]));
+  };
   for (int64_t step = 0; step < s.steps(); ++step) {
-    const auto left = [&](int i) __attribute__((always_inline)) { return three_to_one<A>(here.at[i], before.at[i]); };
     if constexpr (kResample == Resample::kDown) {
-      const Pixel second = along_h(2 * step + 1), after = along_h(2 * step + 2);
-      put(step, [&](int i)
-                    __attribute__((always_inline)) { return V(left(i) + three_to_one<A>(second.at[i], after.at[i])); });
-      before = second, here = after;
+      const Pixel second = along_h(2 * step + 1);
+      after = along_h(2 * step + 2);
+      put(step, [&](int i) { return V(left(i) + three_to_one<A>(second.at[i], after.at[i])); });
+      before = second;
     } else {
-      const Pixel after = along_h(step + 1);
+      after = along_h(step + 1);
       if constexpr (kResample == Resample::kNone) {
-        put(step,
-            [&](int i) __attribute__((always_inline)) { return V(here.at[i] * A(2) + (before.at[i] + after.at[i])); });
+        put(step, middle);
       } else {
-        const auto right = [&](int i)
-                               __attribute__((always_inline)) { return three_to_one<A>(here.at[i], after.at[i]); };
         put(2 * step, left);
         if (2 * step + 1 < s.out_w) put(2 * step + 1, right);
       }
-      before = here, here = after;
+      before = here;
     }
+    here = after;
   }
 }
 

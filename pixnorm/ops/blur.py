@@ -11,6 +11,8 @@ upsampling but for the zeros beyond the border; ↓ by 2 is the mean of 2x2 pixe
 and the filter is its own adjoint, and that of ↑ is 4 ↓. So derivatives of all orders are these kernels.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,28 +39,34 @@ def blur2d_reference(x: Tensor, *, up: int = 1, down: int = 1) -> Tensor:
     return F.avg_pool2d(y, 2) if down == 2 else y
 
 
-def _empty(x: Tensor, h: int, w: int) -> Tensor:
-    """In x's dtype and layout, of another resolution."""
+def empty_of(x: Tensor, h: int, w: int) -> Tensor:
+    """An empty tensor in x's dtype and layout, of another resolution."""
     return torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def blur2d_fwd_fake(x, up, down):
     h, w = x.shape[2:]
-    return _empty(x, h * up // down, w * up // down)
+    return empty_of(x, h * up // down, w * up // down)
 
 
 # `h` and `w` are those of x: with down = 2 the last row or column of an odd size is dropped.
 def blur2d_bwd_fake(grad_y, up, down, h, w):
-    return _empty(grad_y, h, w)
+    return empty_of(grad_y, h, w)
 
 
+# Counted as the convolution that they replace.
 blur2d_fwd = define_op(
-    "blur2d_fwd(Tensor x, int up, int down) -> Tensor y", blur2d_fwd_fake, native=("cpu",), triton="blur"
+    "blur2d_fwd(Tensor x, int up, int down) -> Tensor y",
+    blur2d_fwd_fake,
+    native=("cpu",),
+    flops=lambda x, up, down, **kwargs: 2 * 9 * prod(x) * up**2,
+    triton="blur",
 )
 blur2d_bwd = define_op(
     "blur2d_bwd(Tensor grad_y, int up, int down, SymInt h, SymInt w) -> Tensor grad_x",
     blur2d_bwd_fake,
     native=("cpu",),
+    flops=lambda grad_y, up, down, h, w, **kwargs: 2 * 9 * prod(grad_y[:2]) * h * w * up**2,
     triton="blur",
 )
 
@@ -75,19 +83,17 @@ class Blur2dFunction(torch.autograd.Function):
     def forward(ctx, impl, up, down, size, x):
         ctx.options = impl, up, down
         ctx.adjoint = x.shape[2:] if size is None else None
-        ctx.memory_format = memory_format_of(x)
         return _call(impl, up, down, size, x)
 
     @staticmethod
     def backward(ctx, grad):
         impl, up, down = ctx.options
         if onlooker() is not None:
-            found = _in_pytorch(up, down, ctx.adjoint, grad)
+            grad = _in_pytorch(up, down, ctx.adjoint, grad)
         else:
-            grad = grad.contiguous(memory_format=ctx.memory_format)
             call = Blur2dFunction.apply if torch.is_grad_enabled() else _call
-            found = call(impl, up, down, ctx.adjoint, grad)
-        return None, None, None, None, found
+            grad = call(impl, up, down, ctx.adjoint, grad)
+        return None, None, None, None, grad
 
 
 def _call(impl, up, down, size, x):
