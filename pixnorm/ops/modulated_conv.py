@@ -27,6 +27,7 @@ from pixnorm.ops.checks import check_device, check_eps, check_image, check_optio
 from pixnorm.ops.common import (
     HALF,
     beyond_32_bits,
+    dense,
     dense_like,
     public,
     through_reference,
@@ -105,18 +106,21 @@ def convolution(x: Tensor, weight: Tensor, padding: Padding, padding_mode: str) 
     """As that of ``nn.Conv2d``."""
     if padding_mode == "zeros":
         return F.conv2d(x, weight, padding=padding)
-    return F.conv2d(F.pad(x, paddings(weight, padding), mode=padding_mode), weight)
+    padded = F.pad(x, paddings(weight, padding), mode=padding_mode)
+    return F.conv2d(dense(padded, x), weight)  # circular padding forgets the layout
 
 
 def _counts(size: int, taps: int, before: int, after: int, mode: str, device: torch.device) -> Tensor:
     """(taps, size): how often each tap sees each row (or column) of an image."""
-    rows = torch.arange(size, dtype=torch.float32, device=device)
-    if mode == "zeros":
-        padded = F.pad(rows, (before, after), value=-1.0)
-    else:
-        padded = F.pad(rows[None, None], (before, after), mode=mode)[0, 0]
-    outputs = size + before + after - taps + 1
-    seen = padded.unfold(0, outputs, 1)  # (taps, outputs)
+    rows = torch.arange(size, device=device)
+    outputs = torch.arange(size + before + after - taps + 1, device=device)
+    seen = outputs + torch.arange(taps, device=device)[:, None] - before  # (taps, outputs)
+    if mode == "circular":
+        seen = seen % size
+    elif mode == "replicate":
+        seen = seen.clamp(0, size - 1)
+    elif mode == "reflect":
+        seen = size - 1 - (size - 1 - seen.abs()).abs()
     return (seen[..., None] == rows).sum(1, dtype=torch.float32)
 
 

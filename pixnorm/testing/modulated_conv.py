@@ -84,5 +84,5 @@ SPATIALLY_MODULATED = OpSpec(
     traffic=_traffic,
     kernel_calls=_kernel_calls,
     options={"padding_mode": ("zeros", "circular"), "demodulate": (True, False)},
-    variants=({}, {"padding_mode": "replicate"}),
+    variants=({}, {"padding_mode": "circular"}),
 )
