@@ -16,8 +16,10 @@ from benchmarks import cuda_code, machine_code, triton_code
 from benchmarks.machine_code import Kernel
 from benchmarks.model import GPUS
 from benchmarks.ops import OPS
+from benchmarks.ops.blur import BlurConfiguration
 from benchmarks.ops.conditional_spn import ClassParametersConfiguration
 from benchmarks.ops.label_conv import LabelConvConfiguration
+from benchmarks.ops.style import StyleConfiguration
 from benchmarks.registry import Op
 
 DESIGNS = {**cuda_code.SHARED, **{name: design for op in OPS.values() for name, design in op.cuda.items()}}
@@ -27,6 +29,8 @@ OTHER_TRITON = {
     "statistics": triton_code.StatisticsConfiguration,
     "label_conv": LabelConvConfiguration,
     "class_parameters": ClassParametersConfiguration,
+    "style": StyleConfiguration,
+    "blur": BlurConfiguration,
 }
 LAYOUTS = {False: "NCHW", True: "channels_last"}
 

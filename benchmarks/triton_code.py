@@ -303,6 +303,30 @@ class ProductKernel(TritonKernel):
         return found
 
 
+class TileKernel(TritonKernel):
+    """A kernel that goes over the tiles of triton_kernels/tiles.py."""
+
+    @property
+    def elements(self) -> float:
+        """Of x, per thread and round."""
+        return self.launch.arguments["CHANNELS"] * self.launch.arguments["PIXELS"] / self.code.threads
+
+    def work(self, x: tuple[int, ...], reads: int) -> float:
+        return prod(x)
+
+
+class PlanesKernel(TileKernel):
+    """One whose only tile has whole planes, so that there is no loop."""
+
+    @property
+    def moves(self) -> Moves:
+        return self.code.all_moves
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.code.opcodes.values()) / self.elements
+
+
 class StatisticsKernel(TritonKernel):
     @property
     def design(self) -> Moves:

@@ -1,20 +1,28 @@
 """The public functions, in the manner of ``torch.nn.functional``."""
 
+from pixnorm.ops.blur import blur2d
 from pixnorm.ops.conditional_conv import conditional_conv2d
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
+from pixnorm.ops.modulated_conv import modulated_conv2d, spatially_modulated_conv2d
 from pixnorm.ops.spn import conditional_spn, spn
+from pixnorm.ops.style import style_epilogue, style_norm
 
 __all__ = [
     "adain",
     "adain_transfer",
+    "blur2d",
     "conditional_conv2d",
     "conditional_spn",
     "gconv2d",
     "gconv_mix",
     "glinear",
     "label_conv2d",
+    "modulated_conv2d",
     "modulated_norm",
+    "spatially_modulated_conv2d",
     "spn",
+    "style_epilogue",
+    "style_norm",
 ]

@@ -20,14 +20,18 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pixnorm
-from pixnorm.functional import gconv_mix, label_conv2d, spn
+from pixnorm.functional import blur2d, gconv_mix, label_conv2d, spn
 from pixnorm.ops import _dispatch
+from pixnorm.ops import blur as blur_module
 from pixnorm.ops import class_parameters as class_parameters_module
 from pixnorm.ops import gconv as gconv_module
 from pixnorm.ops import label_conv as label_conv_module
 from pixnorm.ops import modulate as modulate_module
+from pixnorm.ops import modulated_conv as modulated_conv_module
 from pixnorm.ops import spn as spn_module
+from pixnorm.ops import style as style_module
 from pixnorm.testing import CONDITIONAL_SPN, GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
+from pixnorm.testing.style import BARE, ONE_NOISE, STYLE_EPILOGUE, STYLE_NORM
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -94,8 +98,20 @@ WRITTEN = {
     "gconv_mix_fwd": "y",
     "gconv_mix_bwd_input": "grad_u partials",
     "gconv_mix_bwd_weight": "weights biases",
+    "blur2d": "y",
     "label_conv_fwd": "y",
+    "spatial_scale_fwd": "y sums",
+    "spatial_scale_bwd": "dx ds",
     "label_conv_grad": "sums",
+    "style_epilogue_fwd": "y",
+    "style_epilogue_bwd": "dx sums",
+    "style_finish": "first second strength bias",
+    "style_norm_statistics": "partials",
+    "style_norm_fwd": "y",
+    "style_norm_bwd_reduce": "sums",
+    "style_norm_bwd_apply": "dx sums",
+    "style_norm_fwd_resident": "mean var y",
+    "style_norm_bwd_resident": "dx sums",
     "class_parameters_fwd": "to_mask_weight to_mask_bias to_gamma to_gamma_inv to_beta to_beta_inv",
     "class_parameters_tables": "to_mask_weight to_mask_bias to_scale to_shift",
     "class_parameters_kernels": "to_gamma to_gamma_inv to_beta to_beta_inv",
@@ -211,6 +227,11 @@ STATISTICS = ["statistics", "merge_statistics", "finish_statistics"]
             BACKWARD,
         ),
         (GCONV_MIX, "channels_last", {}, {"bias": 0}, False, False, ["mix_fwd"], ["mix_bwd_input", "mix_bwd_weight"]),
+        (STYLE_EPILOGUE, "contiguous", {"gain": 2**0.5}, {}, False, True, ["fwd"], ["bwd", "finish"]),
+        (STYLE_EPILOGUE, "channels_last", {}, ONE_NOISE | {"demod": 0}, False, False, ["fwd"], ["bwd", "finish"]),
+        (STYLE_EPILOGUE, "contiguous", {}, BARE | {"demod": 0, "next_styles": 0}, False, False, ["fwd"], ["bwd"]),
+        (STYLE_NORM, "contiguous", {}, {}, False, False, ["fwd_resident"], ["bwd_resident", "finish"]),
+        (STYLE_NORM, "channels_last", {}, ONE_NOISE, False, True, ["fwd_resident"], ["bwd_resident", "finish"]),
     ],
     ids=str,
 )
@@ -225,6 +246,19 @@ def test_the_compiler_sees_the_kernels(
     assert y.shape == (2, 8, 4 * upsample, 8 * upsample)
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
     check_graphs(graphs, spec.name, (forward, backward))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("sizes, dynamic, finish", [({}, True, ["finish"]), (BARE, False, [])], ids=str)
+def test_the_compiler_sees_the_kernels_of_large_planes(pretended_gpu, monkeypatch, sizes, dynamic, finish):
+    """Of StyleGAN 1's epilogue, as if no plane fitted registers."""
+    kernels = importlib.import_module("pixnorm.triton_kernels.style")
+    for limit in ("RESIDENT", "RESIDENT_BACKWARD"):
+        monkeypatch.setattr(kernels, limit, 0)
+    tensors = STYLE_NORM.inputs(Case((2, 8, 4, 8), "", sizes=sizes))
+    _, graphs = traced(STYLE_NORM.call("triton"), tensors, STYLE_NORM.differentiable, dynamic)
+    forward = ["norm_statistics", "finish_statistics", "norm_fwd"]
+    check_graphs(graphs, "style_norm", (forward, ["bwd_reduce", "style_finish", "bwd_apply", *finish]))
 
 
 @pytest.mark.cpu
@@ -251,6 +285,16 @@ def test_the_compiler_sees_the_kernels_of_class_parameters(pretended_gpu, dynami
     _, graphs = traced(function, tensors, names, dynamic)
     kernels = ["class_parameters_fwd"], ["class_parameters_tables", "class_parameters_kernels"]
     check_graphs(graphs, "class_parameters", kernels)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options, size", [({}, (5, 6)), ({"up": 2}, (10, 12)), ({"down": 2}, (2, 3))], ids=str)
+def test_the_compiler_sees_the_kernel_of_the_blur(pretended_gpu, options, size, dynamic):
+    function = functools.partial(blur2d, **options, impl="triton")
+    y, graphs = traced(function, {"x": torch.randn(2, 3, 5, 6)}, ("x",), dynamic)
+    assert y.shape == (2, 3, *size)
+    check_graphs(graphs, "blur2d_", (["blur2d"], ["blur2d"]))
 
 
 def traced(function, tensors, differentiable, dynamic):
@@ -311,8 +355,18 @@ def test_pytorch_finds_the_kernels_of_the_ops():
         "modulate_bwd_triton": [f"modulate_{name}" for name in (*BACKWARD, "bwd_resident")],
         "gconv_mix_fwd_triton": ["gconv_mix_fwd"],
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
+        "blur2d_fwd_triton": ["blur2d"],
+        "blur2d_bwd_triton": ["blur2d"],
+        "spatial_scale_fwd_triton": ["spatial_scale_fwd"],
+        "spatial_scale_bwd_triton": ["spatial_scale_bwd"],
         "label_conv_fwd_triton": ["label_conv_fwd"],
         "label_conv_grad_triton": ["label_conv_grad"],
+        "style_epilogue_fwd_triton": ["style_epilogue_fwd"],
+        "style_epilogue_bwd_triton": ["style_epilogue_bwd", "style_finish"],
+        "style_norm_fwd_triton": [f"style_norm_{name}" for name in ("statistics", "fwd", "fwd_resident")]
+        + ["merge_statistics", "finish_statistics"],
+        "style_norm_bwd_triton": [f"style_norm_bwd_{name}" for name in ("reduce", "apply", "resident")]
+        + ["style_finish"],
         "class_parameters_fwd_triton": ["class_parameters_fwd"],
         "class_parameters_grad_triton": ["class_parameters_tables", "class_parameters_kernels"],
     }.items():
@@ -342,13 +396,23 @@ def test_inductor_copies_all_that_a_kernel_needs(module, tmp_path):
             assert names <= known, (kernel.__name__, function.co_name, names - known)
 
 
-MODULES = [spn_module, gconv_module, modulate_module, label_conv_module, class_parameters_module]
+OPS_OF = {
+    "spn": spn_module.ops_of,
+    "gconv": gconv_module.ops_of,
+    "modulate": modulate_module.ops_of,
+    "label_conv": label_conv_module.ops_of,
+    "class_parameters": class_parameters_module.ops_of,
+    "blur2d": blur_module.ops_of,
+    "spatial_scale": modulated_conv_module.ops_of,
+    "style_epilogue": style_module.epilogue_ops_of,
+    "style_norm": style_module.norm_ops_of,
+}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_the_ops_have_the_schemas_of_the_native_ones(module):
+@pytest.mark.parametrize("op", OPS_OF)
+def test_the_ops_have_the_schemas_of_the_native_ones(op):
     assert _dispatch.find_triton_obstacle("meta", None) is None
-    for native, ours in zip(module.ops_of("native"), module.ops_of("triton"), strict=True):
+    for native, ours in zip(OPS_OF[op]("native"), OPS_OF[op]("triton"), strict=True):
         for of in ("arguments", "returns"):
             types_of = [[str(value.type) for value in getattr(op._schema, of)] for op in (native, ours)]
             assert types_of[0] == types_of[1]

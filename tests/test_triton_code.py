@@ -11,7 +11,7 @@ from benchmarks import kernels as report
 from benchmarks.kernels import OPS, OTHER_TRITON
 from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
-from benchmarks.ops import label_conv, modulate
+from benchmarks.ops import label_conv, modulate, style
 from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
 from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
@@ -79,6 +79,16 @@ def test_selection_has_both_kernels_of_label_convolution_for_every_gpu(found):
     usual = {(k.name, k.dtype, k.channels_last) for k in found["label_conv"] if k.dtype != "double"}
     assert usual == set(product(kernels, ("float", "BFloat16"), (False, True)))
     assert {k.multiplier for k in found["label_conv"] if k.name == label_conv.GRADIENT} == {"HMMA", "DMMA", None}
+
+
+def test_selection_has_every_kernel_of_stylegans_epilogues(found):
+    designed = {*style.STREAMS, *style.RESIDENT}
+    names = {*designed, style.FINISH}
+    ours = {(k.gpu.arch, k.name) for k in found["style"] if k.name in names}
+    assert ours == set(product((g.arch for g in TRITON_GPUS), names))
+    usual = {(k.name, k.dtype, k.channels_last) for k in found["style"] if k.name in designed and k.dtype != "double"}
+    assert usual == set(product(designed, ("float", "BFloat16"), (False, True)))
+    assert {k.name for k in found["style"] if k.dtype == "double"} >= designed
 
 
 @pytest.mark.parametrize("op", IN_TRITON)
@@ -203,6 +213,20 @@ def test_each_gate_of_label_convolution_can_fail(found, processes):
     assert "not DMMA" in " ".join(
         replace(gradient, gpu=TRITON_GPUS[0], launch=gradient.launch._replace(configuration=in_double)).violations()
     )
+
+
+def test_each_gate_of_stylegans_epilogues_can_fail(found, processes):
+    """Take kernels that pass, and make one thing worse at a time."""
+    of = {k.name: k for k in found["style"] if k.dtype == "float" and not k.channels_last}
+    stream, planes = of["style_epilogue_bwd_kernel"], of["style_norm_bwd_resident_kernel"]
+    crowded = planes.launch._replace(arguments=planes.launch.arguments | {"PIXELS": 32768})
+    faults = _faults(processes, [(of, stream.gpu) for of in (_unaligned(stream.launch), crowded)])
+    assert "moves in the main loop" in faults[0] and "LDG of 4 bytes" in faults[0]
+    assert "bytes of local memory" in faults[1]
+    loads_noise_again = stream.code._replace(main_loop=[*stream.code.main_loop, "LDG.E.128"])
+    assert "moves in the main loop" in " ".join(replace(stream, code=loads_noise_again).violations())
+    twice = planes.code._replace(opcodes=planes.code.opcodes | {"LDG.E.128.CONSTANT.X": 8})
+    assert "moves in the main loop" in " ".join(replace(planes, code=twice).violations())
 
 
 def _unaligned(launch: Launch) -> Launch:

@@ -6,7 +6,7 @@ Kernels stream over x (modulate_stream.py). Planes that fit registers and are no
 norm, are read once (modulate_resident.py).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,15 +14,7 @@ from torch import Tensor
 
 from pixnorm.ops.common import dense, dense_like, is_channels_last
 from pixnorm.ops.modulate import modulate_bwd_fake, modulate_fwd_fake
-from pixnorm.triton_kernels.common import (
-    WARP,
-    accumulator,
-    launch,
-    op_of_kernels,
-    power_of_two_from,
-    power_of_two_in,
-    wrap_triton,
-)
+from pixnorm.triton_kernels.common import accumulator, launch, op_of_kernels, power_of_two_from, wrap_triton
 from pixnorm.triton_kernels.modulate_resident import modulate_bwd_resident_kernel, modulate_fwd_resident_kernel
 from pixnorm.triton_kernels.modulate_stream import (
     modulate_bwd_apply_kernel,
@@ -31,80 +23,15 @@ from pixnorm.triton_kernels.modulate_stream import (
     modulate_fwd_kernel,
 )
 from pixnorm.triton_kernels.statistics import finish_statistics, partial_statistics
+from pixnorm.triton_kernels.tiles import WARPS, Tiling
 
-# Elements of y per tile: each of 128 threads moves two vectors of 16 bytes of a tensor at once, or four in float32.
-TILE, TILE_OF_DOUBLE, WARPS = 2048, 1024, 4
-# Bytes per pixel of a tile in channels_last, at least; of whole planes shorter ones where planes are large.
-RUN, SHORT_RUN = 128, 32
 # Elements of planes that stay in registers, at most: of x, in backward also of its gradient; fewer beside maps.
-# A thread has EACH of them, or more where that would take more than MOST_WARPS.
-RESIDENT, RESIDENT_BACKWARD_OF_MAPS, EACH, MOST_WARPS = 16384, 8192, 16, 16
-# Programs in total where planes are large: enough to fill any GPU, and few partial sums.
-PROGRAMS = 4096
+RESIDENT, RESIDENT_BACKWARD_OF_MAPS = 16384, 8192
 # Partial statistics of its channels that a program merges itself, at most: three numbers each, in all fewer than a tile
 # has. And how many of a channel at once.
 MERGED, MERGED_AT_ONCE = 512, 32
 # Parts, samples and channels that the kernel which adds partial sums up reads at once.
 SUMS, CHANNELS_OF_SUMS = 32, 16
-
-
-class Tiling(NamedTuple):
-    """How the kernels walk over x. It depends on the shape alone, so sums have the same order on every GPU.
-
-    Attributes:
-        columns: adjacent elements of x that are one vector.
-        channels, pixels: of a tile.
-        tiles: per program.
-        parts: programs for the same channels of a sample.
-        programs: in total.
-        warps: per program.
-    """
-
-    columns: int
-    channels: int
-    pixels: int
-    tiles: int
-    parts: int
-    programs: int
-    warps: int
-
-    @classmethod
-    def of(cls, x: Tensor, upsample: int) -> "Tiling":
-        n, c, h, w = x.shape
-        itemsize = x.element_size()
-        channels_last = is_channels_last(x)
-        tile = (TILE_OF_DOUBLE if x.dtype == torch.float64 else TILE) // upsample
-        vector = 16 // itemsize
-        planes = power_of_two_from(h * w)
-        if channels_last:
-            columns = power_of_two_in(c, vector)
-            channels = min(power_of_two_from(c), max(RUN // itemsize, tile // planes))
-            pixels = max(1, min(planes, tile // channels))
-        else:
-            columns = power_of_two_in(h * w, vector) if upsample == 1 else power_of_two_in(w, vector // upsample)
-            pixels = min(planes, tile)
-            channels = min(power_of_two_from(c), tile // pixels)
-        of_sample, blocks = triton.cdiv(h * w, pixels), triton.cdiv(c, channels)
-        tiles = triton.cdiv(of_sample, max(1, PROGRAMS // max(1, n * blocks)))
-        parts = triton.cdiv(of_sample, tiles)
-        vectors = channels * pixels // columns
-        return cls(columns, channels, pixels, tiles, parts, n * blocks * parts, max(1, min(WARPS, vectors // WARP)))
-
-    @classmethod
-    def of_planes(cls, x: Tensor, most: int) -> "Tiling | None":
-        """A tile of whole planes per program, of up to so many elements (float64: half as many); None if too large."""
-        n, c, h, w = x.shape
-        itemsize, planes = x.element_size(), power_of_two_from(h * w)
-        tile, most = (TILE_OF_DOUBLE, most // 2) if x.dtype == torch.float64 else (TILE, most)
-        vector, channels = 16 // itemsize, max(1, tile // planes)
-        if is_channels_last(x):
-            channels = max(SHORT_RUN // itemsize, min(max(RUN // itemsize, channels), most // planes))
-        channels = min(channels, power_of_two_from(c))
-        if channels * planes > most:
-            return None
-        columns = power_of_two_in(c if is_channels_last(x) else h * w, vector)
-        warps = max(1, min(MOST_WARPS, channels * planes // (EACH * WARP)))
-        return cls(columns, channels, planes, 1, 1, n * triton.cdiv(c, channels), warps)
 
 
 def _arguments(

@@ -8,34 +8,18 @@ import triton
 import triton.language as tl
 
 from pixnorm.triton_kernels.common import activated, activation_gradient, record, to_accumulator
-from pixnorm.triton_kernels.modulate_stream import (
-    MAPS,
-    META_FIELDS,
+from pixnorm.triton_kernels.modulate_stream import MAPS, META_FIELDS, ROWS, SIZE_FIELDS, VECTOR, rows_of
+from pixnorm.triton_kernels.tiles import (
     NOT_SPECIALISED,
-    ROWS,
-    SIZE_FIELDS,
-    VECTOR,
     load_tile,
+    moments_of_planes,
     norm_of,
     place_of_program,
-    rows_of,
+    store_of_planes,
     store_tile,
+    sum_of_planes,
     tile_at,
 )
-
-
-@triton.jit
-def sum_of_planes(tile, META: tl.constexpr):
-    return tl.sum(tile, axis=0 if META.LAST else 1, keep_dims=True)
-
-
-@triton.jit
-def store_of_planes(pointer, place, value, META: tl.constexpr):
-    """One number for each plane of a tile, (N, C)."""
-    o_channel = tl.arange(0, META.CHANNELS)
-    value = tl.reshape(value, [META.CHANNELS]).to(pointer.dtype.element_ty)
-    to = pointer + (place.n * place.channels + place.c) + o_channel
-    tl.store(to, value, mask=o_channel < place.channels - place.c)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
@@ -54,14 +38,7 @@ def modulate_fwd_resident_kernel(
     start = tl.multiple_of(place.n * C * pixels, V)
     at = tile_at(place, 0, META)
     x = load_tile(x_ptr + start, at)
-    each = 1.0 / to_accumulator(pixels, x_ptr)
-    about = sum_of_planes(x, META) * each
-    d = tl.where(at.exists, x - about, 0.0)
-    # What the rounding of the first mean has left.
-    rest = sum_of_planes(d, META) * each
-    d = tl.where(at.exists, d - rest, 0.0)
-    mean = about + rest
-    var = sum_of_planes(d * d, META) * each
+    mean, var, d = moments_of_planes(x, at.exists, pixels, META)
     store_of_planes(mean_ptr, place, mean, META)
     store_of_planes(var_ptr, place, var, META)
     norm = record("mean rstd")(mean, 1.0 / tl.sqrt(var + EPS))

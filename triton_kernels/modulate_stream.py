@@ -1,63 +1,29 @@
 """Modulated norm's Triton kernels that stream over x; see modulate.py.
 
-Nothing needs neighbours, so kernels go over tiles of CHANNELS channels and PIXELS pixels of one sample:
-[channel][pixel] in NCHW, [pixel][channel] in channels_last. Either way the last axis is contiguous in memory and moves
-as vectors of up to 16 bytes; parameters are broadcast along the pixels, and sums are taken along them. With upsampling
-by U a tile of x is U tiles of y in NCHW, one for each row of the U x U pixels, and U^2 in channels_last: the phases.
+Nothing needs neighbours, so kernels go over tiles (tiles.py). With upsampling by U a tile of x is U tiles of y in NCHW,
+one for each row of the U x U pixels, and U^2 in channels_last: the phases.
 """
 
 import triton
 import triton.language as tl
 
-from pixnorm.triton_kernels.common import SIZES, activated, activation_gradient, record, to_accumulator
+from pixnorm.triton_kernels.common import activated, activation_gradient, record, to_accumulator
 from pixnorm.triton_kernels.statistics import merged
+from pixnorm.triton_kernels.tiles import (
+    NOT_SPECIALISED,
+    load_tile,
+    norm_of,
+    of_channels,
+    place_of_program,
+    store_tile,
+    tile_at,
+)
 
-NOT_SPECIALISED = [*SIZES, "pixels", "tiles", "partials"]
 # Kinds of gamma and beta: the number of their dimensions (0 where there are none).
 VECTOR, ROWS, MAPS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 META_FIELDS = tl.constexpr("U LAST V CHANNELS PIXELS AFFINE INSTANCE ACTIVATED SLOPE OFFSET EPS")
 SIZE_FIELDS = tl.constexpr("C pixels W parts tiles")
-
-
-@triton.jit
-def place_of_program(size, META: tl.constexpr):
-    """The sample, first channel and part of a plane's pixels of a program; neighbours are adjacent in memory.
-
-    Sizes are rounded to vectors, which changes nothing but tells the compiler that masks are of whole vectors.
-    """
-    blocks = tl.cdiv(size.C, META.CHANNELS)
-    program = tl.program_id(0)
-    if META.LAST:
-        block = program % blocks
-        part = (program // blocks) % size.parts
-        channels = (size.C // META.V) * META.V
-        pixels = size.pixels
-    else:
-        part = program % size.parts
-        block = (program // size.parts) % blocks
-        channels = size.C
-        pixels = (size.pixels // META.V) * META.V
-    n = (program // (blocks * size.parts)).to(tl.int64)
-    return record("n c part channels pixels")(n, block * META.CHANNELS, part, channels, pixels)
-
-
-@triton.jit
-def tile_at(place, first, META: tl.constexpr):
-    """Offsets in a sample of x, and which exist, of the tile from pixel ``first`` on."""
-    o_channel = tl.arange(0, META.CHANNELS)
-    o_pixel = tl.arange(0, META.PIXELS)
-    if META.LAST:
-        starts = tl.multiple_of((first + o_pixel) * place.channels + place.c, META.V)
-        offset = starts[:, None] + o_channel[None, :]
-        exists = (o_pixel < place.pixels - first)[:, None] & (o_channel < place.channels - place.c)[None, :]
-    else:
-        starts = tl.multiple_of((place.c + o_channel) * place.pixels + first, META.V)
-        # No more adjacent pixels than a vector, so that a thread's pixels of x and of y are the same.
-        pixel = tl.max_contiguous(tl.multiple_of(o_pixel, META.V), META.V)
-        offset = starts[:, None] + pixel[None, :]
-        exists = (o_channel < place.channels - place.c)[:, None] & (o_pixel < place.pixels - first)[None, :]
-    return record("offset exists")(offset, exists)
 
 
 @triton.jit
@@ -108,27 +74,6 @@ def fold(tile, META: tl.constexpr):
 
 
 @triton.jit
-def of_channels(pointer, place, PER_SAMPLE: tl.constexpr, META: tl.constexpr):
-    """One number for each channel of a tile, to be broadcast along its pixels."""
-    o_channel = tl.arange(0, META.CHANNELS)
-    if PER_SAMPLE:
-        pointer += place.n * place.channels
-    value = tl.load(pointer + place.c + o_channel, mask=o_channel < place.channels - place.c, other=0.0)
-    value = to_accumulator(value, pointer)
-    if META.LAST:
-        return value[None, :]
-    else:
-        return value[:, None]
-
-
-@triton.jit
-def norm_of(mean_ptr, var_ptr, place, META: tl.constexpr):
-    mean = of_channels(mean_ptr, place, META.INSTANCE, META)
-    var = of_channels(var_ptr, place, META.INSTANCE, META)
-    return record("mean rstd")(mean, 1.0 / tl.sqrt(var + META.EPS))
-
-
-@triton.jit
 def merged_norm(partials_ptr, mean_ptr, var_ptr, partials, place, PARTS: tl.constexpr, META: tl.constexpr):
     """The same from the partial statistics of a batch, PARTS at a time; one of the programs writes them."""
     channel = place.c + tl.arange(0, META.CHANNELS)
@@ -155,16 +100,6 @@ def rows_of(gamma_ptr, beta_ptr, norm, place, META: tl.constexpr):
         gamma = tl.full([1, 1], 1.0, norm.mean.dtype)
         beta = tl.full([1, 1], 0.0, norm.mean.dtype)
     return record("gamma beta")(gamma, beta)
-
-
-@triton.jit
-def load_tile(pointer, at):
-    return to_accumulator(tl.load(pointer + at.offset, mask=at.exists, other=0.0), pointer)
-
-
-@triton.jit
-def store_tile(pointer, at, tile):
-    tl.store(pointer + at.offset, tile.to(pointer.dtype.element_ty), mask=at.exists)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)

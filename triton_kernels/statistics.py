@@ -44,6 +44,25 @@ def store_part(partials_ptr, part, channel, C, count, mean, squares, exists):
 
 
 @triton.jit
+def welford(value, valid, seen, mean, squares):
+    """Adds one more value, the ``seen``-th, to the mean and the sum of squares of each element of a tile."""
+    d = value - mean
+    next_mean = mean + d * (1.0 / seen)
+    squares = tl.where(valid, squares + d * (value - next_mean), squares)
+    return tl.where(valid, next_mean, mean), squares
+
+
+@triton.jit
+def pooled(count, mean, squares, first, AXIS: tl.constexpr):
+    """Count, mean and sum of squares of all elements along an axis of a tile; ``first`` is the one in front."""
+    about = tl.sum(tl.where(first, mean, 0.0), axis=AXIS, keep_dims=True)
+    whole = tl.sum(count, axis=AXIS, keep_dims=True)
+    of_all = about + tl.sum(count * (mean - about), axis=AXIS, keep_dims=True) / whole
+    d = mean - of_all
+    return whole, of_all, tl.sum(squares + count * d * d, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr, other_ptr, partials_ptr, C, pixels, rows, groups, parts, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
@@ -90,23 +109,17 @@ def statistics_kernel(
             offset = tl.multiple_of(start, COLUMNS)[:, None] + o_column[None, :]
         value = to_accumulator(tl.load(data + offset, mask=valid, other=0.0), x_ptr)
         seen += 1.0
-        d = value - mean
-        next_mean = mean + d * (1.0 / seen)
-        squares = tl.where(valid, squares + d * (value - next_mean), squares)
-        mean = tl.where(valid, next_mean, mean)
+        mean, squares = welford(value, valid, seen, mean, squares)
 
     # In how many tiles each row was valid.
     times = tl.maximum((end - begin - o_row + (ROWS - 1)) // ROWS, 0)
     count = to_accumulator(times, x_ptr)[:, None] + zero
-    first_mean = tl.where((o_row == 0)[:, None], mean, 0.0)
+    first = (o_row == 0)[:, None]
     if LAST:
-        about = tl.sum(first_mean, axis=0)
-        whole = tl.sum(count, axis=0)
-        of_all = about + tl.sum(count * (mean - about[None, :]), axis=0) / whole
-        d = mean - of_all[None, :]
-        of_squares = tl.sum(squares + count * d * d, axis=0)
-        store_part(partials_ptr, part_of_all, channel, C, whole, of_all, of_squares, in_row)
+        whole, of_all, of_squares = pooled(count, mean, squares, first, 0)
+        store_part(partials_ptr, part_of_all, channel[None, :], C, whole, of_all, of_squares, in_row[None, :])
     else:
+        first_mean = tl.where(first, mean, 0.0)
         about = tl.sum(tl.sum(tl.where((o_column == 0)[None, :], first_mean, 0.0), axis=1), axis=0)
         whole = tl.sum(tl.sum(count, axis=1), axis=0)
         of_all = about + tl.sum(tl.sum(count * (mean - about), axis=1), axis=0) / whole

@@ -16,7 +16,7 @@ from benchmarks.cuda_code import CudaKernel, Design
 from benchmarks.machine_code import STATISTICS, Moves, moves
 from benchmarks.model import GPU, WARP
 from benchmarks.registry import IMPLS, PEERS, Goals, Head, Op, Shape, Shapes, SpeedUp, Step, Whole, in_layouts
-from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
+from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, PlanesKernel, TileKernel, Wanted
 from pixnorm.functional import label_conv2d
 from pixnorm.networks import Generator
 from pixnorm.nn import SPADE2d
@@ -130,13 +130,8 @@ CUDA = {
 # ---- Triton ----
 
 
-class Stream(TritonKernel):
+class Stream(TileKernel):
     """Every load and store of the main loop is of 16 bytes of a row of y, and without upsampling of x."""
-
-    @property
-    def elements(self) -> float:
-        """Of x, per thread and round."""
-        return self.launch.arguments["CHANNELS"] * self.launch.arguments["PIXELS"] / self.code.threads
 
     @property
     def design(self) -> Moves:
@@ -155,20 +150,9 @@ class Stream(TritonKernel):
     def may_move(self, beyond: Moves) -> bool:
         return not beyond
 
-    def work(self, x: Shape, reads: int) -> float:
-        return prod(x)
 
-
-class Resident(TritonKernel):
-    """There is no loop: every tensor moves once, by 16 bytes; beside them rows and statistics."""
-
-    @property
-    def moves(self) -> Moves:
-        return self.code.all_moves
-
-    @property
-    def elements(self) -> float:
-        return self.launch.arguments["CHANNELS"] * self.launch.arguments["PIXELS"] / self.code.threads
+class Resident(PlanesKernel):
+    """Every tensor moves once, by 16 bytes; beside them rows and statistics."""
 
     @property
     def design(self) -> Moves:
@@ -185,13 +169,6 @@ class Resident(TritonKernel):
         channels = self.columns if self.channels_last else self.launch.arguments["CHANNELS"]
         moved = sum(width * count for (_, width), count in beyond.items())
         return moved <= 6 * channels * max(4, self.itemsize)
-
-    @property
-    def instructions(self) -> float:
-        return sum(self.code.opcodes.values()) / self.elements
-
-    def work(self, x: Shape, reads: int) -> float:
-        return prod(x)
 
 
 @dataclass(frozen=True, order=True)

@@ -1,7 +1,4 @@
 // Modulated norm on the CPU: tensors, threads and the order of passes. modulate_kernels.h has the arithmetic.
-//
-// Work is cut by shape alone and partial sums are added in a fixed order, so results do not depend on the number of
-// threads.
 
 #include "cpu/modulate.h"
 
@@ -14,9 +11,7 @@
 
 #include "activation.h"
 #include "check.h"
-#include "cpu/memory.h"
-#include "cpu/moments.h"
-#include "cpu/parallel.h"
+#include "cpu/pieces.h"
 #include "dispatch.h"
 
 #define PIXNORM_VECTOR_CODE "cpu/modulate_kernels.h"
@@ -32,17 +27,15 @@ enum class Affine { kNone, kVector, kRows, kMaps };  // of gamma and beta: absen
 
 // ---- arguments ----
 
-struct Call {
-  int64_t n, c, h, w;  // of x
+struct Call : Batch {
+  int64_t c, h, w;  // of x
   MemoryFormat layout;
-  Shape shape;
   Affine affine;
   double eps, offset, slope;
-  bool instance;
 
   Call(const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta, double eps, bool instance,
        double gamma_offset, int64_t upsample, std::optional<double> negative_slope)
-      : eps(eps), offset(gamma_offset), instance(instance) {
+      : Batch{0, {}, instance}, eps(eps), offset(gamma_offset) {
     STD_TORCH_CHECK(x.dim() == 4, "pixnorm: x must be 4-D");
     STD_TORCH_CHECK(upsample == 1 || upsample == 2, "pixnorm: upsample must be 1 or 2");
     STD_TORCH_CHECK(gamma.has_value() == beta.has_value(), "pixnorm: give both gamma and beta or neither");
@@ -69,42 +62,7 @@ struct Call {
   }
 
   bool maps() const { return affine == Affine::kMaps; }
-  int64_t groups() const { return instance ? n : 1; }  // of statistics
-  int64_t statistics() const { return groups() * c; }
-  int64_t samples() const { return instance ? 1 : n; }  // of a group
   bool per_sample() const { return affine == Affine::kRows; }
-};
-
-// ---- cutting the work ----
-
-// Images are cut into pieces, and grouped into units, whose statistics depend on nothing else: the pieces of some
-// channels of a group of samples. If a unit fits in the L2 cache it is resident: one thread takes it through all
-// passes, so that memory is read once. Otherwise all threads go through the pieces, pass by pass.
-//
-// A piece is contiguous: in channels_last it has all channels, and in NCHW several channels only if planes are small
-// and whole, so that what is done once per piece does not count.
-struct Plan {
-  int64_t block, blocks;      // channels of a piece
-  int64_t part_rows, parts;   // rows of a piece
-  int64_t grain, unit_grain;  // pieces and units that are worth a thread
-  bool resident;
-
-  // `elements`: of what the passes over a channel of an image have in common; of `element` bytes each.
-  Plan(const Call& call, int64_t elements, int64_t element) {
-    const Shape& s = call.shape;
-    // Sums over a part are in float32.
-    constexpr int64_t kPixels = 4096, kPixelsOfAllChannels = 256, kGrain = 1 << 14;
-    part_rows = std::clamp<int64_t>((s.channels_last ? kPixelsOfAllChannels : kPixels) / s.w, 1, s.h);
-    parts = ceil_div(s.h, part_rows);
-    constexpr int64_t kRunBytes = 1 << 12, kResidentBytes = 1 << 20, kEnoughUnits = 8;
-    const int64_t run = s.pixels() * s.upsample * s.upsample * element;
-    const int64_t most = std::min(call.c, ceil_div(call.statistics(), kEnoughUnits));
-    block = s.channels_last ? call.c : parts > 1 ? 1 : std::clamp<int64_t>(kRunBytes / run, 1, most);
-    blocks = ceil_div(call.c, block);
-    grain = ceil_div(kGrain, part_rows * s.w * block);
-    unit_grain = ceil_div(kGrain, call.samples() * block * s.pixels());
-    resident = call.groups() * blocks >= kEnoughUnits && call.samples() * block * elements * element <= kResidentBytes;
-  }
 };
 
 // Tensors and coefficients of a call, and one step of work on them.
@@ -139,8 +97,6 @@ struct Work {
     for (int64_t i = begin; i < end; ++i) rstd[i] = static_cast<A>(1 / std::sqrt(var[i] + call.eps));
   }
 
-  int64_t channels(int64_t block) const { return std::min(plan.block, call.c - block * plan.block); }
-
   Coefficients<A> coefficients(int64_t n, int64_t block) const {
     const int64_t c0 = block * plan.block;
     const int64_t at = (call.instance ? n * call.c : 0) + c0, row = (call.per_sample() ? n * call.c : 0) + c0;
@@ -149,46 +105,15 @@ struct Work {
   }
 
   Piece<T> piece(int64_t n, int64_t block, int64_t part) const {
-    const Shape& s = call.shape;
-    const int64_t h = part * plan.part_rows;
-    const int64_t at = n * s.elements() + block * plan.block * s.pixels() + h * s.row();
-    const int64_t up = at * s.upsample * s.upsample;
+    const int64_t at = plan.offset(n, block, part), up = at * call.shape.upsample * call.shape.upsample;
     const auto moved = [](auto* t, int64_t by) { return t ? t + by : t; };
-    return {channels(block),           std::min(plan.part_rows, s.h - h),
-            moved(tensors.x, at),      moved(tensors.gamma, up),
-            moved(tensors.beta, up),   moved(tensors.dy, up),
-            moved(tensors.y, up),      moved(tensors.dx, at),
+    return {plan.channels(block),      plan.rows(part),         moved(tensors.x, at), moved(tensors.gamma, up),
+            moved(tensors.beta, up),   moved(tensors.dy, up),   moved(tensors.y, up), moved(tensors.dx, at),
             moved(tensors.dgamma, up), moved(tensors.dbeta, up)};
   }
 
-  // Calls f(sample, block, part, scratch) for all pieces.
-  template <class F>
-  void for_pieces(const F& f) const {
-    parallel_for(0, call.n * plan.blocks * plan.parts, plan.grain, [&](int64_t begin, int64_t end) {
-      const Buffer<A> scratch(baseline::scratch_of(call.shape));
-      for (int64_t i = begin; i < end; ++i) {
-        f(i / plan.parts / plan.blocks, i / plan.parts % plan.blocks, i % plan.parts, scratch.data());
-      }
-    });
-  }
-
-  // Calls f(group, block, scratch, moments of each channel of the unit and of a sample of it) for all units.
-  template <class F>
-  void for_units(const F& f) const {
-    parallel_for(0, call.groups() * plan.blocks, plan.unit_grain, [&](int64_t begin, int64_t end) {
-      const Buffer<A> scratch(baseline::scratch_of(call.shape) + 3 * call.c);
-      const Buffer<Moments> moments(2 * plan.block);
-      for (int64_t i = begin; i < end; ++i) f(i / plan.blocks, i % plan.blocks, scratch.data(), moments.data());
-    });
-  }
-
-  // Calls f(sample, part) for the pieces of a unit.
-  template <class F>
-  void for_pieces_of(int64_t group, const F& f) const {
-    for (int64_t n = group * call.samples(); n < (group + 1) * call.samples(); ++n) {
-      for (int64_t part = 0; part < plan.parts; ++part) f(n, part);
-    }
-  }
+  // In elements.
+  int64_t scratch() const { return baseline::scratch_of(call.shape); }
 };
 
 // f(layout, maps) with both as compile-time constants.
@@ -206,8 +131,8 @@ auto dispatch_kind(const Call& call, const F& f) {
 template <class T>
 void set_statistics(Work<T>& work, int64_t group, int64_t block, acc_t<T>* scratch, Moments* moments) {
   const Call& call = work.call;
-  const Shape& s = call.shape;
-  const int64_t pixels = s.pixels(), samples = call.samples(), channels = work.channels(block);
+  const ImageShape& s = call.shape;
+  const int64_t pixels = s.pixels(), samples = call.samples(), channels = work.plan.channels(block);
   Moments* const more = moments + channels;
   const auto by_channel = PIXNORM_BY_ISA(moments_by_channel<T>);
   const auto of_planes = PIXNORM_BY_ISA(moments_of_planes<T>);
@@ -232,17 +157,19 @@ void set_statistics(Work<T>& work, int64_t group, int64_t block, acc_t<T>* scrat
 
 template <class T>
 void forward(Work<T>& work, bool given) {
+  using A = acc_t<T>;
   const Call& call = work.call;
   const auto kernel = dispatch_kind(call, [](auto channels_last, auto maps) {
     return PIXNORM_BY_ISA(forward<T, decltype(channels_last)::value, decltype(maps)::value>);
   });
-  const auto normalise = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+  const auto normalise = [&](int64_t n, int64_t block, int64_t part, A* scratch) {
     kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch);
   };
   if (!given && work.plan.resident) {
-    work.for_units([&](int64_t group, int64_t block, acc_t<T>* scratch, Moments* moments) {
+    const int64_t scratch_size = work.scratch() + 3 * call.c;
+    work.plan.template for_units<A>(scratch_size, [&](int64_t group, int64_t block, A* scratch, Moments* moments) {
       set_statistics(work, group, block, scratch, moments);
-      work.for_pieces_of(group, [&](int64_t n, int64_t part) { normalise(n, block, part, scratch); });
+      work.plan.for_pieces_of(group, [&](int64_t n, int64_t part) { normalise(n, block, part, scratch); });
     });
     return;
   }
@@ -252,7 +179,7 @@ void forward(Work<T>& work, bool given) {
     found.finish(work.mean.data(), work.var.data());
   }
   work.set_rstd(0, call.statistics());
-  work.for_pieces(normalise);
+  work.plan.template for_pieces<A>(work.scratch(), normalise);
 }
 
 template <class T>
@@ -302,19 +229,6 @@ Result modulate_fwd(const Tensor& x, const OptionalTensor& gamma, const Optional
 
 // ---- backward ----
 
-// Partial sums of each part of each image, [image][part][2][channels].
-struct Sums {
-  const Call& call;
-  const Plan& plan;
-  Buffer<double> data;
-
-  Sums(const Call& call, const Plan& plan) : call(call), plan(plan), data(call.n * plan.parts * 2 * call.c) {}
-
-  double* of(int64_t n, int64_t part, int which) const {
-    return data.data() + ((n * plan.parts + part) * 2 + which) * call.c;
-  }
-};
-
 // For channels [c0, c1) of a group, the means of dy γ and dy γ x̂ (times rstd). For rows these follow from the sums of
 // dy and dy x̂, which are the gradients of β and γ.
 template <class T>
@@ -326,7 +240,7 @@ void set_centre(Work<T>& work, const Sums& sums, int64_t group, int64_t c0, int6
   for (; c0 < c1; c0 += kChannels) {
     const int64_t channels = std::min(kChannels, c1 - c0), first = group * call.c + c0;
     double total[2][kChannels] = {};
-    work.for_pieces_of(group, [&](int64_t n, int64_t part) {
+    work.plan.for_pieces_of(group, [&](int64_t n, int64_t part) {
       const A* gamma = work.gamma.data() + (call.per_sample() ? n * call.c : 0) + c0;
       for (int of = 0; of < 2; ++of) {
         const double* from = sums.of(n, part, of) + c0;
@@ -342,6 +256,7 @@ void set_centre(Work<T>& work, const Sums& sums, int64_t group, int64_t c0, int6
 
 template <class T>
 void backward(Work<T>& work, const Sums& sums, bool centred) {
+  using A = acc_t<T>;
   const Call& call = work.call;
   const Plan& plan = work.plan;
   const auto reduce_kernel = dispatch_kind(call, [](auto channels_last, auto maps) {
@@ -350,63 +265,23 @@ void backward(Work<T>& work, const Sums& sums, bool centred) {
   const auto apply_kernel = dispatch_kind(call, [](auto channels_last, auto maps) {
     return PIXNORM_BY_ISA(backward_apply<T, decltype(channels_last)::value, decltype(maps)::value>);
   });
-  const auto reduce = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+  const auto reduce = [&](int64_t n, int64_t block, int64_t part, A* scratch) {
     const int64_t c0 = block * plan.block;
     reduce_kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch,
                   {sums.of(n, part, 0) + c0, sums.of(n, part, 1) + c0});
   };
-  const auto apply = [&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+  const auto apply = [&](int64_t n, int64_t block, int64_t part, A* scratch) {
     apply_kernel(call.shape, work.coefficients(n, block), work.piece(n, block, part), scratch);
   };
   if (!centred) {
-    work.for_pieces([&](int64_t n, int64_t block, int64_t part, acc_t<T>* scratch) {
+    plan.for_pieces<A>(work.scratch(), [&](int64_t n, int64_t block, int64_t part, A* scratch) {
       reduce(n, block, part, scratch);
       apply(n, block, part, scratch);
     });
-  } else if (plan.resident) {
-    work.for_units([&](int64_t group, int64_t block, acc_t<T>* scratch, Moments*) {
-      const int64_t c0 = block * plan.block;
-      work.for_pieces_of(group, [&](int64_t n, int64_t part) { reduce(n, block, part, scratch); });
-      set_centre(work, sums, group, c0, c0 + work.channels(block));
-      work.for_pieces_of(group, [&](int64_t n, int64_t part) { apply(n, block, part, scratch); });
-    });
-  } else {
-    work.for_pieces(reduce);
-    constexpr int64_t kChannels = 64;
-    const int64_t blocks = ceil_div(call.c, kChannels);
-    parallel_for(0, call.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t c0 = i % blocks * kChannels;
-        set_centre(work, sums, i / blocks, c0, std::min(c0 + kChannels, call.c));
-      }
-    });
-    work.for_pieces(apply);
+    return;
   }
-}
-
-// The gradients of rows or vectors: gradients[0] of gamma, [1] of beta.
-template <class A>
-void add_sums(const Sums& sums, std::vector<A> (&gradients)[2]) {
-  const Call& call = sums.call;
-  for (std::vector<A>& gradient : gradients) gradient.assign((call.per_sample() ? call.n : 1) * call.c, 0);
-  parallel_for(0, call.c, 64, [&](int64_t begin, int64_t end) {
-    for (int of = 0; of < 2; ++of) {
-      std::vector<double> total(end - begin, 0);
-      const auto give = [&](int64_t row) {
-        std::copy(total.begin(), total.end(), gradients[1 - of].begin() + row * call.c + begin);
-      };
-      for (int64_t n = 0; n < call.n; ++n) {
-        for (int64_t part = 0; part < sums.plan.parts; ++part) {
-          const double* from = sums.of(n, part, of);
-          for (int64_t c = begin; c < end; ++c) total[c - begin] += from[c];
-        }
-        if (!call.per_sample()) continue;
-        give(n);
-        std::fill(total.begin(), total.end(), 0.0);
-      }
-      if (!call.per_sample()) give(0);
-    }
-  });
+  const auto centre = [&](int64_t group, int64_t c0, int64_t c1) { set_centre(work, sums, group, c0, c1); };
+  plan.reduce_and_apply<A>(work.scratch(), reduce, centre, apply);
 }
 
 Result modulate_bwd(const Tensor& grad_y, const Tensor& x, const OptionalTensor& gamma, const OptionalTensor& beta,
@@ -456,15 +331,14 @@ Result modulate_bwd(const Tensor& grad_y, const Tensor& x, const OptionalTensor&
     }
     work.mean = to_vector<A>(mean), work.var = to_vector<A>(var);
     work.set_rstd(0, call.statistics());
-    const Sums sums(call, work.plan);
+    const Sums sums(work.plan, 2);
     backward(work, sums, training || instance);
     if (call.maps()) {
       // Gradients have the layout of their maps.
       for (int i = 0; i < 2; ++i) gradients[i] = dense(gradients[i], layout_of(i == 0 ? *gamma : *beta));
     } else if (call.affine != Affine::kNone) {
-      std::vector<A> values[2];
-      add_sums(sums, values);
-      for (int i = 0; i < 2; ++i) copy_to(values[i], gradients[i]);
+      const auto totals = add_sums<A>(sums, {call.per_sample(), call.per_sample()});
+      for (int i = 0; i < 2; ++i) copy_to(totals[1 - i], gradients[i]);
     }
     return {dx, gradients[0], gradients[1]};
   });

@@ -1,21 +1,11 @@
 // Shared by modulate.cpp (tensors, threads) and modulate_kernels.h (vector code).
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
+#include "cpu/images.h"
+
 namespace pixnorm::modulate {
-
-struct Shape {
-  int64_t channels;
-  int64_t h, w;  // of x; without upsampling its pixels are rows of width 1, to be cut anywhere
-  int64_t upsample;
-  bool channels_last;
-
-  int64_t pixels() const { return h * w; }
-  int64_t elements() const { return channels * pixels(); }  // of an image
-  int64_t row() const { return channels_last ? w * channels : w; }
-};
 
 // Of the channels of a piece. Kernels of maps read no gamma and beta here.
 template <class A>

@@ -1,5 +1,4 @@
-// Vector code of modulated norm. Vectors run over contiguous memory in both layouts: over the pixels of a plane in
-// NCHW, where coefficients are broadcast, and over the channels of a pixel in channels_last.
+// Vector code of modulated norm.
 //
 // Upsampling is a step before or after the same loops, on a band of rows in L1. Rows γ and β are constant over the four
 // copies of a pixel, so y is computed at the resolution of x and copied, and dy is summed over the copies first. Maps
@@ -7,87 +6,11 @@
 
 #include "cpu/convert_kernels.h"
 #include "cpu/moments_kernels.h"
+#include "cpu/runs.h"
 #include "cpu/upsample_kernels.h"
 
 using modulate::Coefficients;
 using modulate::Piece;
-using modulate::Shape;
-
-template <class V, bool kChannelsLast, class A>
-PIXNORM_INLINE V coefficient(const A* of, int64_t c) {
-  if constexpr (kChannelsLast || std::is_arithmetic_v<V>) {
-    return read<V>(of + c);
-  } else {
-    return broadcast<A>(of[c]);
-  }
-}
-
-// Visits the elements of a piece, `pixels` of each channel: values<V>(c) gives the coefficients of channels from c on,
-// at(values, i, sums) processes the elements from i on and adds to two sums. sums[0] and [1] point to those of each
-// channel; they are added in a fixed order.
-template <bool kChannelsLast, bool kSums, class A, class Body>
-PIXNORM_INLINE void for_run(int64_t pixels, int64_t channels, A* const (&sums)[2], const Body& body) {
-  using V = Vec<A>;
-  constexpr int n = kLanes<A>, kWays = 4;
-  if constexpr (kChannelsLast) {
-    int64_t p = 0;
-    const auto visit = [&](auto ways) __attribute__((always_inline)) {
-      constexpr int kPixels = decltype(ways)::value;
-      int64_t c = 0;
-      for (; c + n <= channels; c += n) {
-        const auto values = body.template values<V>(c);
-        V sum[2] = {};
-#pragma GCC unroll 4
-        for (int i = 0; i < kPixels; ++i) body.at(values, (p + i) * channels + c, sum);
-        if constexpr (kSums) {
-          for (int of = 0; of < 2; ++of) store(sums[of] + c, load(sums[of] + c) + sum[of]);
-        }
-      }
-      for (; c < channels; ++c) {
-        const auto values = body.template values<A>(c);
-        A sum[2] = {};
-        for (int i = 0; i < kPixels; ++i) body.at(values, (p + i) * channels + c, sum);
-        if constexpr (kSums) {
-          for (int of = 0; of < 2; ++of) sums[of][c] += sum[of];
-        }
-      }
-    };
-    for (; p + kWays <= pixels; p += kWays) visit(std::integral_constant<int, kWays>{});
-    for (; p < pixels; ++p) visit(std::integral_constant<int, 1>{});
-  } else {
-    // Sums over lanes for as many planes at once as a vector has lanes: of small planes they take as long as the rest.
-    V totals[2][n];
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto values = body.template values<V>(c);
-      V sum[kWays][2] = {};
-      int64_t i = c * pixels;
-      const int64_t end = i + pixels;
-      for (; i + kWays * n <= end; i += kWays * n) {
-#pragma GCC unroll 4
-        for (int way = 0; way < kWays; ++way) body.at(values, i + way * n, sum[way]);
-      }
-      for (; i + n <= end; i += n) body.at(values, i, sum[0]);
-      A tail[2] = {};
-      if (i < end) {
-        const auto scalars = body.template values<A>(c);
-        for (; i < end; ++i) body.at(scalars, i, tail);
-      }
-      if constexpr (kSums) {
-        const int64_t in_group = c % n, first = c - in_group;
-        for (int of = 0; of < 2; ++of) {
-          V& total = totals[of][in_group];
-          total = (sum[0][of] + sum[1][of]) + (sum[2][of] + sum[3][of]);
-          total[0] += tail[of];
-          if (first + n > channels) {
-            sums[of][c] += sum_lanes<A>(total);
-          } else if (in_group == n - 1) {
-            store(sums[of] + first, V(load(sums[of] + first) + sum_each<A>(totals[of])));
-          }
-        }
-      }
-    }
-  }
-}
 
 // ---- gradients of y, as fold() reads them ----
 
@@ -136,7 +59,7 @@ struct RowForward : RowBody<kChannelsLast, acc_t<T>> {
   const T* x;
   Y* y;
   template <class V>
-  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, V (&)[2]) const {
+  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, int64_t, V*) const {
     V value = (read<V>(x + i) - v.mean) * v.scale + v.shift;
     activate(value, this->k.slope);
     write<V>(y + i, value);
@@ -148,7 +71,7 @@ struct RowReduce : RowBody<kChannelsLast, acc_t<T>> {
   const T* x;
   const DY* dy;
   template <class V>
-  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, V (&sums)[2]) const {
+  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, int64_t, V* sums) const {
     const V deviation = read<V>(x + i) - v.mean;
     V d = read<V>(dy + i);
     activate_gradient(V(deviation * v.scale + v.shift), d, this->k.slope);
@@ -163,7 +86,7 @@ struct RowApply : RowBody<kChannelsLast, acc_t<T>> {
   const DY* dy;
   T* dx;
   template <class V>
-  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, V (&)[2]) const {
+  PIXNORM_INLINE void at(const RowValues<V>& v, int64_t i, int64_t, V*) const {
     const V deviation = read<V>(x + i) - v.mean;
     V d = read<V>(dy + i);
     activate_gradient(V(deviation * v.scale + v.shift), d, this->k.slope);
@@ -195,7 +118,7 @@ struct MapForward : MapBody<kChannelsLast, acc_t<T>> {
   const T *gamma, *beta;
   T* y;
   template <class V>
-  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, V (&)[2]) const {
+  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, int64_t, V*) const {
     const V x_hat = (read<V>(x + i) - v.mean) * v.rstd;
     V value = (read<V>(gamma + i) + this->k.offset) * x_hat + read<V>(beta + i);
     activate(value, this->k.slope);
@@ -209,7 +132,7 @@ struct MapReduce : MapBody<kChannelsLast, acc_t<T>> {
   const T *gamma, *beta, *dy;
   T *dgamma, *dbeta;
   template <class V>
-  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, V (&sums)[2]) const {
+  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, int64_t, V* sums) const {
     const V x_hat = (read<V>(x + i) - v.mean) * v.rstd, scale = read<V>(gamma + i) + this->k.offset;
     V d = read<V>(dy + i);
     activate_gradient(V(scale * x_hat + read<V>(beta + i)), d, this->k.slope);
@@ -228,7 +151,7 @@ struct MapApply : MapBody<kChannelsLast, acc_t<T>> {
   Get scaled;
   T* dx;
   template <class V>
-  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, V (&)[2]) const {
+  PIXNORM_INLINE void at(const MapValues<V>& v, int64_t i, int64_t, V*) const {
     const V x_hat = (read<V>(x + i) - v.mean) * v.rstd;
     write<V>(dx + i, scaled.template at<V>(i) * v.rstd - (x_hat * v.centre_x + v.centre));
   }
@@ -238,10 +161,10 @@ struct MapApply : MapBody<kChannelsLast, acc_t<T>> {
 
 constexpr int64_t kBandElements = 1024;  // of x: four times as many at the resolution of y
 
-inline int64_t band_of(const Shape& s) { return s.row() < kBandElements ? kBandElements / s.row() : 1; }
+inline int64_t band_of(const ImageShape& s) { return s.row() < kBandElements ? kBandElements / s.row() : 1; }
 
 // Elements of scratch: sums, and with upsampling a band of pixels at either resolution and vectors more.
-inline int64_t scratch_of(const Shape& s) {
+inline int64_t scratch_of(const ImageShape& s) {
   return 2 * s.channels + (s.upsample == 2 ? 4 * band_of(s) * s.row() : 0) + 64;
 }
 
@@ -253,7 +176,7 @@ PIXNORM_INLINE T* moved(T* from, int64_t by) {
 // Calls body(coefficients, band, first channel, elements of x from the band to the piece's end) for bands, which are
 // pieces of the piece: some rows of an image or a plane, or several whole planes.
 template <bool kChannelsLast, class T, class Body>
-PIXNORM_INLINE void for_bands(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece,
+PIXNORM_INLINE void for_bands(const ImageShape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece,
                               const Body& body) {
   const int64_t rows = band_of(s), planes = rows < piece.rows ? 1 : rows / piece.rows;
   const int64_t together = kChannelsLast ? piece.channels : planes;
@@ -280,17 +203,16 @@ PIXNORM_INLINE int64_t rows_of(const Piece<T>& band) {
 }
 
 template <class T, bool kChannelsLast, bool kMaps>
-void forward(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
+void forward(const ImageShape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  A* const none[2] = {};
   if (s.upsample == 1) {
     const int64_t pixels = piece.rows * s.w;
     if constexpr (kMaps) {
       const MapForward<kChannelsLast, T, T> body{{k}, piece.x, piece.gamma, piece.beta, piece.y};
-      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
+      for_run<kChannelsLast, A>(pixels, piece.channels, body);
     } else {
       const RowForward<kChannelsLast, T, T> body{{k}, piece.x, piece.y};
-      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
+      for_run<kChannelsLast, A>(pixels, piece.channels, body);
     }
     return;
   }
@@ -300,10 +222,10 @@ void forward(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& pi
         if constexpr (kMaps) {
           expand<kChannelsLast, A>(band.x, readable, rows, s.w, band.channels, scratch);
           const MapForward<kChannelsLast, T, A> body{{k}, scratch, band.gamma, band.beta, band.y};
-          for_run<kChannelsLast, false>(4 * pixels, band.channels, none, body);
+          for_run<kChannelsLast, A>(4 * pixels, band.channels, body);
         } else {
           const RowForward<kChannelsLast, T, A> body{{k}, band.x, scratch};
-          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+          for_run<kChannelsLast, A>(pixels, band.channels, body);
           expand<kChannelsLast, A>(scratch, band.channels * pixels + kLanes<A>, rows, s.w, band.channels, band.y);
         }
       });
@@ -312,7 +234,7 @@ void forward(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& pi
 // Writes the sums over the piece of d and d x̂ (maps: of d γ and d γ x̂) of each channel to to[0] and to[1], where d is
 // dy masked by the activation. Maps: also writes their gradients.
 template <class T, bool kChannelsLast, bool kMaps>
-void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch,
+void backward_reduce(const ImageShape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch,
                      double* const (&to)[2]) {
   using A = acc_t<T>;
   A* const sums[2] = {scratch, scratch + piece.channels};
@@ -323,10 +245,10 @@ void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Piec
     if constexpr (kMaps) {
       const MapReduce<kChannelsLast, T, T> body{{k},      piece.x,      piece.gamma, piece.beta,
                                                 piece.dy, piece.dgamma, piece.dbeta};
-      for_run<kChannelsLast, true>(pixels, piece.channels, sums, body);
+      for_run<kChannelsLast, 2>(pixels, piece.channels, sums, body);
     } else {
       const RowReduce<kChannelsLast, T, T> body{{k}, piece.x, piece.dy};
-      for_run<kChannelsLast, true>(pixels, piece.channels, sums, body);
+      for_run<kChannelsLast, 2>(pixels, piece.channels, sums, body);
     }
   } else {
     for_bands<kChannelsLast>(
@@ -337,11 +259,11 @@ void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Piec
             expand<kChannelsLast, A>(band.x, readable, rows, s.w, band.channels, folded);
             const MapReduce<kChannelsLast, T, A> body{{k},     folded,      band.gamma, band.beta,
                                                       band.dy, band.dgamma, band.dbeta};
-            for_run<kChannelsLast, true>(4 * pixels, band.channels, of_band, body);
+            for_run<kChannelsLast, 2>(4 * pixels, band.channels, of_band, body);
           } else {
             fold<kChannelsLast>(Plain<T>{band.dy}, rows, s.w, band.channels, folded);
             const RowReduce<kChannelsLast, T, A> body{{k}, band.x, folded};
-            for_run<kChannelsLast, true>(pixels, band.channels, of_band, body);
+            for_run<kChannelsLast, 2>(pixels, band.channels, of_band, body);
           }
         });
   }
@@ -352,18 +274,17 @@ void backward_reduce(const Shape& s, const Coefficients<acc_t<T>>& k, const Piec
 
 // dx, centred. Maps: after backward_reduce has written dβ.
 template <class T, bool kChannelsLast, bool kMaps>
-void backward_apply(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
+void backward_apply(const ImageShape& s, const Coefficients<acc_t<T>>& k, const Piece<T>& piece, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  A* const none[2] = {};
   if (s.upsample == 1) {
     const int64_t pixels = piece.rows * s.w;
     if constexpr (kMaps) {
       const Scaled<T> scaled{piece.dbeta, piece.gamma, k.offset};
       const MapApply<kChannelsLast, T, Scaled<T>> body{{k}, piece.x, scaled, piece.dx};
-      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
+      for_run<kChannelsLast, A>(pixels, piece.channels, body);
     } else {
       const RowApply<kChannelsLast, T, T> body{{k}, piece.x, piece.dy, piece.dx};
-      for_run<kChannelsLast, false>(pixels, piece.channels, none, body);
+      for_run<kChannelsLast, A>(pixels, piece.channels, body);
     }
     return;
   }
@@ -373,11 +294,11 @@ void backward_apply(const Shape& s, const Coefficients<acc_t<T>>& k, const Piece
         if constexpr (kMaps) {
           fold<kChannelsLast>(Scaled<T>{band.dbeta, band.gamma, k.offset}, rows, s.w, band.channels, scratch);
           const MapApply<kChannelsLast, T, Plain<A>> body{{k}, band.x, Plain<A>{scratch}, band.dx};
-          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+          for_run<kChannelsLast, A>(pixels, band.channels, body);
         } else {
           fold<kChannelsLast>(Plain<T>{band.dy}, rows, s.w, band.channels, scratch);
           const RowApply<kChannelsLast, T, A> body{{k}, band.x, scratch, band.dx};
-          for_run<kChannelsLast, false>(pixels, band.channels, none, body);
+          for_run<kChannelsLast, A>(pixels, band.channels, body);
         }
       });
 }

@@ -121,16 +121,19 @@ PIXNORM_INLINE void add_run(const T* run, int64_t size, int64_t channels, acc_t<
   for (; i < size; ++i) add_pixels<1, kSums>(run + i * channels, channels, sums, body);
 }
 
-// Moments of each channel of [pixel][channel], by the same two passes. `scratch` holds 3 * channels numbers.
-template <class T>
-void moments_by_channel(const T* data, int64_t pixels, int64_t channels, acc_t<T>* scratch, Moments* moments) {
+constexpr int64_t kMomentsRun = 32;  // pixels
+
+// Moments of each channel of [pixel][channel], by the same two passes. run_of(first, size) gives up to kMomentsRun
+// pixels. `scratch` holds 3 * channels numbers.
+template <class T, class RunOf>
+PIXNORM_INLINE void moments_of_runs(const RunOf& run_of, int64_t pixels, int64_t channels, acc_t<T>* scratch,
+                                    Moments* moments) {
   using A = acc_t<T>;
-  constexpr int64_t kRun = 32;
   A *const rests = scratch, *const squares = scratch + channels, *const means = squares + channels;
   for (int64_t c = 0; c < channels; ++c) moments[c] = {0, 0};
-  for (int64_t first = 0; first < pixels; first += kRun) {
-    const T* run = data + first * channels;
-    const int64_t size = pixels - first < kRun ? pixels - first : kRun;
+  for (int64_t first = 0; first < pixels; first += kMomentsRun) {
+    const int64_t size = pixels - first < kMomentsRun ? pixels - first : kMomentsRun;
+    const T* const run = run_of(first, size);
     for (int64_t c = 0; c < 3 * channels; ++c) scratch[c] = 0;
     add_run<1>(run, size, channels, squares,
                [](const auto& values, const auto&, auto& sum) __attribute__((always_inline)) {
@@ -158,4 +161,10 @@ void moments_by_channel(const T* data, int64_t pixels, int64_t channels, acc_t<T
       moments[c].m2 += (squares[c] - correction * rests[c]) + delta * delta * first * weight;
     }
   }
+}
+
+template <class T>
+void moments_by_channel(const T* data, int64_t pixels, int64_t channels, acc_t<T>* scratch, Moments* moments) {
+  const auto run_of = [&](int64_t first, int64_t) __attribute__((always_inline)) { return data + first * channels; };
+  moments_of_runs<T>(run_of, pixels, channels, scratch, moments);
 }

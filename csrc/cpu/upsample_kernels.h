@@ -1,26 +1,5 @@
-// Nearest upsampling by 2. Vector code, compiled once per instruction set.
-
-// ---- vectors and, for remainders, scalars: V is Vec<A> or A ----
-
-template <class V, class T>
-PIXNORM_INLINE V read(const T* from) {
-  if constexpr (std::is_arithmetic_v<V>) {
-    return static_cast<V>(*from);
-  } else {
-    return load_as<T>(from);
-  }
-}
-
-template <class V, class T>
-PIXNORM_INLINE void write(T* to, V value) {
-  if constexpr (std::is_arithmetic_v<V>) {
-    *to = static_cast<T>(value);
-  } else {
-    store_as<T>(to, value);
-  }
-}
-
-// ---- nearest upsampling: copies of pixels, and sums over the copies ----
+// Nearest upsampling by 2: copies of pixels, and sums over the copies. Vector code, compiled once per instruction set,
+// to be included after runs.h.
 
 // The first half of a vector, each element twice.
 template <class V, int... j>

@@ -4,10 +4,20 @@ from pixnorm.nn.adain import AdaIN2d
 from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatchNorm2d
 from pixnorm.nn.conditional_conv import ConditionalConv2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
+from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
+from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
 from pixnorm.nn.spade import SPADE2d
 from pixnorm.nn.spn import ConditionalSPN2d, SPN2d, self_latent_mask
 from pixnorm.nn.statistics import NORMS, update_statistics
+from pixnorm.nn.style import (
+    ModulatedConv2d,
+    NoiseInjection,
+    SpatiallyModulatedConv2d,
+    StyleBlock,
+    StyleBlocks,
+    StyleLayer,
+)
 
 __all__ = [
     "NORMS",
@@ -17,14 +27,26 @@ __all__ = [
     "ConditionalConv2d",
     "ConditionalSPN2d",
     "Conversion",
+    "EqualizedConv2d",
+    "EqualizedLinear",
     "GConv2d",
     "GLinear",
     "LatentBatchNorm2d",
+    "MappingNetwork",
+    "ModulatedConv2d",
+    "NoiseInjection",
     "SPADE2d",
     "SPN2d",
+    "SpatiallyModulatedConv2d",
+    "StyleBlock",
+    "StyleBlocks",
+    "StyleLayer",
     "convert_batchnorm",
     "convert_conv",
     "latent",
+    "pixel_norm",
     "self_latent_mask",
+    "style_mixing",
+    "truncate",
     "update_statistics",
 ]

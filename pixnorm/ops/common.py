@@ -44,6 +44,11 @@ def slope_of(activation: str | None, negative_slope: float) -> float | None:
     return {None: None, "relu": 0.0, "leaky_relu": float(negative_slope)}[activation]
 
 
+def activation_of(negative_slope: float | None) -> str | None:
+    """The inverse of ``slope_of``."""
+    return None if negative_slope is None else "leaky_relu" if negative_slope else "relu"
+
+
 def activate(y: Tensor, activation: str | None, negative_slope: float) -> Tensor:
     """The activation in plain PyTorch."""
     if activation == "leaky_relu":
@@ -115,6 +120,13 @@ def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> T
     n, c, h, w = x.shape
     shape = n, c, h * scale, w * scale
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+
+def fake_gradient(of: Tensor | None, x: Tensor) -> Tensor:
+    """An empty gradient of an argument beside x: maps keep their layout; without the argument it has no elements."""
+    if of is None:
+        return x.new_empty((0,))
+    return dense_like(of) if of.dim() == 4 else torch.empty_like(of, memory_format=torch.contiguous_format)
 
 
 @constant_in_graphs

@@ -26,10 +26,12 @@ from pixnorm.ops.common import (
     ACTIVATIONS,
     HALF,
     activate,
+    activation_of,
     beyond_32_bits,
     call_reference,
     dense,
     dense_like,
+    fake_gradient,
     like_parameter,
     public,
     reference_grads,
@@ -82,12 +84,7 @@ def modulate_fwd_fake(x, gamma, beta, mean, var, eps, instance, gamma_offset, up
 
 
 def modulate_bwd_fake(grad_y, x, gamma, beta, *args):
-    def gradient(of: Tensor | None) -> Tensor:
-        if of is None:
-            return x.new_empty((0,))
-        return dense_like(of) if of.dim() == 4 else torch.empty_like(of, memory_format=torch.contiguous_format)
-
-    return dense_like(x), gradient(gamma), gradient(beta)
+    return dense_like(x), fake_gradient(gamma, x), fake_gradient(beta, x)
 
 
 modulate_fwd = define_op(
@@ -138,7 +135,7 @@ class ModulateFunction(torch.autograd.Function):
         inputs, used = saved[:3], saved[3:]
         if through_reference():
             given = (None, None) if training or instance else [t.to(inputs[0].dtype) for t in used]
-            activation = None if negative_slope is None else "leaky_relu" if negative_slope else "relu"
+            activation = activation_of(negative_slope)
 
             def reference(*inputs):
                 options = {"training": training, "eps": eps, "gamma_offset": gamma_offset, "upsample": upsample}

@@ -35,6 +35,7 @@ from pixnorm.ops.checks import (
 from pixnorm.ops.common import (
     ACTIVATIONS,
     activate,
+    activation_of,
     beyond_32_bits,
     call_reference,
     convolutions_allow_tf32,
@@ -246,7 +247,7 @@ class SPNFunction(torch.autograd.Function):
         inputs, (index, p, *used) = saved[:10], saved[10:]
         if through_reference():
             statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
-            activation = None if negative_slope is None else "leaky_relu" if negative_slope else "relu"
+            activation = activation_of(negative_slope)
 
             def reference(*inputs):
                 options = {"training": training, "eps": eps, "upsample": upsample, "activation": activation}

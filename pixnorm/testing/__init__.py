@@ -3,6 +3,7 @@
 import pkgutil
 from importlib import import_module
 
+from pixnorm.testing.blur import BLUR
 from pixnorm.testing.gconv import GCONV_MIX
 from pixnorm.testing.harness import (
     DENSE_LAYOUTS,
@@ -38,6 +39,7 @@ def _found() -> tuple[OpSpec, ...]:
 SPECS = _found()
 
 __all__ = [
+    "BLUR",
     "CONDITIONAL_SPN",
     "DENSE_LAYOUTS",
     "DTYPES",

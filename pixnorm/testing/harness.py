@@ -213,9 +213,11 @@ class OpSpec:
         buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments.
         backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
-        options: values of the keyword arguments; tests try all combinations.
+        options: values of the keyword arguments; tests try all combinations. If there are none, the variants.
         variants: the combinations that tests of other things go through.
         inference: the keyword arguments of a call that is not training, where it differs from one that is.
+        statistics: what the op normalises by where no option of that name says it; those of an "instance" need two
+            pixels.
         product_weight: the weight of the op's matrix product, if it has one; on GPUs it follows TF32 flags.
         float32_parameters: whether parameters may be float32 with activations in half precision; autocast then
             changes nothing inside.
@@ -239,6 +241,7 @@ class OpSpec:
     options: Mapping[str, tuple] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)
     inference: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str = "batch"
     product_weight: str | None = None
     float32_parameters: bool = False
 
@@ -270,7 +273,7 @@ class OpSpec:
         assert not wrong, f"{self.name}: integers of floating point, or the reverse: {', '.join(wrong)}"
         device = torch.get_default_device() if device is None else device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {name: LAYOUTS[layout](tensors[name]) for name in self.activations}
+        return tensors | {name: LAYOUTS[layout](tensors[name]) for name in self.activations if name in tensors}
 
     def leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the given tensors that have a gradient, detached, as leaves of a graph; they keep their strides."""
@@ -295,7 +298,9 @@ class OpSpec:
         return "cuda" in self.backends and "cuda" in native_devices[f"{self.name}_fwd"]
 
     def combinations(self) -> list[dict[str, Any]]:
-        """All of ``options``."""
+        """All of ``options``; or the variants, where these are all that are allowed."""
+        if not self.options:
+            return [dict(variant) for variant in self.variants]
         return [dict(zip(self.options, values, strict=True)) for values in product(*self.options.values())]
 
     @property

@@ -11,7 +11,7 @@ from pixnorm.functional import modulated_norm
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, MODULATE, MODULATE_MAPS, Case, OpSpec, check_against_eager, evaluate
 from pixnorm.testing.modulate import INSTANCE, MAPS, NONE, ROWS, UP, VECTOR
 from pixnorm.triton_kernels import modulate as kernels
-from pixnorm.triton_kernels import statistics
+from pixnorm.triton_kernels import statistics, tiles
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
@@ -31,8 +31,9 @@ def small_cases() -> Iterator[tuple[OpSpec, Case, str]]:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a plane has several, of several programs, whose sums are added up in several rounds."""
-    small = {"TILE": 8, "TILE_OF_DOUBLE": 8, "RUN": 16, "PROGRAMS": 18, "SUMS": 2}
-    for name, value in (small | {"RESIDENT": 0, "RESIDENT_BACKWARD_OF_MAPS": 0}).items():
+    for name, value in {"TILE": 8, "TILE_OF_DOUBLE": 8, "RUN": 16, "PROGRAMS": 18}.items():
+        monkeypatch.setattr(tiles, name, value)
+    for name, value in {"SUMS": 2, "RESIDENT": 0, "RESIDENT_BACKWARD_OF_MAPS": 0}.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -116,7 +117,8 @@ def test_partial_statistics_are_merged(monkeypatch, launched, most, layout):
     """By each program, several at a time, or by a kernel of their own."""
     for module, values in {
         statistics: {"TILE_OF_DOUBLE": 32, "RUN": 32, "LEAST_TILES": 1},
-        kernels: {"TILE_OF_DOUBLE": 32, "RUN": 32, "MERGED": most, "MERGED_AT_ONCE": 2},
+        tiles: {"TILE_OF_DOUBLE": 32, "RUN": 32},
+        kernels: {"MERGED": most, "MERGED_AT_ONCE": 2},
     }.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -133,8 +135,8 @@ def test_partial_statistics_are_merged(monkeypatch, launched, most, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
 def test_planes_in_registers(monkeypatch, launched, dtype, affine, layout):
     """Of 45 pixels, so with elements beyond the plane; several programs; |mean| >> std. One launch each way."""
-    monkeypatch.setattr(kernels, "TILE", 128)
-    monkeypatch.setattr(kernels, "RUN", 16)
+    monkeypatch.setattr(tiles, "TILE", 128)
+    monkeypatch.setattr(tiles, "RUN", 16)
     case = Case((2, 5, 5, 9), "", LEAKY, "offset", {"affine": affine})
     check_against_eager(SPECS[affine == MAPS], "triton", case, dtype, layout=layout)
     assert set(launched) == {"modulate_fwd_resident_kernel", "modulate_bwd_resident_kernel"}

@@ -1,0 +1,406 @@
+r"""Modulated convolutions (StyleGAN 2, arXiv 1912.04958; arXiv 2006.05394 eq. 9-14): the input is scaled by a style,
+convolved, and divided by the standard deviation that the result is expected to have:
+
+    y = w ∗ (s · h) / σ_E
+
+s is a number per sample and channel, or, for spatially modulated convolution, a map. For independent h of mean 0 and
+variance 1 the variance at an output pixel is w² ∗ s², and σ_E² its mean over the pixels of a sample, plus eps.
+
+No second convolution finds it. For numbers, σ_E²[n, o] = Σ_i s²[n, i] Σ_t w²[o, i, t]. For maps the mean of w² ∗ s²
+over the pixels is
+
+    σ_E²[n, o] = Σ_{i,t} w²[o, i, t] S[n, i, t] / (H' W'),     S[n, i, t]: the sum of s² over the pixels that tap t sees
+
+one small product; S comes from the pass that forms s · h. A tap sees every pixel once but for those near the border,
+which depend on the padding: how often is a product of a count per row and one per column (:func:`tap_counts`).
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.checks import check_device, check_eps, check_image, check_option, check_shape
+from pixnorm.ops.common import (
+    HALF,
+    beyond_32_bits,
+    dense,
+    dense_like,
+    public,
+    through_reference,
+    triton_ops,
+    without_autocast,
+)
+from pixnorm.ops.modulate import rows_for
+from pixnorm.ops.style import style_epilogue
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+Padding = int | tuple[int, int] | str
+
+
+def wide(t: Tensor) -> Tensor:
+    """In the dtype of sums: squares in half precision would overflow."""
+    return t.float() if t.dtype in HALF else t
+
+
+# ---- references
+
+
+def modulated_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    *,
+    demodulate: bool = True,
+    upsample: int = 1,
+    padding: Padding = "same",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Modulated convolution in plain PyTorch: the specification. Arguments as in :func:`modulated_conv2d`."""
+    x = x * styles[..., None, None].to(x.dtype)
+    if upsample == 2:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    y = F.conv2d(x, weight, padding=padding)
+    return y * demodulation(weight, styles, eps)[..., None, None].to(y.dtype) if demodulate else y
+
+
+def spatially_modulated_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    style_map: Tensor,
+    *,
+    demodulate: bool = True,
+    padding: Padding = "same",
+    padding_mode: str = "zeros",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Spatially modulated convolution in plain PyTorch, with a second convolution for the variance: the specification.
+    Arguments as in :func:`spatially_modulated_conv2d`."""
+    y = convolution(x * style_map, weight, padding, padding_mode)
+    if not demodulate:
+        return y
+    with without_autocast(x.device):
+        variances = convolution(wide(style_map).square(), wide(weight).square(), padding, padding_mode)
+        factors = (variances.mean((2, 3), keepdim=True) + eps).rsqrt()
+    return y * factors.to(y.dtype)
+
+
+# ---- geometry
+
+
+def paddings(weight: Tensor, padding: Padding) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom), as ``F.pad`` takes them."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":  # of an even number, the smaller half comes first
+        (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in weight.shape[2:])
+        return left, right, top, bottom
+    vertical, horizontal = _pair(padding)
+    return horizontal, horizontal, vertical, vertical
+
+
+def convolution(x: Tensor, weight: Tensor, padding: Padding, padding_mode: str) -> Tensor:
+    """As that of ``nn.Conv2d``."""
+    if padding_mode == "zeros":
+        return F.conv2d(x, weight, padding=padding)
+    padded = F.pad(x, paddings(weight, padding), mode=padding_mode)
+    return F.conv2d(dense(padded, x), weight)  # circular padding forgets the layout
+
+
+def _counts(size: int, taps: int, before: int, after: int, mode: str, device: torch.device) -> Tensor:
+    """(taps, size): how often each tap sees each row (or column) of an image."""
+    rows = torch.arange(size, device=device)
+    outputs = torch.arange(size + before + after - taps + 1, device=device)
+    seen = outputs + torch.arange(taps, device=device)[:, None] - before  # (taps, outputs)
+    if mode == "circular":
+        seen = seen % size
+    elif mode == "replicate":
+        seen = seen.clamp(0, size - 1)
+    elif mode == "reflect":
+        seen = size - 1 - (size - 1 - seen.abs()).abs()
+    return (seen[..., None] == rows).sum(1, dtype=torch.float32)
+
+
+_cached_counts = lru_cache(maxsize=256)(_counts)
+
+
+def tap_counts(x: Tensor, weight: Tensor, padding: Padding, mode: str) -> tuple[Tensor, Tensor]:
+    """How often each row (column) of x is seen by each row (column) of taps: (kh, H) and (kw, W), of float32."""
+    left, right, top, bottom = paddings(weight, padding)
+    (h, w), (kh, kw) = x.shape[2:], weight.shape[2:]
+    counts = _counts if torch.compiler.is_compiling() else _cached_counts
+    return counts(h, kh, top, bottom, mode, x.device), counts(w, kw, left, right, mode, x.device)
+
+
+# ---- the scaled map and its windowed sums: an op
+
+
+def spatial_scale_reference(x: Tensor, style_map: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """In plain PyTorch: the specification. Arguments as in :func:`spatial_scale`."""
+    squares = wide(style_map).square()
+    sums = torch.einsum("nihw,ah,bw->niab", squares, rows.to(squares.dtype), columns.to(squares.dtype))
+    return x * style_map, sums
+
+
+def spatial_scale_grads(grad_y, grad_sums, x, style_map, rows, columns) -> tuple[Tensor, Tensor]:
+    """Its gradients in plain PyTorch."""
+    weights = torch.einsum("niab,ah,bw->nihw", grad_sums, rows.to(grad_sums.dtype), columns.to(grad_sums.dtype))
+    squares = (2 * wide(style_map) * weights).to(x.dtype)
+    return grad_y * style_map, grad_y * x + squares
+
+
+def spatial_scale_fwd_fake(x, style_map, rows, columns):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return dense_like(x), x.new_empty((*x.shape[:2], rows.shape[0], columns.shape[0]), dtype=dtype)
+
+
+def spatial_scale_bwd_fake(grad_y, grad_sums, x, style_map, rows, columns):
+    return dense_like(x), dense_like(style_map)
+
+
+spatial_scale_fwd = define_op(
+    "spatial_scale_fwd(Tensor x, Tensor style_map, Tensor rows, Tensor columns) -> (Tensor y, Tensor sums)",
+    spatial_scale_fwd_fake,
+    native=("cpu",),
+    triton="modulated_conv",
+)
+spatial_scale_bwd = define_op(
+    "spatial_scale_bwd(Tensor grad_y, Tensor grad_sums, Tensor x, Tensor style_map, Tensor rows, Tensor columns) "
+    "-> (Tensor grad_x, Tensor grad_style_map)",
+    spatial_scale_bwd_fake,
+    native=("cpu",),
+    triton="modulated_conv",
+)
+
+
+def ops_of(impl: str):
+    """The forward and the backward op of an impl."""
+    return triton_ops("spatial_scale") if impl == "triton" else (spatial_scale_fwd, spatial_scale_bwd)
+
+
+class SpatialScaleFunction(torch.autograd.Function):
+    """Saves its arguments."""
+
+    @staticmethod
+    def forward(ctx, impl, rows, columns, x, style_map):
+        forward, ctx.backward_op = ops_of(impl)
+        ctx.save_for_backward(x, style_map, rows, columns)
+        return forward(x, style_map, rows, columns)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_sums):
+        backward = spatial_scale_grads if through_reference() else ctx.backward_op
+        return None, None, None, *backward(grad_y, grad_sums, *ctx.saved_tensors)
+
+
+def spatial_scale(
+    x: Tensor, style_map: Tensor, rows: Tensor, columns: Tensor, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The scaled input of a spatially modulated convolution, and the sums of squares that its taps see, in one pass.
+
+    Args:
+        x, style_map: (N, C, H, W), of one dtype.
+        rows, columns: (kh, H) and (kw, W) of float32: how often each tap sees each row and column; 1 but near borders.
+        impl: as in :func:`spatially_modulated_conv2d`.
+
+    Returns:
+        x · style_map; and (N, C, kh, kw), Σ rows[a, h] columns[b, w] style_map², float32, for float64 float64.
+    """
+    chosen = choose("spatial_scale", impl, x.device, {"triton": beyond_32_bits(x, 1)}, stacklevel=5)
+    if chosen == "reference":
+        return spatial_scale_reference(x, style_map, rows, columns)
+    if torch.is_grad_enabled() and (x.requires_grad or style_map.requires_grad):
+        return SpatialScaleFunction.apply(chosen, rows, columns, x, style_map)
+    return ops_of(chosen)[0](x, style_map, rows, columns)
+
+
+# ---- modulated convolution
+
+
+def demodulation(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
+    """1 / σ_E, (N, O), for styles (N, I); float32 for half precision."""
+    with without_autocast(weight.device):
+        variances = F.linear(wide(styles).square(), wide(weight).square().sum((2, 3)).to(wide(styles).dtype))
+        return (variances + eps).rsqrt()
+
+
+def kernels_are_cheaper(x: Tensor, weight: Tensor) -> bool:
+    """Whether to scale the kernels of a sample rather than its activations.
+
+    Kernels of its own for each sample need a grouped convolution, which libraries do slowly: 1.5 to 10 times the time
+    of the plain one on CPUs. One sample needs no groups, and then it costs a pass over the kernels in place of one over
+    the input and one over the output.
+    """
+    if x.shape[0] != 1:
+        return False
+    pixels = x.shape[2] * x.shape[3]
+    return weight.numel() <= (weight.shape[0] + weight.shape[1]) * pixels
+
+
+def upsampled_convolution(x: Tensor, weight: Tensor, padding: Padding) -> Tensor:
+    """``F.conv2d`` of x upsampled by 2 (nearest)."""
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
+
+
+def modulated(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    *,
+    demodulate: bool = True,
+    upsample: int = 1,
+    padding: Padding = "same",
+    eps: float = 1e-8,
+    scaled: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and the factors (N, O) by which its output is still to be multiplied, or None.
+
+    The factors are left to the pass that follows (``demod`` of :func:`pixnorm.functional.style_epilogue`).
+
+    Args:
+        x, weight, styles, demodulate, upsample, padding, eps, impl: as in :func:`modulated_conv2d`.
+        scaled: x is already multiplied by the styles, as ``style_epilogue`` does with its ``next_styles``.
+    """
+    factors = demodulation(weight, styles, eps) if demodulate else None
+    if not scaled and kernels_are_cheaper(x, weight):
+        weight = weight * styles[0, :, None, None].to(weight.dtype)
+        if factors is not None:
+            weight, factors = weight * factors[0, :, None, None, None].to(weight.dtype), None
+    elif not scaled:
+        x = style_epilogue(x, demod=rows_for(styles, x), activation=None, impl=impl)
+    y = upsampled_convolution(x, weight, padding) if upsample == 2 else F.conv2d(x, weight, padding=padding)
+    return y, factors
+
+
+@public
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    *,
+    demodulate: bool = True,
+    upsample: int = 1,
+    padding: Padding = "same",
+    eps: float = 1e-8,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Modulated convolution of StyleGAN 2 (arXiv 1912.04958; 2006.05394 eq. 9-11): ``w * (s h) / sigma``, where
+    ``sigma[n, o] = sqrt(sum((s[n, i] * w[o, i, a, b]) ** 2) + eps)`` over i, a and b.
+
+    Equal to convolving each sample with kernels ``w * s / sigma`` of its own, which are formed for one sample only.
+
+    Args:
+        x: (N, I, H, W), floating point, contiguous or channels_last.
+        weight: (O, I, kh, kw).
+        styles: (N, I), in x's dtype, or float32 with x in half precision.
+        demodulate: divide by sigma.
+        upsample: 2 convolves ``interpolate(x, scale_factor=2, mode="nearest")``.
+        padding: ``"same"``, ``"valid"`` or numbers, as in ``F.conv2d``, with zeros.
+        eps: added to sigma².
+        impl: of the passes beside the convolution, which is PyTorch's: ``"auto"``, ``"native"`` (C++), ``"triton"``
+            (GPUs) or ``"reference"`` (plain PyTorch).
+
+    Returns:
+        (N, O, H', W') as ``F.conv2d``, whose dtypes and autocast it follows.
+
+    Raises:
+        ValueError: a shape or the value of an option does not fit.
+        TypeError: x is not floating point.
+        RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
+    """
+    _check(x, weight, eps)
+    check_option("upsample", upsample, (1, 2))
+    check_shape("styles", styles, x.shape[:2], x)
+    check_device("styles", styles, x)
+    options = {"demodulate": demodulate, "upsample": upsample, "padding": padding, "eps": eps}
+    if impl == "reference":
+        return modulated_conv2d_reference(x, weight, styles, **options)
+    return _demodulated(*modulated(x, weight, styles, **options, impl=impl), impl)
+
+
+@public
+def spatially_modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style_map: Tensor,
+    *,
+    demodulate: bool = True,
+    padding: Padding = "same",
+    padding_mode: str = "zeros",
+    eps: float = 1e-8,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Spatially modulated convolution (arXiv 2006.05394 eq. 12-14): ``w * (s · h) / sigma`` with a style for each
+    pixel, where ``sigma²[n, o]`` is the mean over the output's pixels of ``w² * s²``, plus eps.
+
+    The padding of ``w² * s²`` is that of the convolution, so that the output has unit variance with zeros, too (and
+    about that where padding repeats pixels, which are not independent then). Taps that see zeros lower sigma: only for
+    1x1 kernels, or with other paddings, is a constant map the same as :func:`modulated_conv2d`.
+
+    Args:
+        x: (N, I, H, W), floating point, contiguous or channels_last.
+        weight: (O, I, kh, kw).
+        style_map: (N, I, H, W), in x's dtype.
+        demodulate, eps, impl: as in :func:`modulated_conv2d`.
+        padding: ``"same"``, ``"valid"`` or numbers, as in ``F.conv2d``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``, as in ``nn.Conv2d``.
+
+    Returns:
+        (N, O, H', W') as ``F.conv2d``, whose dtypes and autocast it follows.
+
+    Raises:
+        ValueError: a shape or the value of an option does not fit.
+        TypeError: x is not floating point, or the map has another dtype.
+        RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
+    """
+    _check(x, weight, eps)
+    check_option("padding_mode", padding_mode, PADDING_MODES)
+    check_shape("style_map", style_map, x.shape, x)
+    check_device("style_map", style_map, x)
+    if style_map.dtype != x.dtype:
+        raise TypeError(f"expected a style_map of dtype {x.dtype} for input of that dtype, got {style_map.dtype}")
+    if impl == "reference":
+        options = {"demodulate": demodulate, "padding": padding, "padding_mode": padding_mode, "eps": eps}
+        return spatially_modulated_conv2d_reference(x, weight, style_map, **options)
+    return _demodulated(*spatially_modulated(x, weight, style_map, demodulate, padding, padding_mode, eps, impl), impl)
+
+
+def spatially_modulated(
+    x: Tensor,
+    weight: Tensor,
+    style_map: Tensor,
+    demodulate: bool = True,
+    padding: Padding = "same",
+    padding_mode: str = "zeros",
+    eps: float = 1e-8,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and the factors (N, O) by which its output is still to be multiplied, or None."""
+    if not demodulate:
+        return convolution(x * style_map, weight, padding, padding_mode), None
+    scaled, sums = spatial_scale(x, style_map, *tap_counts(x, weight, padding, padding_mode), impl)
+    y = convolution(scaled, weight, padding, padding_mode)
+    with without_autocast(x.device):
+        squares = wide(weight).square().flatten(1).to(sums.dtype)
+        pixels = y.shape[2] * y.shape[3]
+        factors = (F.linear(sums.flatten(1), squares) / pixels + eps).rsqrt()
+    return y, factors
+
+
+def _demodulated(y: Tensor, factors: Tensor | None, impl: str) -> Tensor:
+    return y if factors is None else style_epilogue(y, demod=rows_for(factors, y), activation=None, impl=impl)
+
+
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    check_image(x)
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        wanted = f"(out_channels, {x.shape[1]}, kh, kw)"
+        raise ValueError(
+            f"weight must have shape {wanted} for input of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    check_device("weight", weight, x)
+    check_eps(eps, False)
