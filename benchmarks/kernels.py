@@ -19,7 +19,7 @@ from benchmarks.ops import OPS
 from benchmarks.ops.blur import BlurConfiguration
 from benchmarks.ops.conditional_spn import ClassParametersConfiguration
 from benchmarks.ops.label_conv import LabelConvConfiguration
-from benchmarks.ops.style import StyleConfiguration
+from benchmarks.ops.style import SpatialScaleConfiguration
 from benchmarks.registry import Op
 
 DESIGNS = {**cuda_code.SHARED, **{name: design for op in OPS.values() for name, design in op.cuda.items()}}
@@ -29,8 +29,8 @@ OTHER_TRITON = {
     "statistics": triton_code.StatisticsConfiguration,
     "label_conv": LabelConvConfiguration,
     "class_parameters": ClassParametersConfiguration,
-    "style": StyleConfiguration,
     "blur": BlurConfiguration,
+    "spatial_scale": SpatialScaleConfiguration,
 }
 LAYOUTS = {False: "NCHW", True: "channels_last"}
 

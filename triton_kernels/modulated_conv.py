@@ -150,7 +150,7 @@ def spatial_scale_fwd(x: Tensor, style_map: Tensor, rows: Tensor, columns: Tenso
     if x.numel() == 0:
         return y, torch.zeros((n, c, *taps), dtype=accumulator(x), device=x.device)
     # Of the 16 elements that a thread otherwise has, and 4 bytes of each sum.
-    tiling = Tiling.of(x, share=power_of_two_from(16 * taps[0] * taps[1]) // MOST_SUMS)
+    tiling = Tiling.of(x, per_pixel=True, share=power_of_two_from(16 * taps[0] * taps[1]) // MOST_SUMS)
     sums = torch.empty((tiling.parts, n, c, *taps), dtype=accumulator(x), device=x.device)
     arguments = _arguments(x, style_map, rows, columns, tiling)
     launch(wrap_triton(spatial_scale_fwd_kernel), (tiling.programs,), y_ptr=y, sums_ptr=sums, N=n, **arguments)
@@ -164,7 +164,7 @@ def spatial_scale_bwd(
     x = dense(x, x)
     dx, ds = dense_like(x), dense_like(x)
     if x.numel() > 0:
-        tiling = Tiling.of(x)
+        tiling = Tiling.of(x, per_pixel=True)
         launch(
             wrap_triton(spatial_scale_bwd_kernel),
             (tiling.programs,),

@@ -39,7 +39,7 @@ def test_in_double(case, layout):
 def test_several_programs(small_tiles, options, layout):
     case = Case((2, 3, 9, 14), "", options)
     x = SPATIALLY_MODULATED.inputs(case, torch.float64, layout=layout)["x"]
-    tiling = Tiling.of(x, share=2)
+    tiling = Tiling.of(x, per_pixel=True, share=2)
     assert tiling.parts > 1 and tiling.tiles > 1
     check_against_eager(SPATIALLY_MODULATED, "triton", case, torch.float64, layout=layout)
 
