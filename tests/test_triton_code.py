@@ -84,11 +84,11 @@ def test_selection_has_both_kernels_of_label_convolution_for_every_gpu(found):
 def test_selection_has_every_kernel_of_stylegans_epilogues(found):
     designed = {*style.STREAMS, *style.RESIDENT}
     names = {*designed, style.FINISH}
-    ours = {(k.gpu.arch, k.name) for k in found["style"] if k.name in names}
+    ours = {(k.gpu.arch, k.name) for k in found["style_epilogue"] if k.name in names}
     assert ours == set(product((g.arch for g in TRITON_GPUS), names))
-    usual = {(k.name, k.dtype, k.channels_last) for k in found["style"] if k.name in designed and k.dtype != "double"}
+    usual = {(k.name, k.dtype, k.channels_last) for k in found["style_epilogue"] if k.name in designed and k.dtype != "double"}
     assert usual == set(product(designed, ("float", "BFloat16"), (False, True)))
-    assert {k.name for k in found["style"] if k.dtype == "double"} >= designed
+    assert {k.name for k in found["style_epilogue"] if k.dtype == "double"} >= designed
 
 
 @pytest.mark.parametrize("op", IN_TRITON)
@@ -217,7 +217,7 @@ def test_each_gate_of_label_convolution_can_fail(found, processes):
 
 def test_each_gate_of_stylegans_epilogues_can_fail(found, processes):
     """Take kernels that pass, and make one thing worse at a time."""
-    of = {k.name: k for k in found["style"] if k.dtype == "float" and not k.channels_last}
+    of = {k.name: k for k in found["style_epilogue"] if k.dtype == "float" and not k.channels_last}
     stream, planes = of["style_epilogue_bwd_kernel"], of["style_norm_bwd_resident_kernel"]
     crowded = planes.launch._replace(arguments=planes.launch.arguments | {"PIXELS": 32768})
     faults = _faults(processes, [(of, stream.gpu) for of in (_unaligned(stream.launch), crowded)])

@@ -93,8 +93,10 @@ class StyleConfiguration(Configuration):
     def selection(cls) -> list[Wanted]:
         """Both epilogues in float32 and bfloat16 and in both layouts, on the GPUs in turn; float64."""
         usual = list(product(("float", "BFloat16"), (False, True)))
-        found = [Wanted(cls(*usual[i], norm), gpu) for norm in (False, True) for i, gpu in enumerate(TRITON_GPUS)]
-        return [*found, *(Wanted(cls("double", norm, norm), TRITON_GPUS[norm]) for norm in (False, True))]
+        of_gpus = [(cls(*usual[i], norm), gpu) for norm in (False, True) for i, gpu in enumerate(TRITON_GPUS)]
+        others = [(cls("double", norm, norm), TRITON_GPUS[norm]) for norm in (False, True)]
+        # Not those of statistics, which have a selection of their own.
+        return [Wanted(*pair, (*STREAMS, *RESIDENT, FINISH)) for pair in (*of_gpus, *others)]
 
     @classmethod
     def everything(cls) -> list[Wanted]:
