@@ -86,7 +86,11 @@ def test_selection_has_every_kernel_of_stylegans_epilogues(found):
     names = {*designed, style.FINISH}
     ours = {(k.gpu.arch, k.name) for k in found["style_epilogue"] if k.name in names}
     assert ours == set(product((g.arch for g in TRITON_GPUS), names))
-    usual = {(k.name, k.dtype, k.channels_last) for k in found["style_epilogue"] if k.name in designed and k.dtype != "double"}
+    usual = {
+        (k.name, k.dtype, k.channels_last)
+        for k in found["style_epilogue"]
+        if k.name in designed and k.dtype != "double"
+    }
     assert usual == set(product(designed, ("float", "BFloat16"), (False, True)))
     assert {k.name for k in found["style_epilogue"] if k.dtype == "double"} >= designed
 

@@ -357,6 +357,8 @@ class StyleBlocks(nn.Module):
 
     def forward(self, input: Tensor, w: Tensor, noises: list[Tensor | None] | None = None) -> Tensor:
         """The features of the last layer."""
+        if (node := traced(self, input, w, noises)) is not None:
+            return node
         count = len(self.blocks)
         if w.dim() == 2:
             w = w[:, None].expand(-1, count, -1)

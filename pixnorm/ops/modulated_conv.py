@@ -29,6 +29,7 @@ from pixnorm.ops.common import (
     beyond_32_bits,
     dense,
     dense_like,
+    is_channels_last,
     public,
     through_reference,
     triton_ops,
@@ -385,9 +386,11 @@ def spatially_modulated(
     scaled, sums = spatial_scale(x, style_map, *tap_counts(x, weight, padding, padding_mode), impl)
     y = convolution(scaled, weight, padding, padding_mode)
     with without_autocast(x.device):
-        squares = wide(weight).square().flatten(1).to(sums.dtype)
+        squares = wide(weight).square().to(sums.dtype)
+        if is_channels_last(weight):  # a view, so that the gradient has the weight's strides
+            squares, sums = (t.permute(0, 2, 3, 1) for t in (squares, sums))
         pixels = y.shape[2] * y.shape[3]
-        factors = (F.linear(sums.flatten(1), squares) / pixels + eps).rsqrt()
+        factors = (F.linear(sums.flatten(1), squares.flatten(1)) / pixels + eps).rsqrt()
     return y, factors
 
 

@@ -83,6 +83,6 @@ SPATIALLY_MODULATED = OpSpec(
     cases=_cases(),
     traffic=_traffic,
     kernel_calls=_kernel_calls,
-    options={"padding_mode": ("zeros", "circular"), "demodulate": (True, False)},
+    options={"padding_mode": ("zeros", "circular")},
     variants=({}, {"padding_mode": "circular"}),
 )
