@@ -11,7 +11,7 @@ from benchmarks import kernels as report
 from benchmarks.kernels import OPS, OTHER_TRITON
 from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
-from benchmarks.ops import label_conv, modulate
+from benchmarks.ops import blur, label_conv, modulate
 from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
 from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
@@ -203,6 +203,17 @@ def test_each_gate_of_label_convolution_can_fail(found, processes):
     assert "not DMMA" in " ".join(
         replace(gradient, gpu=TRITON_GPUS[0], launch=gradient.launch._replace(configuration=in_double)).violations()
     )
+
+
+def test_each_gate_of_the_blur_can_fail(found, processes):
+    """Take kernels that pass, and make one thing worse at a time."""
+    kernels = {(k.channels_last, k.launch.arguments["UP"]): k for k in found["blur"] if k.dtype == "float"}
+    assert len(kernels) == 4 and {k.name for k in found["blur"]} == {blur.KERNEL}
+    faults = _faults(processes, [(_unaligned(kernel.launch), kernel.gpu) for kernel in kernels.values()])
+    assert all("moves in the main loop" in fault and "of 4 bytes" in fault for fault in faults)
+    last = kernels[True, False]
+    twice = last.code._replace(opcodes=last.code.opcodes | {"LDG.E.128.X": 1})
+    assert "moves in the main loop" in " ".join(replace(last, code=twice).violations())
 
 
 def _unaligned(launch: Launch) -> Launch:
