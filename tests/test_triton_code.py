@@ -11,7 +11,7 @@ from benchmarks import kernels as report
 from benchmarks.kernels import OPS, OTHER_TRITON
 from benchmarks.machine_code import STATISTICS
 from benchmarks.model import KB
-from benchmarks.ops import label_conv, modulate, style
+from benchmarks.ops import blur, label_conv, modulate, style
 from benchmarks.ops.gconv import FORWARD, GRAD_WEIGHT, KERNELS
 from benchmarks.ops.spn import APPLY, MODULATE, REDUCE, WALKS, SPNConfiguration
 from benchmarks.triton_code import (
@@ -231,6 +231,17 @@ def test_each_gate_of_stylegans_epilogues_can_fail(found, processes):
     assert "moves in the main loop" in " ".join(replace(stream, code=loads_noise_again).violations())
     twice = planes.code._replace(opcodes=planes.code.opcodes | {"LDG.E.128.CONSTANT.X": 8})
     assert "moves in the main loop" in " ".join(replace(planes, code=twice).violations())
+
+
+def test_each_gate_of_the_blur_can_fail(found, processes):
+    """Take kernels that pass, and make one thing worse at a time."""
+    kernels = {(k.channels_last, k.launch.arguments["UP"]): k for k in found["blur"] if k.dtype == "float"}
+    assert len(kernels) == 4 and {k.name for k in found["blur"]} == {blur.KERNEL}
+    faults = _faults(processes, [(_unaligned(kernel.launch), kernel.gpu) for kernel in kernels.values()])
+    assert all("moves in the main loop" in fault and "of 4 bytes" in fault for fault in faults)
+    last = kernels[True, False]
+    twice = last.code._replace(opcodes=last.code.opcodes | {"LDG.E.128.X": 1})
+    assert "moves in the main loop" in " ".join(replace(last, code=twice).violations())
 
 
 def _unaligned(launch: Launch) -> Launch:

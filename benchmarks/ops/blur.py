@@ -5,18 +5,41 @@ from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
-from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, Wanted
+from benchmarks.machine_code import Moves, moves
+from benchmarks.triton_code import DTYPES, TRITON_GPUS, Configuration, TritonKernel, Wanted
 from pixnorm.testing import BLUR, Case
 from pixnorm.testing.blur import DOWN, UP
 
+KERNEL = "blur2d_kernel"
 OPTIONS = {"": {}, "up": UP, "down": DOWN}
+# Loads and stores of a step at one resolution, up and down: in channels_last of pixels, in NCHW of vectors.
+PIXELS, VECTORS = ((9, 1), (12, 4), (16, 1)), ((3, 1), (4, 2), (4, 1))
+
+
+class Neighbours(TritonKernel):
+    """There is no loop. Pixels move by 16 bytes, in NCHW those of the smaller one of x and y by 8 and neighbours along
+    w one by one."""
+
+    @property
+    def moves(self) -> Moves:
+        return self.code.all_moves
+
+    @property
+    def design(self) -> Moves:
+        arguments = self.launch.arguments
+        steps = arguments["CHANNELS"] * arguments["STEPS"] // (arguments["V"] * self.code.threads)
+        up, down = arguments["UP"], arguments["DOWN"]
+        loads, stores = (PIXELS if self.channels_last else VECTORS)[up + 2 * down]
+        x, y = (arguments["PAIRS" if larger else "V"] * self.itemsize for larger in (down, up))
+        return moves("LDG", x, count=loads * steps) + moves("STG", y, count=stores * steps)
+
+    def may_move(self, beyond: Moves) -> bool:
+        return not beyond or (not self.channels_last and {*beyond} == {("LDG", self.itemsize)})
 
 
 @dataclass(frozen=True, order=True)
 class BlurConfiguration(Configuration):
-    """The kernel has no loop, so the gates are the usual ones, and how y is written."""
-
-    kernels: ClassVar = {}
+    kernels: ClassVar = {KERNEL: Neighbours}
     spec: ClassVar = BLUR
     modelled = False
 
