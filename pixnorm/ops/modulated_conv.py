@@ -229,11 +229,15 @@ def demodulation(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
 
 
 def kernels_are_cheaper(x: Tensor, weight: Tensor) -> bool:
-    """Whether to scale the kernels of a sample rather than its activations.
+    """Whether to scale the kernels of a sample rather than its activations: where they are fewer than the numbers that
+    are then not scaled.
 
-    Kernels of its own for each sample need a grouped convolution, which libraries do slowly: 1.5 to 10 times the time
-    of the plain one on CPUs. One sample needs no groups, and then it costs a pass over the kernels in place of one over
-    the input and one over the output.
+    Time with scaled activations over that with scaled kernels, N = 1, 3x3, forward + backward (two cores, AVX-512):
+
+        512x8x8   512x32x32   256x32x32   128x64x64   64x128x128   32x256x256
+          0.6        0.9         1.0         1.0          1.1          1.3
+
+    Several samples need a grouped convolution for it, 0.9 to 1.7 times the time of one with scaled activations.
     """
     if x.shape[0] != 1:
         return False
