@@ -12,7 +12,7 @@ from pixnorm.testing.blur import DOWN, UP
 
 KERNEL = "blur2d_kernel"
 OPTIONS = {"": {}, "up": UP, "down": DOWN}
-# Loads and stores of a step without a change of resolution, up and down: in channels_last of pixels, in NCHW of vectors.
+# Loads and stores of a step as it is, up, and down: in channels_last of pixels, in NCHW of vectors.
 PIXELS, VECTORS = ((9, 1), (12, 4), (16, 1)), ((3, 1), (4, 2), (4, 1))
 
 
