@@ -21,7 +21,8 @@ def test_saved_for_backward(spec, variant, kernel, dtype, parameter_dtype, layou
     tensors = spec.inputs(case, dtype, parameter_dtype=parameter_dtype, layout=layout)
     given = spec.leaves(tensors) | spec.constants(tensors)
     kept = saved_bytes(lambda: spec.function(**given, **case.options, impl=kernel), given.values())
-    assert kept == spec.saved_bytes(case, dtype)
+    more = kept - spec.saved_bytes(case, dtype)
+    assert more == 0 or (spec.composite and 0 < more < tensors[spec.first].nbytes)
 
 
 def resident_bytes(which):

@@ -121,9 +121,10 @@ def test_accuracy(impl, dtype, layout, n, upsample):
     assert_close_as_eager(draw, dtype)
 
 
-def test_large_numbers_in_half_precision():
+@pytest.mark.parametrize("n", [1, 2])
+def test_large_numbers_in_half_precision(n):
     """Squares of 300 are infinite in float16."""
-    x, weight, styles = drawn(2, dtype=torch.float16)
+    x, weight, styles = drawn(n, dtype=torch.float16)
     y = modulated_conv2d(x, weight, 300 * styles.abs() + 100)
     assert y.isfinite().all() and y.abs().max() > 0.1
     y = spatially_modulated_conv2d(x, weight, torch.full_like(x, 300))
@@ -131,6 +132,43 @@ def test_large_numbers_in_half_precision():
 
 
 # ---- spatially modulated
+
+
+@impls
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [(2, 3), (0, 3)], ids=["inside", "border"])
+def test_not_a_number_in_a_map(impl, layout, value, at):
+    """It is in the variance of its sample, and of no other."""
+    x, weight, _ = drawn()
+    style_map = torch.randn_like(x)
+    style_map[1, 2, at[0], at[1]] = value
+    y = spatially_modulated_conv2d(LAYOUTS[layout](x), weight, LAYOUTS[layout](style_map), impl=impl)
+    expected = spatially_modulated_conv2d(x, weight, style_map, impl="reference")
+    assert torch.equal(y.isnan(), expected.isnan()) and y[1].isnan().any() and y[::2].isfinite().all()
+
+
+@kernels
+def test_inference_then_training(impl):
+    """What the first leaves behind is of no harm to the second."""
+    x, weight, _ = drawn(h=9, w=11)
+    with torch.inference_mode():
+        spatially_modulated_conv2d(x, weight, x, impl=impl)
+    x.requires_grad_()
+    spatially_modulated_conv2d(x, weight, x, impl=impl).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@kernels
+def test_sums_of_squares_under_autocast(impl):
+    """The reference, too, keeps them in float32."""
+    x, weight, _ = drawn(dtype=torch.float32)
+    style_map = torch.full_like(x, 300).requires_grad_()
+    with torch.autocast(DEVICE.type, torch.float16 if DEVICE.type == "cuda" else torch.bfloat16):
+        y = spatially_modulated_conv2d(x, weight, style_map, impl=impl)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), style_map, create_graph=True)
+        sums = ops.spatial_scale_reference(x, style_map, *ops.tap_counts(x, weight, "same", "zeros"))[1]
+    assert sums.dtype == torch.float32 and grad.isfinite().all()
 
 
 @impls
@@ -228,6 +266,12 @@ def test_errors_of_options():
     x, weight, styles = drawn(dtype=torch.float32)
     with pytest.raises(ValueError, match="upsample must be one of 1, 2, got 3"):
         modulated_conv2d(x, weight, styles, upsample=3)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        modulated_conv2d(x, weight, styles, impl="c")
+    with pytest.raises(ValueError, match="padding must be one of 'same', 'valid', got 'full'"):
+        spatially_modulated_conv2d(x, weight, x, padding="full")
+    with pytest.raises(ValueError, match=r"kernels of size .* are larger than the input"):
+        spatially_modulated_conv2d(x[..., :2, :], weight, x[..., :2, :], padding="valid")
     with pytest.raises(ValueError, match="padding_mode must be one of"):
         spatially_modulated_conv2d(x, weight, x, padding_mode="mirror")
     with pytest.raises(TypeError, match=r"expected a style_map of dtype torch\.float32"):
@@ -447,6 +491,7 @@ def test_modulated_modules(impl):
         (lambda: ModulatedConv2d(4, 4, 3, 3, impl="c"), "impl must be one of"),
         (lambda: StyleBlocks(), "at least one"),
         (lambda: StyleBlocks(StyleBlock(2, 3, 3, 4), StyleBlock(2, 3, 3, 4)), "a block of 2 channels follows"),
+        (lambda: StyleBlocks(StyleBlock(2, 2, 3, 4), StyleBlock(2, 3, 3, 5)), "blocks of different style_dim"),
         (lambda: StyleBlock(2, 3, 3, 4)(torch.randn(1, 2, 4, 4), torch.randn(2, 4)), r"w must have shape \(1, 4\)"),
         (lambda: StyleLayer(2, 3, 3, 4)(torch.randn(1, 2, 4, 4), torch.randn(1, 5)), r"w must have shape \(1, 4\)"),
         (lambda: StyleBlock(2, 3, 3, 4, noise=False)(*[torch.ones(1, 2, 4, 4)], torch.ones(1, 4), 1), "without noise"),
@@ -480,6 +525,26 @@ def test_autocast(impl, dtype):
         y.float().square().sum().backward()
         torch.testing.assert_close(y.float(), layer(*given), rtol=0.1, atol=0.15)
         assert all(p.grad is not None and p.grad.dtype == p.dtype for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **where: StyleBlock(4, 6, 3, 5, **where),
+        lambda **where: StyleLayer(4, 6, 3, 5, **where),
+        lambda **where: SpatiallyModulatedConv2d(4, 6, 3, 5, **where),
+        lambda **where: MappingNetwork(4, 6, layers=2, **where),
+    ],
+)
+def test_materialised_from_the_meta_device(build):
+    """As FSDP does: to_empty, then reset_parameters of all modules that have some."""
+    layer = build(device="meta").to_empty(device=DEVICE)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(t.isfinite().all() for t in layer.state_dict().values())
+    zero = {name for name, t in layer.state_dict().items() if not t.any()}
+    assert zero == {name for name, t in build().state_dict().items() if not t.any()}
 
 
 def test_names_are_exported():

@@ -143,7 +143,7 @@ def _blur(x: Tensor, up: int, down: int, h: int, w: int, factor: float) -> Tenso
     x = dense(x, x)
     y = empty_of(x, h, w)
     if x.numel() == 0:
-        return y
+        return y.zero_()  # not empty itself where x has lost its only row
     n, c = x.shape[:2]
     channels_last = is_channels_last(x)
     rows, across = (triton.cdiv(size, up) for size in (h, w))

@@ -117,7 +117,15 @@ class Scale(TileKernel):
         return moves("LDG", loads * size) + moves("STG", stores * size)
 
     def may_move(self, beyond: Moves) -> bool:
-        return {kind for kind, _ in beyond} <= {"LDG"} and {width for _, width in beyond} <= {4, 8, 16}
+        """A count of each row and column of taps for each pixel of a thread."""
+        moved = sum(width * count for (_, width), count in beyond.items())
+        own = self.elements / self.columns if self.channels_last else self.columns * self.rounds_of_pixels
+        return {kind for kind, _ in beyond} <= {"LDG"} and moved <= 4 * 2 * self.k * own
+
+    @property
+    def rounds_of_pixels(self) -> float:
+        """Vectors of pixels of a thread, in NCHW, that differ."""
+        return max(1, self.launch.arguments["PIXELS"] / (self.columns * self.code.threads))
 
 
 SCALES = {"spatial_scale_fwd_kernel": (2, 1), "spatial_scale_bwd_kernel": (3, 2)}
@@ -142,8 +150,9 @@ class SpatialScaleConfiguration(Configuration):
     def selection(cls) -> list[Wanted]:
         """Float32 and bfloat16 in both layouts, on the GPUs in turn; float64; many taps."""
         usual = [cls(*of) for of in product(("float", "BFloat16"), (False, True))]
-        found = [Wanted(usual[i], gpu) for i, gpu in enumerate(TRITON_GPUS)]
-        return [*found, Wanted(cls("double", True), TRITON_GPUS[0]), Wanted(cls("float", k=5), TRITON_GPUS[1])]
+        found = [(usual[i], gpu) for i, gpu in enumerate(TRITON_GPUS)]
+        found += [(cls("double", True), TRITON_GPUS[0]), (cls("float", k=5), TRITON_GPUS[1])]
+        return [Wanted(*pair, tuple(SCALES)) for pair in found]  # not that of the demodulation
 
     @classmethod
     def everything(cls) -> list[Wanted]:

@@ -102,6 +102,7 @@ Tensor blur2d_fwd(const Tensor& x, int64_t up, int64_t down) {
 Tensor blur2d_bwd(const Tensor& grad_y, int64_t up, int64_t down, int64_t h, int64_t w) {
   check_options(up, down);
   STD_TORCH_CHECK(grad_y.dim() == 4, "pixnorm: grad_y must be 4-D");
+  STD_TORCH_CHECK(down == 1 || std::min(h, w) > 1, "pixnorm: x must be 2x2 or larger");
   check_sizes(grad_y, "grad_y", {grad_y.size(0), grad_y.size(1), h * up / down, w * up / down});
   if (down == 2) return blur(grad_y, Resample::kUp, h, w, 1.0 / 64);
   return blur(grad_y, up == 2 ? Resample::kDown : Resample::kNone, h, w, 1.0 / 16);

@@ -75,8 +75,14 @@ void scale_plane(const Image& image, const T* x, const T* s, T* y, double* sums,
     of_row[0] = in_row;
     for (int64_t column = 0; column < classes; ++column) inside -= of_row[column * stride];
   }
+  if (inside != inside) {  // of infinities at the border nothing can be subtracted
+    inside = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      if (image.rows.class_of[i / width] == 0 && image.columns.class_of[i % width] == 0) inside += square(i);
+    }
+  }
   const bool any = image.rows.has_inside() && image.columns.has_inside();
-  sums[0] = any && inside > 0 ? inside : 0;
+  sums[0] = !any || inside < 0 ? 0 : inside;  // NaN stays
 }
 
 template <class T>
@@ -199,7 +205,9 @@ void sums_of_taps(const Image& image, int64_t channels, const S* by_class, S* sc
       const float* const of_columns = image.columns.seen + b * classes;
       for (int64_t c = 0; c < channels; ++c) {
         S sum = 0;
-        for (int64_t column = 0; column < classes; ++column) sum += of_columns[column] * scratch[column * channels + c];
+        for (int64_t column = 0; column < classes; ++column) {
+          if (of_columns[column] != 0) sum += of_columns[column] * scratch[column * channels + c];
+        }
         by_tap[c * taps + a * image.columns.taps + b] = static_cast<A>(sum);
       }
     }

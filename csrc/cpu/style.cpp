@@ -245,7 +245,7 @@ struct Normalisation {
       }
       for (int64_t i = 0; i < size; ++i) {
         mean[at + i] = static_cast<A>(total[i].mean);
-        var[at + i] = static_cast<A>(total[i].m2 / count);
+        var[at + i] = static_cast<A>(total[i].m2 < 0 ? 0 : total[i].m2 / count);  // rounding; NaN stays
       }
     }
     set_rstd(n * channels + c0, n * channels + c1);

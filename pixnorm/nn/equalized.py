@@ -1,6 +1,8 @@
 """Layers with an equalised learning rate (ProGAN, arXiv 1710.10196, 4.1): weights are stored with unit variance, and
 scaled when they are used, so that optimisers with normalised steps learn all layers at one speed."""
 
+from math import prod
+
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -22,7 +24,7 @@ class _Equalized(nn.Module):
 
     def scaled(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias (or None) in use."""
-        weight = self.weight * (self.gain * self.lr_multiplier / self.weight[0].numel() ** 0.5)
+        weight = self.weight * (self.gain * self.lr_multiplier / prod(self.weight.shape[1:]) ** 0.5)
         return weight, self.bias if self.bias is None or self.lr_multiplier == 1 else self.bias * self.lr_multiplier
 
     def extra_repr(self) -> str:

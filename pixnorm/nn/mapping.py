@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnorm.nn._leaf import traced
 from pixnorm.nn.equalized import EqualizedLinear
+from pixnorm.ops.common import wide
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -19,8 +21,8 @@ def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
     Returns:
         x's shape and dtype.
     """
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return (wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    values = wide(x)
+    return (values * (values.square().mean(1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def style_mixing(w1: Tensor, w2: Tensor, cut: int | Tensor) -> Tensor:
@@ -116,8 +118,14 @@ class MappingNetwork(nn.Module):
         )
         self.register_buffer("w_avg", torch.zeros(style_dim, **where))
 
+    def reset_parameters(self) -> None:
+        """``w_avg`` starts at 0; the layers inside have methods of their own."""
+        nn.init.zeros_(self.w_avg)
+
     def forward(self, z: Tensor) -> Tensor:
         """The styles of latent vectors."""
+        if (node := traced(self, z)) is not None:
+            return node
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape (N, {self.latent_dim}), got {tuple(z.shape)}")
         w = pixel_norm(z)
@@ -125,7 +133,8 @@ class MappingNetwork(nn.Module):
             w = F.leaky_relu(layer(w), 0.2)
         if self.training and self.w_avg_decay < 1 and w.shape[0] > 0:
             with torch.no_grad():
-                self.w_avg.copy_(w.detach().mean(0).to(self.w_avg.dtype).lerp(self.w_avg, self.w_avg_decay))
+                mean = wide(w.detach()).mean(0)
+                self.w_avg.copy_(mean.lerp(self.w_avg.to(mean.dtype), self.w_avg_decay))
         return w
 
     def extra_repr(self) -> str:

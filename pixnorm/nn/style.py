@@ -2,6 +2,7 @@
 (arXiv 2006.05394)."""
 
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from pixnorm.ops.modulated_conv import PADDING_MODES, Padding, modulated
 
 def _check_w(w: Tensor, x: Tensor, style_dim: int) -> None:
     check_shape("w", w, (x.shape[0], style_dim), x)
+
+
+def _check_noise(layer: "NoiseInjection | None", noise: Tensor | None) -> None:
+    if layer is None and noise is not None:
+        raise ValueError("noise was given to a layer without noise")
 
 
 def _rows(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -64,6 +70,11 @@ class NoiseInjection(nn.Module):
         n, _, h, w = x.shape
         return torch.randn((n, 1, h, w), device=x.device, dtype=x.dtype) if noise is None else noise.to(x.dtype)
 
+    @classmethod
+    def of(cls, layer: "NoiseInjection | None", x: Tensor, noise: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The noise and its strength for an epilogue; None each for a layer without noise."""
+        return (None, None) if layer is None else (cls.drawn(x, noise), layer.strength)
+
     def forward(self, input: Tensor, noise: Tensor | None = None) -> Tensor:
         """Add noise to x."""
         if (node := traced(self, input, noise)) is not None:
@@ -95,12 +106,12 @@ class _ModulatedConv(nn.Module):
         nn.init.normal_(self.weight)
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew, normal, and that of the styles; all styles start near 1."""
+        """Draw the weight anew, normal, and that of the styles, whose mean is 1 at first."""
         nn.init.normal_(self.weight)
         self.affine.reset_parameters()
 
     def _scaled_weight(self) -> Tensor:
-        return self.weight * self.weight[0].numel() ** -0.5
+        return self.weight * prod(self.weight.shape[1:]) ** -0.5
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, style_dim={self.style_dim}"
@@ -280,6 +291,10 @@ class StyleBlock(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels, **where))
         self.activation, self.negative_slope, self.gain = activation, negative_slope, gain
 
+    def reset_parameters(self) -> None:
+        """The bias starts at 0; the layers inside have methods of their own."""
+        nn.init.zeros_(self.bias)
+
     def forward(self, input: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
         """The layer's features."""
         if (node := traced(self, input, w, noise)) is not None:
@@ -303,15 +318,12 @@ class StyleBlock(nn.Module):
             next_styles: (N, O), multiplied with the result: those of the convolution that follows.
             scaled: x is already multiplied by the styles, by the layer before.
         """
+        _check_noise(self.noise, noise)
         conv = self.conv
         y, demod = modulated(x, conv._scaled_weight(), styles, **conv._options, scaled=scaled)
         if conv.upsample == 2:
             y = F.blur2d(y, impl=conv.impl)
-        strength = None
-        if self.noise is not None:
-            noise, strength = self.noise.drawn(y, noise), self.noise.strength
-        elif noise is not None:
-            raise ValueError("noise was given to a layer without noise")
+        noise, strength = NoiseInjection.of(self.noise, y, noise)
         demod, strength, bias, next_styles = _rows(y, demod, strength, self.bias, next_styles)
         return F.style_epilogue(
             y,
@@ -353,6 +365,8 @@ class StyleBlocks(nn.Module):
             if before.conv.out_channels != after.conv.in_channels:
                 channels = f"{after.conv.in_channels} channels follows one that gives {before.conv.out_channels}"
                 raise ValueError(f"a block of {channels}")
+        if len({block.conv.style_dim for block in blocks}) > 1:
+            raise ValueError(f"blocks of different style_dim: {[block.conv.style_dim for block in blocks]}")
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, input: Tensor, w: Tensor, noises: list[Tensor | None] | None = None) -> Tensor:
@@ -364,7 +378,7 @@ class StyleBlocks(nn.Module):
             w = w[:, None].expand(-1, count, -1)
         style_dim = self.blocks[0].conv.style_dim
         check_shape("w", w, (input.shape[0], count, style_dim), input)
-        noises = noises or [None] * count
+        noises = [None] * count if noises is None else noises
         if len(noises) != count:
             raise ValueError(f"expected noise for {count} layers, got {len(noises)}")
         styles = [block.conv.styles(of_layer) for block, of_layer in zip(self.blocks, w.unbind(1), strict=True)]
@@ -425,20 +439,21 @@ class StyleLayer(nn.Module):
         self.style_dim, self.upsample = style_dim, upsample
         self.negative_slope, self.eps, self.impl = negative_slope, eps, impl
 
+    def reset_parameters(self) -> None:
+        """The bias starts at 0; the layers inside have methods of their own."""
+        nn.init.zeros_(self.bias)
+
     def forward(self, input: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
         """The layer's features."""
         if (node := traced(self, input, w, noise)) is not None:
             return node
         _check_w(w, input, self.style_dim)
+        _check_noise(self.noise, noise)
         x = nn.functional.interpolate(input, scale_factor=2, mode="nearest") if self.upsample == 2 else input
         x = self.conv(x)
         if self.upsample == 2:
             x = F.blur2d(x, impl=self.impl)
-        strength = None
-        if self.noise is not None:
-            noise, strength = self.noise.drawn(x, noise), self.noise.strength
-        elif noise is not None:
-            raise ValueError("noise was given to a layer without noise")
+        noise, strength = NoiseInjection.of(self.noise, x, noise)
         scale, shift, strength, bias = _rows(x, *self.affine(w).chunk(2, 1), strength, self.bias)
         return F.style_norm(
             x,

@@ -175,6 +175,11 @@ def products_allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def wide(t: Tensor) -> Tensor:
+    """In the dtype of sums; squares in half precision may overflow."""
+    return t.float() if t.dtype in HALF else t
+
+
 def triton_ops(name: str, backward: str = "bwd") -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The forward and the backward op in Triton; their schemas are those of the native ops."""
     of = torch.ops.pixnorm

@@ -22,17 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from pixnorm.ops._dispatch import choose, define_op
-from pixnorm.ops.checks import check_device, check_eps, check_image, check_option, check_shape
+from pixnorm.ops._dispatch import IMPLS, choose, define_op
+from pixnorm.ops.checks import check_device, check_eps, check_floating, check_image, check_option, check_shape
 from pixnorm.ops.common import (
-    HALF,
     beyond_32_bits,
     dense,
     dense_like,
+    exporting,
     is_channels_last,
+    onlooker,
     public,
     through_reference,
     triton_ops,
+    wide,
     without_autocast,
 )
 from pixnorm.ops.modulate import rows_for
@@ -40,11 +42,6 @@ from pixnorm.ops.style import style_epilogue
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Padding = int | tuple[int, int] | str
-
-
-def wide(t: Tensor) -> Tensor:
-    """In the dtype of sums: squares in half precision would overflow."""
-    return t.float() if t.dtype in HALF else t
 
 
 # ---- references
@@ -128,11 +125,19 @@ def _counts(size: int, taps: int, before: int, after: int, mode: str, device: to
 _cached_counts = lru_cache(maxsize=256)(_counts)
 
 
+def _plain_tensors(device: torch.device) -> bool:
+    """Whether a tensor that is made now can be used by any later call."""
+    if torch.compiler.is_compiling() or exporting() or onlooker() or torch.is_inference_mode_enabled():
+        return False
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not capturing and torch._C._len_torch_dispatch_stack() == 0
+
+
 def tap_counts(x: Tensor, weight: Tensor, padding: Padding, mode: str) -> tuple[Tensor, Tensor]:
     """How often each row (column) of x is seen by each row (column) of taps: (kh, H) and (kw, W), of float32."""
     left, right, top, bottom = paddings(weight, padding)
     (h, w), (kh, kw) = x.shape[2:], weight.shape[2:]
-    counts = _counts if torch.compiler.is_compiling() else _cached_counts
+    counts = _cached_counts if _plain_tensors(x.device) else _counts
     return counts(h, kh, top, bottom, mode, x.device), counts(w, kw, left, right, mode, x.device)
 
 
@@ -141,14 +146,16 @@ def tap_counts(x: Tensor, weight: Tensor, padding: Padding, mode: str) -> tuple[
 
 def spatial_scale_reference(x: Tensor, style_map: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """In plain PyTorch: the specification. Arguments as in :func:`spatial_scale`."""
-    squares = wide(style_map).square()
-    sums = torch.einsum("nihw,ah,bw->niab", squares, rows.to(squares.dtype), columns.to(squares.dtype))
+    with without_autocast(x.device):
+        squares = wide(style_map).square()
+        sums = torch.einsum("nihw,ah,bw->niab", squares, rows.to(squares.dtype), columns.to(squares.dtype))
     return x * style_map, sums
 
 
 def spatial_scale_grads(grad_y, grad_sums, x, style_map, rows, columns) -> tuple[Tensor, Tensor]:
     """Its gradients in plain PyTorch."""
-    weights = torch.einsum("niab,ah,bw->nihw", grad_sums, rows.to(grad_sums.dtype), columns.to(grad_sums.dtype))
+    with without_autocast(x.device):
+        weights = torch.einsum("niab,ah,bw->nihw", grad_sums, rows.to(grad_sums.dtype), columns.to(grad_sums.dtype))
     squares = (2 * wide(style_map) * weights).to(x.dtype)
     return grad_y * style_map, grad_y * x + squares
 
@@ -197,6 +204,11 @@ class SpatialScaleFunction(torch.autograd.Function):
         return None, None, None, *backward(grad_y, grad_sums, *ctx.saved_tensors)
 
 
+def _too_many_taps(rows: Tensor, columns: Tensor) -> str | None:
+    kh, kw = rows.shape[0], columns.shape[0]
+    return f"the Triton kernels keep a sum for each tap, at most 49, got kernels of {kh}x{kw}" if kh * kw > 49 else None
+
+
 def spatial_scale(
     x: Tensor, style_map: Tensor, rows: Tensor, columns: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -210,7 +222,8 @@ def spatial_scale(
     Returns:
         x · style_map; and (N, C, kh, kw), Σ rows[a, h] columns[b, w] style_map², float32, for float64 float64.
     """
-    chosen = choose("spatial_scale", impl, x.device, {"triton": beyond_32_bits(x, 1)}, stacklevel=5)
+    refusals = {"triton": beyond_32_bits(x, 1) or _too_many_taps(rows, columns)}
+    chosen = choose("spatial_scale", impl, x.device, refusals, stacklevel=5)
     if chosen == "reference":
         return spatial_scale_reference(x, style_map, rows, columns)
     if torch.is_grad_enabled() and (x.requires_grad or style_map.requires_grad):
@@ -271,10 +284,11 @@ def modulated(
         scaled: x is already multiplied by the styles, as ``style_epilogue`` does with its ``next_styles``.
     """
     factors = demodulation(weight, styles, eps) if demodulate else None
-    if not scaled and kernels_are_cheaper(x, weight):
-        weight = weight * styles[0, :, None, None].to(weight.dtype)
+    if not scaled and demodulate and kernels_are_cheaper(x, weight):
+        scales = wide(styles)[0, :, None, None]
         if factors is not None:
-            weight, factors = weight * factors[0, :, None, None, None].to(weight.dtype), None
+            scales, factors = scales * factors[0, :, None, None, None], None
+        weight = (wide(weight) * scales).to(weight.dtype)
     elif not scaled:
         x = style_epilogue(x, demod=rows_for(styles, x), activation=None, impl=impl)
     y = upsampled_convolution(x, weight, padding) if upsample == 2 else F.conv2d(x, weight, padding=padding)
@@ -301,7 +315,7 @@ def modulated_conv2d(
     Args:
         x: (N, I, H, W), floating point, contiguous or channels_last.
         weight: (O, I, kh, kw).
-        styles: (N, I), in x's dtype, or float32 with x in half precision.
+        styles: (N, I), floating point.
         demodulate: divide by sigma.
         upsample: 2 convolves ``interpolate(x, scale_factor=2, mode="nearest")``.
         padding: ``"same"``, ``"valid"`` or numbers, as in ``F.conv2d``, with zeros.
@@ -317,10 +331,11 @@ def modulated_conv2d(
         TypeError: x is not floating point.
         RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
     """
-    _check(x, weight, eps)
+    _check(x, weight, padding, eps, impl)
     check_option("upsample", upsample, (1, 2))
     check_shape("styles", styles, x.shape[:2], x)
     check_device("styles", styles, x)
+    check_floating(styles, "styles")
     options = {"demodulate": demodulate, "upsample": upsample, "padding": padding, "eps": eps}
     if impl == "reference":
         return modulated_conv2d_reference(x, weight, styles, **options)
@@ -362,7 +377,7 @@ def spatially_modulated_conv2d(
         TypeError: x is not floating point, or the map has another dtype.
         RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
     """
-    _check(x, weight, eps)
+    _check(x, weight, padding, eps, impl)
     check_option("padding_mode", padding_mode, PADDING_MODES)
     check_shape("style_map", style_map, x.shape, x)
     check_device("style_map", style_map, x)
@@ -402,8 +417,9 @@ def _demodulated(y: Tensor, factors: Tensor | None, impl: str) -> Tensor:
     return y if factors is None else style_epilogue(y, demod=rows_for(factors, y), activation=None, impl=impl)
 
 
-def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+def _check(x: Tensor, weight: Tensor, padding: Padding, eps: float, impl: str) -> None:
     check_image(x)
+    check_option("impl", impl, IMPLS)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         wanted = f"(out_channels, {x.shape[1]}, kh, kw)"
         raise ValueError(
@@ -411,3 +427,9 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
         )
     check_device("weight", weight, x)
     check_eps(eps, False)
+    if isinstance(padding, str):
+        check_option("padding", padding, ("same", "valid"))
+    left, right, top, bottom = paddings(weight, padding)
+    if x.shape[2] + top + bottom < weight.shape[2] or x.shape[3] + left + right < weight.shape[3]:
+        sizes = f"{tuple(weight.shape[2:])} are larger than the input {tuple(x.shape[2:])} with padding {padding!r}"
+        raise ValueError(f"kernels of size {sizes}")

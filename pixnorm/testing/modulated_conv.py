@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pixnorm.functional import spatially_modulated_conv2d
-from pixnorm.ops.modulated_conv import ops_of, spatially_modulated_conv2d_reference, tap_counts
+from pixnorm.ops.modulated_conv import convolution, ops_of, spatially_modulated_conv2d_reference, tap_counts
+from pixnorm.ops.style import epilogue_ops_of
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
 
@@ -34,6 +35,11 @@ def _traffic(case: Case, dtype: torch.dtype) -> Traffic:
     return Traffic(3 * tensor_pass, 5 * tensor_pass)
 
 
+def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
+    """The input of the convolution, and its output."""
+    return 2 * dtype.itemsize * torch.Size(case.shape).numel()
+
+
 def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     forward, backward = ops_of(impl)
     x, weight, style_map = (tensors[name] for name in ("x", "weight", "style_map"))
@@ -41,6 +47,10 @@ def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, A
     yield forward, (x, style_map, *counts)
     y, sums = forward(x, style_map, *counts)
     yield backward, (torch.ones_like(y), torch.ones_like(sums), x, style_map, *counts)
+    if options.get("demodulate", True):
+        y = convolution(y, weight, options.get("padding", "same"), options.get("padding_mode", "zeros"))
+        arguments = y, y.new_ones(y.shape[:2]), None, None, None, None, None, 1.0
+        yield from zip(epilogue_ops_of(impl), (arguments, (torch.ones_like(y), *arguments)), strict=True)
 
 
 def _cases() -> tuple[Case, ...]:
@@ -82,6 +92,8 @@ SPATIALLY_MODULATED = OpSpec(
     differentiable=("x", "weight", "style_map"),
     cases=_cases(),
     traffic=_traffic,
+    saved_bytes=_saved_bytes,
+    composite=True,
     kernel_calls=_kernel_calls,
     options={"padding_mode": ("zeros", "circular")},
     variants=({}, {"padding_mode": "circular"}),
