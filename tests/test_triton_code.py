@@ -281,3 +281,14 @@ def test_a_compiler_that_dies_is_told_with_what_it_worked_on(processes):
 
 def _exit(status: int, _) -> None:
     os._exit(status)
+
+
+def test_the_gates_of_spatial_scale_can_fail(found):
+    """Selected for every GPU; tensors that are loaded again and again."""
+    names = {(k.gpu.arch, k.name) for k in found["spatial_scale"]}
+    assert names == set(product((g.arch for g in TRITON_GPUS), style.SCALES))
+    for kernel in found["spatial_scale"]:
+        assert not kernel.violations()
+        tensors = ["LDG.E.128"] * (8 * int(kernel.elements) * kernel.itemsize // 16)
+        again = kernel.code._replace(main_loop=[*kernel.code.main_loop, *tensors])
+        assert "moves in the main loop" in " ".join(replace(kernel, code=again).violations())

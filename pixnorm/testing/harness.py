@@ -211,7 +211,7 @@ class OpSpec:
         per_sample: names of the other arguments with a batch dimension (rows (N, C), class labels, label maps).
         integers: names of the arguments of an integer dtype: never cast, never differentiated.
         buffers: names of the arguments that a training call updates in place.
-        saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments; if ``composite``, of feature maps.
+        saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments; ``composite``: feature maps.
         composite: whether it consists of PyTorch's operations, too; its reference may have other ones.
         backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
         options: values of the keyword arguments; tests try all combinations. If there are none, the variants.
