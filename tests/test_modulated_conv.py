@@ -1,6 +1,7 @@
 """Modulated convolutions: the identities of their equations, numbers by hand, errors, and what stands between two."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -347,6 +348,28 @@ def test_blocks_are_the_layers(impl):
 
 
 @impls
+def test_hooks_of_blocks_and_convolutions_run(impl):
+    """Checkpoint wrappers, sharding and hook-based weight norms depend on it."""
+    blocks = StyleBlocks(StyleBlock(4, 6, 3, 5, impl=impl), StyleBlock(6, 3, 3, 5, impl=impl))
+    seen = []
+    for module in blocks.modules():
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    blocks(torch.randn(2, 4, 5, 6), torch.randn(2, 5))
+    assert [seen.count(name) for name in ("StyleBlock", "ModulatedConv2d", "EqualizedLinear")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_trace_of_one_sample_is_right_for_more(impl):
+    """Kernels of its own would bake the first sample's styles in."""
+    for layer in (ModulatedConv2d(4, 6, 3, 8, upsample=2, impl=impl), StyleBlock(4, 6, 3, 8, noise=False, impl=impl)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(layer, (torch.randn(1, 4, 32, 32), torch.randn(1, 8)))
+        x, w = torch.randn(2, 4, 32, 32), torch.randn(2, 8)
+        torch.testing.assert_close(traced(x, w), layer(x, w), rtol=1e-3, atol=1e-4)
+
+
+@impls
 def test_block_by_hand(impl):
     block = StyleBlock(4, 6, 3, 5, impl=impl).double()
     x, w = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
@@ -507,6 +530,9 @@ def test_modulated_modules(impl):
         (lambda: StyleBlock(2, 3, 3, 4)(torch.randn(1, 2, 4, 4), torch.randn(2, 4)), r"w must have shape \(1, 4\)"),
         (lambda: StyleLayer(2, 3, 3, 4)(torch.randn(1, 2, 4, 4), torch.randn(1, 5)), r"w must have shape \(1, 4\)"),
         (lambda: StyleBlock(2, 3, 3, 4, noise=False)(*[torch.ones(1, 2, 4, 4)], torch.ones(1, 4), 1), "without noise"),
+        (lambda: StyleBlock(2, 3, 3, 4)(torch.randn(1, 5, 4, 4), torch.randn(1, 4)), "expected input of 2 channels"),
+        (lambda: StyleLayer(2, 3, 3, 4)(torch.randn(2, 4, 4), torch.randn(1, 4)), "expected 4D input"),
+        (lambda: truncate(torch.ones(1, 4), torch.ones(4), layers=-1), "layers must not be negative"),
         (lambda: NoiseInjection(0), "num_features must be positive"),
         (lambda: MappingNetwork(layers=0), "layers must be positive"),
         (lambda: MappingNetwork(4, 4)(torch.randn(2, 3)), r"z must have shape \(N, 4\)"),

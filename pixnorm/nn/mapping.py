@@ -65,6 +65,8 @@ def truncate(w: Tensor, w_avg: Tensor, psi: float = 0.7, layers: int | None = 8)
     """
     if w.dim() not in (2, 3) or w_avg.shape != w.shape[-1:]:
         raise ValueError(f"expected w (N, L, D) or (N, D) and w_avg (D,), got {tuple(w.shape)}, {tuple(w_avg.shape)}")
+    if layers is not None and layers < 0:
+        raise ValueError(f"layers must not be negative, got {layers}")
     truncated = w_avg.to(w.dtype).lerp(w, psi)
     if w.dim() == 2 or layers is None:
         return truncated

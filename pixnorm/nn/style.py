@@ -12,7 +12,7 @@ from pixnorm import functional as F
 from pixnorm.nn._leaf import traced
 from pixnorm.nn.equalized import HE, EqualizedConv2d, EqualizedLinear
 from pixnorm.ops._dispatch import IMPLS
-from pixnorm.ops.checks import check_option, check_shape
+from pixnorm.ops.checks import check_image, check_option, check_shape
 from pixnorm.ops.common import ACTIVATIONS, HALF
 from pixnorm.ops.modulated_conv import PADDING_MODES, Padding, modulated, upsampled_convolution
 
@@ -79,6 +79,7 @@ class NoiseInjection(nn.Module):
         """Add noise to x."""
         if (node := traced(self, input, noise)) is not None:
             return node
+        check_image(input)
         (strength,) = _rows(input, self.strength)
         noise = self.drawn(input, noise)
         return F.style_epilogue(input, noise=noise, noise_strength=strength, activation=None, impl=self.impl)
@@ -109,6 +110,11 @@ class _ModulatedConv(nn.Module):
         """Draw the weight anew, normal, and that of the styles, whose mean is 1 at first."""
         nn.init.normal_(self.weight)
         self.affine.reset_parameters()
+
+    def _check(self, x: Tensor) -> None:
+        check_image(x)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"expected input of {self.in_channels} channels, got {tuple(x.shape)}")
 
     def _scaled_weight(self) -> Tensor:
         return self.weight * prod(self.weight.shape[1:]) ** -0.5
@@ -172,12 +178,34 @@ class ModulatedConv2d(_ModulatedConv):
         names = ("demodulate", "upsample", "padding", "eps", "impl")
         return {name: getattr(self, name) for name in names}
 
-    def forward(self, input: Tensor, w: Tensor) -> Tensor:
-        """Convolve with the styles of w."""
+    def forward(
+        self,
+        input: Tensor,
+        w: Tensor,
+        *,
+        styles: Tensor | None = None,
+        scaled: bool = False,
+        factors_apart: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Convolve with the styles of w.
+
+        Args:
+            styles: those of w, if they are known already.
+            scaled: the input is already multiplied by them.
+            factors_apart: return the convolution before its demodulation, and the factors (N, O) that are left (or
+                None): ``demod`` of :func:`pixnorm.functional.style_epilogue`.
+        """
         if (node := traced(self, input, w)) is not None:
             return node
-        _check_w(w, input, self.style_dim)
-        (styles,) = _rows(input, self.styles(w))
+        self._check(input)
+        if styles is None:
+            _check_w(w, input, self.style_dim)
+            styles = self.styles(w)
+        (styles,) = _rows(input, styles)
+        if factors_apart:
+            return modulated(input, self._scaled_weight(), styles, **self._options, scaled=scaled)
+        if scaled:
+            raise ValueError("a scaled input is for factors_apart=True")
         return F.modulated_conv2d(input, self._scaled_weight(), styles, **self._options)
 
     def extra_repr(self) -> str:
@@ -227,6 +255,7 @@ class SpatiallyModulatedConv2d(_ModulatedConv):
         """Convolve with the styles of a map of w."""
         if (node := traced(self, input, w)) is not None:
             return node
+        self._check(input)
         n, _, height, width = input.shape
         check_shape("w", w, (n, self.style_dim, height, width), input)
         return F.spatially_modulated_conv2d(
@@ -295,32 +324,28 @@ class StyleBlock(nn.Module):
         """The bias starts at 0; the layers inside have methods of their own."""
         nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The layer's features."""
-        if (node := traced(self, input, w, noise)) is not None:
-            return node
-        _check_w(w, input, self.conv.style_dim)
-        return self.styled(input, self.conv.styles(w), noise)
-
-    def styled(
+    def forward(
         self,
-        x: Tensor,
-        styles: Tensor,
+        input: Tensor,
+        w: Tensor,
         noise: Tensor | None = None,
         *,
+        styles: Tensor | None = None,
         next_styles: Tensor | None = None,
         scaled: bool = False,
     ) -> Tensor:
-        """The same from the convolution's styles (N, I).
+        """The layer's features.
 
         Args:
-            x, styles, noise: as above.
+            styles: (N, I), those of w, if they are known already.
             next_styles: (N, O), multiplied with the result: those of the convolution that follows.
-            scaled: x is already multiplied by the styles, by the layer before.
+            scaled: the input is already multiplied by the styles, by the layer before.
         """
+        if (node := traced(self, input, w, noise)) is not None:
+            return node
         _check_noise(self.noise, noise)
         conv = self.conv
-        y, demod = modulated(x, conv._scaled_weight(), styles, **conv._options, scaled=scaled)
+        y, demod = conv(input, w, styles=styles, scaled=scaled, factors_apart=True)
         if conv.upsample == 2:
             y = F.blur2d(y, impl=conv.impl)
         noise, strength = NoiseInjection.of(self.noise, y, noise)
@@ -361,6 +386,8 @@ class StyleBlocks(nn.Module):
         super().__init__()
         if not blocks:
             raise ValueError("expected at least one block")
+        if wrong := [type(block).__name__ for block in blocks if not isinstance(block, StyleBlock)]:
+            raise TypeError(f"expected StyleBlocks, got {', '.join(wrong)}")
         for before, after in pairwise(blocks):
             if before.conv.out_channels != after.conv.in_channels:
                 channels = f"{after.conv.in_channels} channels follows one that gives {before.conv.out_channels}"
@@ -385,7 +412,7 @@ class StyleBlocks(nn.Module):
         x = input
         for i, block in enumerate(self.blocks):
             after = styles[i + 1] if i + 1 < count else None
-            x = block.styled(x, styles[i], noises[i], next_styles=after, scaled=i > 0)
+            x = block(x, w[:, i], noises[i], styles=styles[i], next_styles=after, scaled=i > 0)
         return x
 
 
@@ -447,6 +474,7 @@ class StyleLayer(nn.Module):
         """The layer's features."""
         if (node := traced(self, input, w, noise)) is not None:
             return node
+        check_image(input)
         _check_w(w, input, self.style_dim)
         _check_noise(self.noise, noise)
         if self.upsample == 2:

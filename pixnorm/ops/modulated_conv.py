@@ -267,7 +267,8 @@ def upsampled_convolution(x: Tensor, weight: Tensor, padding: Padding) -> Tensor
     backward, and 0.9 for 256 of 8x8.
     """
     (kh, kw), (left, right, top, bottom) = weight.shape[2:], paddings(weight, padding)
-    if left != right or top != bottom or top >= kh or left >= kw:
+    # The legacy ONNX exporter knows no transposed convolution with computed kernels.
+    if left != right or top != bottom or top >= kh or left >= kw or onlooker() is not None:
         return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
     flipped = weight.flip(2, 3)
     rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
@@ -296,7 +297,10 @@ def modulated(
         scaled: x is already multiplied by the styles, as ``style_epilogue`` does with its ``next_styles``.
     """
     factors = demodulation(weight, styles, eps) if demodulate else None
-    if not scaled and demodulate and kernels_are_cheaper(x, weight):
+    if impl not in ("auto", "reference"):
+        choose("style_epilogue", impl, x.device, {})  # raises, whichever form is taken
+    traced = onlooker() is not None  # a graph for other batches, too
+    if not (scaled or traced or impl == "reference") and demodulate and kernels_are_cheaper(x, weight):
         scales = wide(styles)[0, :, None, None]
         if factors is not None:
             scales, factors = scales * factors[0, :, None, None, None], None

@@ -280,6 +280,8 @@ def style_epilogue(
     """
     check_image(x)
     check_option("activation", activation, ACTIVATIONS)
+    if isinstance(gain, Tensor):
+        raise TypeError("gain must be a number: it has no gradient; next_styles are multiplied in the same way")
     noise_strength, bias = _check_noise_and_bias(x, noise, noise_strength, bias)
     rows = {"demod": demod, "next_styles": next_styles}
     _check_rows(x, rows, noise_strength, bias)
