@@ -69,7 +69,6 @@ class StyleConfiguration(Configuration):
     """StyleGAN 2's epilogue, or StyleGAN 1's, with all arguments."""
 
     kernels: ClassVar = dict.fromkeys(STREAMS, Stream) | dict.fromkeys(RESIDENT, Planes)
-    modelled = False
 
     norm: bool = False
 
