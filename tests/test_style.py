@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from pixnorm.functional import modulated_norm, style_epilogue, style_norm
+from pixnorm.ops.common import HALF
 from pixnorm.ops.style import style_epilogue_reference, style_norm_reference
-from pixnorm.testing import DENSE_LAYOUTS, Case
+from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, Case
 from pixnorm.testing.style import STYLE_EPILOGUE, STYLE_NORM
 
 SPECS = (STYLE_EPILOGUE, STYLE_NORM)
@@ -177,3 +178,13 @@ def test_parameters_have_one_dtype(impl):
 def test_one_value_cannot_be_normalised(impl):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         style_norm(torch.ones(4, 3, 1, 1), torch.ones(4, 3), torch.ones(4, 3), impl=impl)
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_results_are_rounded_to_nearest(kernel, dtype, layout):
+    """One product in float32, so the bits are known; the tolerance of other tests would let truncation pass."""
+    x = LAYOUTS[layout](torch.randn(2, 33, 5, 7).to(dtype))
+    demod = torch.rand(2, 33) + 0.5
+    y = style_epilogue(x, demod=demod, activation=None, impl=kernel)
+    assert torch.equal(y, (x.float() * demod[..., None, None]).to(dtype))
