@@ -6,6 +6,7 @@ from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
 from pixnorm.ops.modulated_conv import modulated_conv2d, spatially_modulated_conv2d
+from pixnorm.ops.resampled_conv import conv_avg_pool2d, upsample_conv2d
 from pixnorm.ops.spn import conditional_spn, spn
 from pixnorm.ops.style import style_epilogue, style_norm
 
@@ -15,6 +16,7 @@ __all__ = [
     "blur2d",
     "conditional_conv2d",
     "conditional_spn",
+    "conv_avg_pool2d",
     "gconv2d",
     "gconv_mix",
     "glinear",
@@ -25,4 +27,5 @@ __all__ = [
     "spn",
     "style_epilogue",
     "style_norm",
+    "upsample_conv2d",
 ]

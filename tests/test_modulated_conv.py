@@ -70,18 +70,6 @@ def test_each_sample_is_convolved_with_kernels_of_its_own(impl, n, upsample, pad
     close(y, grouped.view_as(y))
 
 
-@pytest.mark.parametrize("padding", ["same", "valid", 0, 1, (2, 0), (4, 5)])
-@pytest.mark.parametrize("size", [(3, 3), (1, 1), (5, 3), (2, 2), (4, 3)], ids=str)
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_convolution_of_an_upsampled_tensor(size, padding, layout):
-    x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, dtype=torch.float64))
-    weight = LAYOUTS[layout](torch.randn(6, 3, *size, dtype=torch.float64))
-    y = ops.upsampled_convolution(x, weight, padding)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
-    close(y, expected)
-    assert y.stride() == expected.stride()
-
-
 @impls
 @pytest.mark.parametrize("n", [1, 2])
 def test_scales_cancel(impl, n):

@@ -7,6 +7,7 @@ from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
+from pixnorm.nn.resampled_conv import ConvAvgPool2d, UpsampleConv2d
 from pixnorm.nn.spade import SPADE2d
 from pixnorm.nn.spn import ConditionalSPN2d, SPN2d, self_latent_mask
 from pixnorm.nn.statistics import NORMS, update_statistics
@@ -26,6 +27,7 @@ __all__ = [
     "ConditionalBatchNorm2d",
     "ConditionalConv2d",
     "ConditionalSPN2d",
+    "ConvAvgPool2d",
     "Conversion",
     "EqualizedConv2d",
     "EqualizedLinear",
@@ -41,6 +43,7 @@ __all__ = [
     "StyleBlock",
     "StyleBlocks",
     "StyleLayer",
+    "UpsampleConv2d",
     "convert_batchnorm",
     "convert_conv",
     "latent",

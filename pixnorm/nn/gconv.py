@@ -13,7 +13,7 @@ from pixnorm.nn._leaf import traced
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_option
 from pixnorm.ops.common import exporting
-from pixnorm.ops.gconv import PADDING_MODES
+from pixnorm.ops.gconv import PADDING_MODES, check_upsample
 
 
 class _Current(threading.local):
@@ -142,6 +142,7 @@ class GConv2d(_Generative):
         device, dtype: of the parameters.
         groups: must be 1: mixing adds kernels, so all of them must see all channels.
         padding_mode: as in ``nn.Conv2d``.
+        upsample: 2 convolves the input upsampled by 2, see :func:`pixnorm.functional.gconv2d`.
         init: ``"glorot"`` draws all weights Glorot uniform; ``"zero"`` does so except for ``mix_weight``, which is 0:
             the layer starts as plain convolution, and ``scale_weight`` and z get no gradient in the first step. Such a
             ``mix_weight`` cannot have spectral norm, which divides by its norm.
@@ -176,6 +177,7 @@ class GConv2d(_Generative):
         init: str = "glorot",
         groups: int = 1,
         padding_mode: str = "zeros",
+        upsample: int = 1,
     ):
         if groups != 1:
             raise ValueError(
@@ -192,6 +194,7 @@ class GConv2d(_Generative):
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
             if len(value) != 2 or min(value) < 1:
                 raise ValueError(f"{name} must be one or two positive numbers, got {value}")
+        check_upsample(upsample, stride, dilation, padding_mode)
         super().__init__((out_channels, in_channels, *kernel_size), latent_dim, bias, impl, init, device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -200,6 +203,7 @@ class GConv2d(_Generative):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.dilation = dilation
         self.padding_mode = padding_mode
+        self.upsample = upsample
 
     def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:
         """Convolve each sample of the input with its own kernels."""
@@ -216,15 +220,17 @@ class GConv2d(_Generative):
             padding=self.padding,
             dilation=self.dilation,
             padding_mode=self.padding_mode,
+            upsample=self.upsample,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        padding = "" if self.padding_mode == "zeros" else f"padding_mode={self.padding_mode!r}, "
+        others = "" if self.padding_mode == "zeros" else f"padding_mode={self.padding_mode!r}, "
+        others += "" if self.upsample == 1 else f"upsample={self.upsample}, "
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, latent_dim={self.latent_dim}, "
             f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}, "
-            f"bias={self.bias is not None}, {padding}"
+            f"bias={self.bias is not None}, {others}"
             f"impl={self.impl!r}"
         )
 

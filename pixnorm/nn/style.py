@@ -14,7 +14,8 @@ from pixnorm.nn.equalized import HE, EqualizedConv2d, EqualizedLinear
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_image, check_option, check_shape
 from pixnorm.ops.common import ACTIVATIONS, HALF
-from pixnorm.ops.modulated_conv import PADDING_MODES, Padding, modulated, upsampled_convolution
+from pixnorm.ops.modulated_conv import PADDING_MODES, modulated
+from pixnorm.ops.resampled_conv import Padding
 
 
 def _check_w(w: Tensor, x: Tensor, style_dim: int) -> None:
@@ -478,7 +479,7 @@ class StyleLayer(nn.Module):
         _check_w(w, input, self.style_dim)
         _check_noise(self.noise, noise)
         if self.upsample == 2:
-            x = F.blur2d(upsampled_convolution(input, self.conv.scaled()[0], "same"), impl=self.impl)
+            x = F.blur2d(F.upsample_conv2d(input, self.conv.scaled()[0], padding="same"), impl=self.impl)
         else:
             x = self.conv(input)
         noise, strength = NoiseInjection.of(self.noise, x, noise)

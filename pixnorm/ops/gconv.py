@@ -45,6 +45,7 @@ from pixnorm.ops.common import (
     triton_ops,
     without_autocast,
 )
+from pixnorm.ops.resampled_conv import upsample_conv2d
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -66,11 +67,22 @@ def gconv2d_reference(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     padding_mode: str = "zeros",
+    upsample: int = 1,
 ) -> Tensor:
     """GConv in plain PyTorch: the specification. Any device, any order of gradient. Arguments as in :func:`gconv2d`."""
+    if upsample == 2:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
     s = torch.sigmoid(F.linear(torch.cat([x.mean((2, 3)), z], dim=1), scale_weight))
     u = _convolved(x, weight, stride, padding, dilation, padding_mode)
     return gconv_mix_reference(u, s, mix_weight, bias)
+
+
+def check_upsample(upsample: int, stride, dilation, padding_mode: str) -> None:
+    """Upsampling goes with a plain convolution."""
+    check_option("upsample", upsample, (1, 2))
+    if upsample == 2 and (_pair(stride) != (1, 1) or _pair(dilation) != (1, 1) or padding_mode != "zeros"):
+        given = f"stride={stride}, dilation={dilation}, padding_mode={padding_mode!r}"
+        raise ValueError(f"upsample=2 is for stride 1, dilation 1 and padding_mode='zeros', got {given}")
 
 
 def _convolved(x: Tensor, weight: Tensor, stride, padding, dilation, padding_mode: str) -> Tensor:
@@ -358,6 +370,7 @@ def gconv2d(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     padding_mode: str = "zeros",
+    upsample: int = 1,
     impl: str = "auto",
 ) -> Tensor:
     r"""Generative convolution (arXiv 2111.15171, eq. 5-8): for each sample, the kernels are scaled by a function of a
@@ -375,6 +388,8 @@ def gconv2d(
         bias: (n,) or None, added at the end.
         stride, padding, dilation: as in ``F.conv2d``.
         padding_mode: as in ``nn.Conv2d``.
+        upsample: 2 convolves the input upsampled by 2 (nearest), as :func:`upsample_conv2d` does; for stride and
+            dilation 1 and zero padding.
         impl: of the mixing, as in :func:`gconv_mix`. The convolution is always PyTorch's.
 
     Returns:
@@ -389,11 +404,13 @@ def gconv2d(
         RuntimeError: tensors on several devices, an ``impl`` that cannot run here, or an error of ``F.conv2d``.
     """
     check_option("padding_mode", padding_mode, PADDING_MODES)
+    check_upsample(upsample, stride, dilation, padding_mode)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+    options["upsample"] = upsample
     if x.dim() not in (3, 4):
         raise ValueError(f"expected 3D (unbatched) or 4D (batched) input, got {x.dim()}D input")
     if x.dim() == 3:
         z = z[None] if z.dim() == 1 else z
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         return gconv2d(x[None], z, weight, scale_weight, mix_weight, bias, **options, impl=impl)[0]
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
@@ -402,13 +419,15 @@ def gconv2d(
         )
     _check_layer(x, z, weight, scale_weight, mix_weight, bias)
     if impl == "reference":
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         return gconv2d_reference(x, z, weight, scale_weight, mix_weight, bias, **options)
     # The gradient of a sum is an expanded view, one number per channel; that of a mean is a tensor as large as x.
     pixels = x.shape[2] * x.shape[3]
     mean = x.mean((2, 3)) if x.dtype in HALF else x.sum((2, 3)) / pixels
     s = torch.sigmoid(F.linear(torch.cat([mean, z], dim=1), scale_weight))
-    u = _convolved(x, weight, stride, padding, dilation, padding_mode)
+    if upsample == 2:
+        u = upsample_conv2d(x, weight, padding=padding)
+    else:
+        u = _convolved(x, weight, stride, padding, dilation, padding_mode)
     return gconv_mix(u, s, mix_weight, bias, impl=impl)
 
 
