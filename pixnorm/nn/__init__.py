@@ -5,6 +5,7 @@ from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatc
 from pixnorm.nn.conditional_conv import ConditionalConv2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
+from pixnorm.nn.gate import ChannelGate, SpatialGate
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
 from pixnorm.nn.spade import SPADE2d
@@ -23,6 +24,7 @@ __all__ = [
     "NORMS",
     "AdaIN2d",
     "BatchNorm2d",
+    "ChannelGate",
     "ConditionalBatchNorm2d",
     "ConditionalConv2d",
     "ConditionalSPN2d",
@@ -37,6 +39,7 @@ __all__ = [
     "NoiseInjection",
     "SPADE2d",
     "SPN2d",
+    "SpatialGate",
     "SpatiallyModulatedConv2d",
     "StyleBlock",
     "StyleBlocks",
