@@ -2,6 +2,7 @@
 
 from pixnorm.ops.blur import blur2d
 from pixnorm.ops.conditional_conv import conditional_conv2d
+from pixnorm.ops.gate import channel_gate, spatial_gate
 from pixnorm.ops.gconv import gconv2d, gconv_mix, glinear
 from pixnorm.ops.label_conv import label_conv2d
 from pixnorm.ops.modulate import adain, adain_transfer, modulated_norm
@@ -14,6 +15,7 @@ __all__ = [
     "adain",
     "adain_transfer",
     "blur2d",
+    "channel_gate",
     "conditional_conv2d",
     "conditional_spn",
     "conv_avg_pool2d",
@@ -23,6 +25,7 @@ __all__ = [
     "label_conv2d",
     "modulated_conv2d",
     "modulated_norm",
+    "spatial_gate",
     "spatially_modulated_conv2d",
     "spn",
     "style_epilogue",

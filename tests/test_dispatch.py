@@ -83,7 +83,7 @@ def test_the_impl_that_was_named_runs(spec, impl, native):
     with OpsCalled() as called:
         spec.function(**(tensors | leaves), impl=impl).sum().backward()
     expected = {f"{spec.name}_fwd", f"{spec.name}_bwd"} | ({"update_running"} if spec.buffers else set())
-    expected |= {"style_epilogue_fwd", "style_epilogue_bwd"} if spec.composite else set()
+    expected |= {name for helpers in spec.helpers for name in helpers}
     assert called.names == (expected if native else set())
     assert all(leaf.grad is not None for leaf in leaves.values())
 
@@ -95,7 +95,7 @@ def test_auto_is_the_default(spec, nothing_fell_back):
     with OpsCalled() as called, warned:
         spec.function(**arguments(spec))
     expected = {f"{spec.name}_fwd"} | ({"update_running"} if spec.buffers else set())
-    expected |= {"style_epilogue_fwd"} if spec.composite else set()
+    expected |= set(spec.helpers[0])
     assert called.names == (expected if native else set())
 
 

@@ -5,6 +5,7 @@ from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatc
 from pixnorm.nn.conditional_conv import ConditionalConv2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
+from pixnorm.nn.gate import ChannelGate, SpatialGate
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
 from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
 from pixnorm.nn.resampled_conv import ConvAvgPool2d, UpsampleConv2d
@@ -24,6 +25,7 @@ __all__ = [
     "NORMS",
     "AdaIN2d",
     "BatchNorm2d",
+    "ChannelGate",
     "ConditionalBatchNorm2d",
     "ConditionalConv2d",
     "ConditionalSPN2d",
@@ -39,6 +41,7 @@ __all__ = [
     "NoiseInjection",
     "SPADE2d",
     "SPN2d",
+    "SpatialGate",
     "SpatiallyModulatedConv2d",
     "StyleBlock",
     "StyleBlocks",

@@ -213,6 +213,7 @@ class OpSpec:
         buffers: names of the arguments that a training call updates in place.
         saved_bytes: ``(case, dtype)`` -> bytes kept for backward beyond the arguments; ``composite``: feature maps.
         composite: whether it consists of PyTorch's operations, too; its reference may have other ones.
+        helpers: the names of the other ops that it calls, in forward and in backward.
         backends: what there are kernels for: ``"cpu"``, ``"cuda"`` (C++), ``"triton"``, as far as the op has them.
         options: values of the keyword arguments; tests try all combinations. If there are none, the variants.
         variants: the combinations that tests of other things go through.
@@ -239,6 +240,7 @@ class OpSpec:
     title: str = ""
     saved_bytes: Callable[[Case, torch.dtype], int] = lambda case, dtype: 0
     composite: bool = False
+    helpers: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     backends: tuple[str, ...] = ("cpu", "cuda", "triton")
     options: Mapping[str, tuple] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)

@@ -94,6 +94,7 @@ SPATIALLY_MODULATED = OpSpec(
     traffic=_traffic,
     saved_bytes=_saved_bytes,
     composite=True,
+    helpers=(("style_epilogue_fwd",), ("style_epilogue_bwd",)),
     kernel_calls=_kernel_calls,
     options={"padding_mode": ("zeros", "circular")},
     variants=({}, {"padding_mode": "circular"}),

@@ -1,0 +1,440 @@
+r"""The two gates of CBAM (arXiv 1807.06521, section 3), which scale features by numbers in (0, 1):
+
+    y = a · x
+
+Channel gate (eq. 2): one number for each sample and channel, from the maximum and the mean over the pixels,
+
+    a = σ(MLP(mean(x)) + MLP(max(x))),    MLP(v) = W₂ relu(W₁ v + b₁) + b₂
+
+Spatial gate (eq. 3): one number for each sample and pixel, from the maximum and the mean over the channels,
+
+    a = σ(BN(f ⊛ [max(x); mean(x)]))
+
+with a convolution f of 2 channels to 1 (7x7 in the paper) and a batch norm of that channel, which the authors' code has
+and the paper leaves out.
+
+Both are two passes over x in either direction: x is pooled, the gate is made of the few numbers that this gives, x is
+multiplied. Backward sums dy x to the gradient of a, goes back through the small layers, and adds what they give to each
+pixel (the mean) and to the first maximum. Ops are the passes; the small layers are PyTorch's operations.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnorm.ops._dispatch import choose, define_op
+from pixnorm.ops.checks import (
+    check_device,
+    check_eps,
+    check_image,
+    check_parameter_dtype,
+    check_running_statistics,
+    check_several_values,
+    check_shape,
+)
+from pixnorm.ops.common import (
+    beyond_32_bits,
+    call_reference,
+    dense,
+    dense_like,
+    like_parameter,
+    public,
+    reference_grads,
+    through_reference,
+    wide,
+    without_autocast,
+)
+from pixnorm.ops.modulate import ops_of as norm_ops_of
+from pixnorm.ops.statistics import update_running
+
+# The parameters of both gates, in the order of their arguments.
+CHANNEL_PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+SPATIAL_PARAMETERS = ("weight", "bn_weight", "bn_bias")
+
+
+def _pooled(x: Tensor, spatial: bool) -> Tensor:
+    """Maximum and mean over channels, (N, 2, H, W), or over pixels, (N, 2, C), in the dtype of sums.
+
+    As ``max_pool2d``, unlike ``amax``, ``max`` gives the gradient to the first maximum only.
+    """
+    flat, dim = (x, 1) if spatial else (x.flatten(2), 2)
+    return torch.stack([wide(flat.max(dim).values), wide(flat).mean(dim)], 1)
+
+
+def _perceptron(pooled: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    hidden = F.relu(F.linear(pooled, fc1_weight, fc1_bias))
+    return F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def channel_gate_reference(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """The channel gate in plain PyTorch: the specification. Arguments as in :func:`channel_gate`."""
+    pooled = _pooled(x, False)
+    layers = [t.to(pooled.dtype) for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
+    gate = torch.sigmoid(_perceptron(pooled, *layers).sum(1))
+    return (gate[..., None, None] * x).to(x.dtype)
+
+
+def spatial_gate_reference(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The spatial gate in plain PyTorch: the specification. Arguments as in :func:`spatial_gate`."""
+    pooled = _pooled(x, True)
+    weight, bn_weight, bn_bias = (t.to(pooled.dtype) for t in (weight, bn_weight, bn_bias))
+    running = [None if t is None else t.to(pooled.dtype) for t in (running_mean, running_var)]
+    z = F.conv2d(pooled, weight, padding=_padding(weight))
+    gate = torch.sigmoid(F.batch_norm(z, *running, bn_weight, bn_bias, training, momentum, eps))
+    for buffer, moved in zip((running_mean, running_var), running, strict=True):
+        if training and buffer is not moved:  # the dtype of the sums is another one
+            buffer.copy_(moved)
+    return (gate * x).to(x.dtype)
+
+
+def _padding(weight: Tensor) -> tuple[int, int]:
+    """Keeps the size."""
+    return weight.shape[2] // 2, weight.shape[3] // 2
+
+
+# The schemas. `pooled` holds maxima, then means: (N, 2, H, W) where spatial, else (N, 2, C); `index` where the first
+# maximum is, a channel or a pixel h W + w, int32. They, `gate` and its gradient have the dtype of sums; the last three
+# are (N, 1, H, W) or (N, C). grad_y has the layout that grad_x shall have.
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _shape_of_gate(x: Tensor, spatial: bool) -> tuple[int, ...]:
+    n, c, h, w = x.shape
+    return (n, 1, h, w) if spatial else (n, c)
+
+
+def gate_pool_fake(x, spatial):
+    n, *others = _shape_of_gate(x, spatial)
+    sizes = others[1:] if spatial else others
+    index = x.new_empty((n, *others), dtype=torch.int32)
+    return x.new_empty((n, 2, *sizes), dtype=_accumulator(x)), index
+
+
+def gate_fwd_fake(x, gate, spatial):
+    return dense_like(x)
+
+
+def gate_reduce_fake(grad_y, x, spatial):
+    return x.new_empty(_shape_of_gate(x, spatial), dtype=_accumulator(x))
+
+
+def gate_bwd_fake(grad_y, gate, grad_pooled, index, spatial):
+    return dense_like(grad_y)
+
+
+class GateOps(NamedTuple):
+    """The passes: maxima and means; y = a x; Σ dy x; dx."""
+
+    pool: torch._ops.OpOverload
+    forward: torch._ops.OpOverload
+    reduce: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+
+
+_NATIVE = GateOps(
+    define_op("gate_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor index)", gate_pool_fake),
+    define_op("gate_fwd(Tensor x, Tensor gate, bool spatial) -> Tensor y", gate_fwd_fake),
+    define_op("gate_reduce(Tensor grad_y, Tensor x, bool spatial) -> Tensor grad_gate", gate_reduce_fake),
+    define_op(
+        "gate_bwd(Tensor grad_y, Tensor gate, Tensor grad_pooled, Tensor index, bool spatial) -> Tensor grad_x",
+        gate_bwd_fake,
+    ),
+)
+
+
+def ops_of(impl: str) -> GateOps:
+    """The ops of an impl."""
+    if impl != "triton":
+        return _NATIVE
+    return GateOps(*(getattr(torch.ops.pixnorm, f"{op._opname}_triton").default for op in _NATIVE))
+
+
+# ---- channel gate ----
+
+
+class ChannelGateFunction(torch.autograd.Function):
+    """Saves its inputs and numbers of (N, C): pooled features, where maxima are, gates.
+
+    A backward that is itself differentiated goes through the reference.
+    """
+
+    @staticmethod
+    def forward(ctx, impl, x, *parameters):
+        y, *saved = channel_gate_forward(impl, x, *parameters)
+        ctx.impl = impl
+        ctx.save_for_backward(x, *parameters, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
+        inputs, (pooled, index, gate) = saved[:5], saved[5:]
+        if through_reference():
+            return None, *reference_grads(channel_gate_reference, inputs, grad_y, ctx.needs_input_grad[1:])
+        x, *parameters = inputs
+        ops, grad_y = ops_of(ctx.impl), dense(grad_y, x)
+        with without_autocast(x.device):
+            grad_gate = ops.reduce(grad_y, dense(x, x), False)
+            grad_pooled, *grads = _perceptron_backward(grad_gate * gate * (1 - gate), pooled, *parameters)
+        grad_x = ops.backward(grad_y, gate, grad_pooled, index, False)
+        return None, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
+
+
+def channel_gate_forward(impl: str, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and what is saved for backward beside the arguments."""
+    ops, x = ops_of(impl), dense(x, x)
+    pooled, index = ops.pool(x, False)
+    with without_autocast(x.device):
+        gate = torch.sigmoid(_perceptron(pooled, *_as_sums(pooled, *parameters)).sum(1))
+    return ops.forward(x, gate, False), pooled, index, gate
+
+
+def _perceptron_backward(grad: Tensor, pooled: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the pooled features and the parameters. `grad` (N, C) is that of the sum of both outputs, and so
+    that of each."""
+    fc1_weight, fc1_bias, fc2_weight, _ = _as_sums(pooled, *parameters)
+    hidden = F.relu(F.linear(pooled, fc1_weight, fc1_bias))
+    grad_hidden = (grad @ fc2_weight)[:, None] * (hidden > 0)
+    flat = grad_hidden.flatten(0, 1)
+    return (
+        grad_hidden @ fc1_weight,
+        flat.mT @ pooled.flatten(0, 1),
+        flat.sum(0),
+        grad.mT @ hidden.sum(1),
+        2 * grad.sum(0),
+    )
+
+
+# ---- spatial gate ----
+
+
+class SpatialGateFunction(torch.autograd.Function):
+    """Saves its inputs and numbers of (N, H, W): pooled features, where maxima are, the convolution's output, gates.
+
+    Returns (y, mean, var), the statistics of the batch norm; only y is differentiable. A backward that is itself
+    differentiated goes through the reference.
+    """
+
+    @staticmethod
+    def forward(ctx, impl, training, eps, given, x, *parameters):
+        y, *saved, mean, var = spatial_gate_forward(impl, training, eps, given, x, *parameters)
+        ctx.options = impl, training, eps
+        ctx.save_for_backward(x, *parameters, *saved, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):
+        if grad_y is None:
+            return (None,) * 8
+        impl, training, eps = ctx.options
+        saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
+        inputs, (pooled, index, z, gate), used = saved[:4], saved[4:8], saved[8:]
+        if through_reference():
+
+            def reference(*inputs):
+                given = (None, None) if training else used
+                return spatial_gate_reference(*inputs, *given, training=training, eps=eps)
+
+            return (None,) * 4 + tuple(reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[4:]))
+        x, *parameters = inputs
+        ops, grad_y = ops_of(impl), dense(grad_y, x)
+        with without_autocast(x.device):
+            weight, *affine = _as_sums(pooled, *parameters)
+            grad = ops.reduce(grad_y, dense(x, x), True) * gate * (1 - gate)
+            grad, *of_affine = norm_ops_of(impl)[1](grad, z, *affine, *used, eps, False, 0.0, 1, None, training)
+            grad_pooled = F.conv2d(grad, weight.flip(2, 3).transpose(0, 1), padding=_padding(weight))
+            grads = _weight_gradient(grad, pooled, weight), *of_affine
+        grad_x = ops.backward(grad_y, gate, grad_pooled.contiguous(), index, True)
+        return *(None,) * 4, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
+
+
+def spatial_gate_forward(
+    impl: str, training: bool, eps: float, given: tuple[Tensor | None, Tensor | None], x: Tensor, *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    """y, and what is saved for backward beside the arguments."""
+    ops, x = ops_of(impl), dense(x, x)
+    pooled, index = ops.pool(x, True)
+    weight, *affine = _as_sums(pooled, *parameters)
+    with without_autocast(x.device):
+        z = F.conv2d(pooled, weight, padding=_padding(weight)).contiguous()
+    normalised, mean, var = norm_ops_of(impl)[0](z, *affine, *given, eps, False, 0.0, 1, None)
+    gate = torch.sigmoid(normalised)
+    return ops.forward(x, gate, True), pooled, index, z, gate, mean, var
+
+
+def _weight_gradient(grad: Tensor, pooled: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the convolution's weight: one product for each row of pixels, and their sum.
+
+    oneDNN's takes five times as long for such few channels, and its bits depend on the number of threads.
+    """
+    kh, kw = weight.shape[2:]
+    ph, pw = _padding(weight)
+    n, _, h, w = pooled.shape
+    rows = h + 2 * ph  # with padding
+    windows = F.pad(pooled, (pw, pw, ph, ph)).permute(0, 2, 3, 1).unfold(2, kw, 1).reshape(n * rows, w, 2 * kw)
+    # For a row of the padded features, the rows of the gradient at which each row of taps, the last first, meets it.
+    meeting = F.pad(grad[:, 0], (0, 0, kh - 1, kh - 1)).unfold(1, kh, 1).mT.reshape(n * rows, kh, w)
+    sums = torch.bmm(meeting, windows).sum(0).flip(0)
+    return sums.view(kh, 2, kw).transpose(0, 1)[None].contiguous()
+
+
+# ---- both ----
+
+
+def _as_sums(pooled: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Contiguous, in the dtype of sums, so that strides do not change which of PyTorch's kernels runs."""
+    return [t.to(pooled.dtype).contiguous() for t in parameters]
+
+
+def _shaped(grad: Tensor, of: Tensor) -> Tensor:
+    """A gradient for autograd."""
+    return like_parameter(grad.to(of.dtype), of)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+@public
+def channel_gate(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    r"""CBAM's channel gate (arXiv 1807.06521, eq. 2): ``x * sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))`` with
+    ``mlp(v) = fc2(relu(fc1(v)))``.
+
+    Args:
+        x: (N, C, H, W), floating point, contiguous or channels_last (other strides cost one copy).
+        fc1_weight, fc1_bias: (R, C) and (R,), of the first linear layer, in CBAM with R = C / 16.
+        fc2_weight, fc2_bias: (C, R) and (C,), of the second.
+        impl: ``"auto"``, ``"native"`` (CPU), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
+
+    Returns:
+        (N, C, H, W) in x's dtype and layout.
+
+    Parameters have one dtype: x's, or float32 where x is float16 or bfloat16. Between the two passes over x all is
+    float32 for those (float64 for float64), and autocast changes nothing. The gradient of a maximum goes to the first
+    pixel that has it. Saved for backward are the arguments and 4 N C numbers. Gradients of gradients are right in eager
+    mode (computed by the reference).
+
+    Raises:
+        ValueError: wrong rank or shape; x has no channels or no pixels.
+        TypeError: x is not floating point, or a dtype does not fit.
+        RuntimeError: tensors on several devices, or an ``impl`` that cannot run here.
+    """
+    _check_input(x)
+    c = x.shape[1]
+    if fc1_weight.dim() != 2 or fc1_weight.shape[0] == 0:
+        raise ValueError(f"fc1_weight must have shape (R, {c}) with R > 0, got {tuple(fc1_weight.shape)}")
+    r = fc1_weight.shape[0]
+    parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    _check_parameters(x, CHANNEL_PARAMETERS, parameters, ((r, c), (r,), (c, r), (c,)))
+    chosen = choose("gate", impl, x.device, {"triton": beyond_32_bits(x, 1)})
+    if chosen == "reference":
+        with without_autocast(x.device):
+            return channel_gate_reference(x, *parameters)
+    if _needs_gradient(x, *parameters):
+        return ChannelGateFunction.apply(chosen, x, *parameters)
+    return channel_gate_forward(chosen, x, *parameters)[0]
+
+
+@public
+def spatial_gate(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    r"""CBAM's spatial gate (arXiv 1807.06521, eq. 3): ``x * sigmoid(bn(conv([x.amax(1), x.mean(1)])))``.
+
+    Args:
+        x: (N, C, H, W), floating point, contiguous or channels_last (other strides cost one copy).
+        weight: (1, 2, K, L) with odd K and L, of the convolution, 7x7 in CBAM; zero padding keeps the size. The first
+            channel is for the maximum.
+        bn_weight, bn_bias: (1,), scale and shift of the batch norm.
+        running_mean, running_var: (1,); used if not ``training``, else updated in place as in ``F.batch_norm``.
+        training: normalise with the statistics of this batch.
+        momentum: weight of this batch in the running statistics; 0.01 in CBAM's code.
+        eps: added to the variance; positive in training.
+        impl: ``"auto"``, ``"native"`` (CPU), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
+
+    Returns:
+        (N, C, H, W) in x's dtype and layout.
+
+    Parameters have one dtype: x's, or float32 where x is float16 or bfloat16; running statistics that of the
+    parameters, or float32 beside those in half precision. Between the two passes over x all is float32 for half types
+    (float64 for float64), and autocast changes nothing. The gradient of a maximum goes to the first channel that has
+    it. Saved for backward are the arguments and 5 N H W numbers. Gradients of gradients are right in eager mode
+    (computed by the reference).
+
+    Raises:
+        ValueError: wrong rank or shape, eps not positive; x has no channels or no pixels, or in training one.
+        TypeError: x is not floating point, or a dtype does not fit.
+        RuntimeError: tensors on several devices, running statistics missing where they are needed, or an ``impl`` that
+            cannot run here.
+    """
+    _check_input(x)
+    check_eps(eps, training)
+    if weight.dim() != 4 or not (weight.shape[2] % 2 and weight.shape[3] % 2):
+        raise ValueError(f"weight must have shape (1, 2, K, L) with odd K and L, got {tuple(weight.shape)}")
+    parameters = weight, bn_weight, bn_bias
+    _check_parameters(x, SPATIAL_PARAMETERS, parameters, ((1, 2, *weight.shape[2:]), (1,), (1,)))
+    buffers = running_mean, running_var
+    of_buffers = zip(("running_mean", "running_var"), buffers, ((1,), (1,)), strict=True)
+    check_running_statistics(of_buffers, x, weight.dtype, training)
+    n, _, h, w = x.shape
+    if training:
+        check_several_values(x, n * h * w)
+    chosen = choose("gate", impl, x.device, {"triton": beyond_32_bits(x, 1)})
+    if chosen == "reference":
+        options = {"training": training, "momentum": momentum, "eps": eps}
+        return call_reference(spatial_gate_reference, (x, *parameters), buffers, **options)
+    given = (None, None) if training else buffers
+    if _needs_gradient(x, *parameters):
+        y, *used = SpatialGateFunction.apply(chosen, training, float(eps), given, x, *parameters)
+    else:
+        y, *_, mean, var = spatial_gate_forward(chosen, training, float(eps), given, x, *parameters)
+        used = mean, var
+    if training and running_mean is not None and x.numel() > 0:
+        update_running(buffers, used, momentum, n * h * w)
+    return y
+
+
+def _check_input(x: Tensor) -> None:
+    check_image(x)
+    if any(size == 0 for size in x.shape[1:]):
+        raise ValueError(f"expected at least one channel and one pixel, got input of shape {tuple(x.shape)}")
+
+
+def _check_parameters(x, names, parameters, shapes) -> None:
+    for name, tensor, shape in zip(names, parameters, shapes, strict=True):
+        check_shape(name, tensor, shape, x)
+        check_device(name, tensor, x)
+        check_parameter_dtype(tensor.dtype, x)
+        if tensor.dtype != parameters[0].dtype:
+            found = f"{parameters[0].dtype} for {names[0]} and {tensor.dtype} for {name}"
+            raise TypeError(f"expected parameters of one dtype, got {found}")
