@@ -107,7 +107,7 @@ def entries(raw: dict) -> list[dict]:
     """One record for each contender of each comparison, with the times of all its rounds; and of the memory saved."""
     laps: dict[str, list[dict]] = {}
     for case in raw["benchmarks"]:
-        of = {key: value for key, value in case["extra_info"].items() if key not in ("saved", "output")}
+        of = {key: value for key, value in case["extra_info"].items() if key not in ("saved", "output", "kept")}
         laps.setdefault(json.dumps(of), []).append(case)
     found = []
     for of, cases in laps.items():
@@ -116,6 +116,9 @@ def entries(raw: dict) -> list[dict]:
         memory = {key: cases[0]["extra_info"][key] for key in ("saved", "output") if key in cases[0]["extra_info"]}
         found.append(record | (memory if record["what"] == "sweep" else {}))
         keys = ("op", "head", "shape", "precision", "contender")
+        if "kept" in cases[0]["extra_info"]:
+            of_network = {key: record[key] for key in ("network", "batch", "precision", "contender")}
+            found.append({"what": "network memory", **of_network, "saved": cases[0]["extra_info"]["kept"]})
         if memory and record["what"] == "layer":
             found.append({"what": "memory", **{key: record[key] for key in keys}, **memory})
     return found

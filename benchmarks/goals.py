@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product
 from statistics import geometric_mean, median
 
+from benchmarks.networks import MEASURED, figures
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of
 from benchmarks.registry import LAYOUTS, LIBRARIES, MAIN_PRECISIONS, MODES, PRECISIONS, Op, SpeedUp, in_layouts, label
@@ -55,7 +56,18 @@ class Target:
 def targets(records: Records) -> dict[str, list[Target]]:
     """All goals, by op."""
     kinds = (_steps, _speed_ups, _wholes, _over_copy, _shares, _launches, _small, _saved)
-    return {op.title: [target for kind in kinds for target in kind(records, op)] for op in OPS.values()}
+    found = {op.title: [target for kind in kinds for target in kind(records, op)] for op in OPS.values()}
+    return found | {"Networks": list(_networks(records))}
+
+
+def _networks(records: Records) -> Iterator[Target]:
+    """A training step; beside it torch.compile, where it took part."""
+    for group in records.groups("network", "network", "batch", "precision", "clock"):
+        name, where = group["network"], {key: value for key, value in group.items() if key != "network"}
+        (median, compiled), (shortest, _) = (figures(records, name, s, **where) for s in ("median", "shortest"))
+        what = f"{name}, batch {group['batch']}, {PRECISIONS[group['precision']].title}, {group['clock']} time: "
+        remark = f"over torch.compile {compiled:.2f}" if compiled else ""
+        yield Target(f"{what}training step over eager", MEASURED[name].goal, True, median, shortest, remark=remark)
 
 
 def _steps(records: Records, op: Op) -> Iterator[Target]:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from benchmarks.goals import MODES_OF, targets
 from benchmarks.model import gpu_named
+from benchmarks.networks import figures, saved
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of, share_of_copy
 from benchmarks.registry import IMPLS, LAYOUTS, LIBRARIES, MODES, PRECISIONS, Op, in_layouts, label, number
@@ -55,6 +56,8 @@ def markdown(records: Records, picture: str | None) -> str:
         )
         sections += _section(f"{op.title}: memory, in tensors of the output's size", _memory(records, op))
         sections += _section(f"{op.title}: growth, forward + backward", _growth(records, op))
+    kept = '"Saved" is the memory that is kept for backward, in MiB, beside inputs, parameters and buffers.'
+    sections += _section("Networks: training step, ms", _networks(records), kept)
     copied = "The copy moves as many bytes as the kernel. Shares above 100 % or below 30 % are in bold."
     sections += _section("Kernels: device time, µs, and share of a copy's bandwidth", _kernels(records), copied)
     return "\n\n".join(sections) + "\n"
@@ -292,6 +295,23 @@ def _steps(records: Records, op: Op) -> str:
         f"{clock}, {layout}" for clock in clocks for layout in (*LAYOUTS.values(), f"best / {op.step.plain_title}")
     ]
     return table(("", *of_clocks, "peak memory, MiB"), rows)
+
+
+def _networks(records: Records) -> str:
+    rows = []
+    for group in records.groups("network", "network", "batch", "precision", "clock"):
+        cells = [f"{group['network']}, batch {group['batch']}, {PRECISIONS[group['precision']].title}"]
+        cells[0] += "" if records.on_cpu else f", {group['clock']} time"
+        for impl in ("eager", "compile", "auto"):
+            cells.append(_time(records.best(in_layouts(impl), "network", **group), 1e-3, layout=True))
+        where = {key: value for key, value in group.items() if key != "network"}
+        by_statistic = [figures(records, group["network"], s, **where) for s in ("median", "shortest")]
+        cells += [_ratio(list(ratios), 2) for ratios in zip(*by_statistic, strict=True)]
+        of_memory = {key: value for key, value in where.items() if key != "clock"}
+        kept = [saved(records, group["network"], impl, **of_memory) for impl in ("eager", "auto")]
+        rows.append((*cells, *(number(value) if value else "" for value in kept)))
+    headers = ("", "eager", "torch.compile", "ours", "over eager", "over torch.compile", "eager saved", "ours saved")
+    return table(headers, rows)
 
 
 def _small(records: Records, op: Op) -> str:

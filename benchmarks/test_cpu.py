@@ -1,5 +1,5 @@
 """The measurements on the CPU: each op by itself, as it grows, on one thread, in what users call, and in a generator's
-training step.
+training step; and a training step of each of the papers' networks.
 
 A case is ``test_layer[op-head-shape-mode-lap-contender]``; ``-k "up and 64x256x8x8 and native"`` selects some.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contenders import COPIES, Call, training_step
+from benchmarks.networks import MEASURED, NETWORKS, contenders, network_step
 from benchmarks.ops import OPS
 from benchmarks.registry import LIBRARIES, Op, Shape, in_layouts, label
 from pixnorm.testing import available_impls, saved_bytes
@@ -157,3 +158,15 @@ def test_step(time_lap, op, lap, name):
         pytest.skip("not a rival: two laps are enough")
     where = {"what": "step", "op": str(op), "batch": BATCH, "precision": PRECISION, "clock": "wall"}
     time_lap(where, name, lambda: stepping(op, name))
+
+
+@lru_cache(maxsize=6)  # the contenders of one network
+def network_stepping(network: str, name: str):
+    run, kept = network_step(network, name, NETWORKS[network].batch, PRECISION, DEVICE)
+    return run, {} if name in in_layouts("compile") else {"kept": kept()}
+
+
+@pytest.mark.parametrize(("network", "lap", "name"), cases(*((of, contenders(of)) for of in MEASURED), laps=3))
+def test_network(time_lap, network, lap, name):
+    where = {"what": "network", "network": network, "batch": NETWORKS[network].batch, "precision": PRECISION}
+    time_lap(where | {"clock": "wall"}, name, lambda: network_stepping(network, name), in_layouts("eager", "compile"))

@@ -84,7 +84,7 @@ def test_images(norm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": 64}, "resolution must be 32, got 64"),
+        ({"resolution": 48}, "resolution must be one of 32, 64, 128, 256, got 48"),
         (
             {"norm": "in"},
             "norm must be one of 'bn', 'fused_bn', 'spn', 'bigbn', 'eager_cbn', 'cbn', 'ccbn', 'cspn', got 'in'",

@@ -18,6 +18,7 @@ from benchmarks.goals import BATCHES
 from benchmarks.gpu.first import check, facts, first
 from benchmarks.gpu.processes import CONTEXT_LOST
 from benchmarks.gpu.section import ContextLostError, Section
+from benchmarks.networks import MEASURED, OURS, network_step
 from benchmarks.ops import OPS
 from benchmarks.registry import MAIN_PRECISIONS, Op, Shape, in_layouts, label
 from benchmarks.stopwatch import Launch, Spread, Timed
@@ -222,8 +223,39 @@ def ready_step(section: Section, op: Op, where: dict, name: str) -> Callable[[],
     return run
 
 
+def networks(section: Section) -> None:
+    """A training step of each of the papers' networks, and the memory that it keeps."""
+    stopwatch = section.stopwatch
+    for name, precision in product(MEASURED, section.precisions(MAIN_PRECISIONS)):
+        batch = MEASURED[name].gpu_batch if stopwatch.on_gpu else 2
+        where = {"network": name, "batch": batch, "precision": precision}
+        if section.has("network", **where):
+            continue
+        runs = {}
+        for contender in (*EAGER, *OURS):
+            of = titled("network", where), contender
+            if run := section.attempt(" ".join(of), ready_network, section, where, contender):
+                runs[contender] = run
+        timed = {contender: Timed(lambda _, run=run: run()) for contender, run in runs.items()}
+        for clock, measured in {
+            "device": (stopwatch.device_times, timed),
+            "wall": (stopwatch.wall_times, runs),
+        }.items():
+            for contender, spread in (section.attempt(f"{titled('network', where)} {clock}", *measured) or {}).items():
+                section.add("network", **where, clock=clock, contender=contender, **spread._asdict())
+
+
+def ready_network(section: Section, where: dict, contender: str) -> Callable[[], object]:
+    """A step that has run, and the memory that it keeps."""
+    run, kept = network_step(where["network"], contender, where["batch"], where["precision"], section.device)
+    run()
+    section.add("network memory", **where, contender=contender, saved=kept(), peak=section.stopwatch.peak_bytes(run))
+    return run
+
+
 SECTIONS = {
-    section.__name__: section for section in (facts, check, first, kernels, layers, step, small, compiling, peers)
+    section.__name__: section
+    for section in (facts, check, first, kernels, layers, step, networks, small, compiling, peers)
 }
 
 

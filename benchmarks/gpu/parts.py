@@ -48,6 +48,7 @@ def parts(device: str, build: bool) -> tuple[list[Companion], list[Part]]:
         section("kernels", 30, "each kernel, from a profile; memory"),
         section("layers", 50, "each op beside eager mode"),
         section("step", 35, "a generator's training step"),
+        section("networks", 40, "a training step of each of the papers' networks"),
         section("small", 20, "launch-bound layers, CUDA graphs"),
         tests("tests-triton", 75, "the tests of the Triton kernels", "what_is_faster", *usual, "-k", "triton"),
         section("peers", 30, "eager mode under torch.compile, which was compiled beside the tests"),

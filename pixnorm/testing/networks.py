@@ -1,0 +1,86 @@
+"""The papers' networks, for tests and benchmarks: each with its arguments, small and as published, and its inputs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixnorm.networks import Discriminator, Generator
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkSpec:
+    """Attributes:
+    name: in tests and tables.
+    kind: the class.
+    draw: (network, batch) -> the arguments of a call, float32 and integers, drawn from PyTorch's global generator.
+    options: what makes the network what it is.
+    small: more options; of the smallest network that has all of its kinds of layers.
+    published: the same, of the smallest that has been published; with how much it is reduced for a CPU.
+    batch: in benchmarks on a CPU.
+    independent: whether samples do not see each other in eval mode.
+    """
+
+    name: str
+    kind: type[nn.Module]
+    draw: Callable[[nn.Module, int], tuple[Tensor, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 16
+    independent: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self, impl: str, published: bool = False) -> nn.Module:
+        """The network; the same weights whatever the impl."""
+        torch.manual_seed(0)
+        return self.kind(**self.options, **(self.published if published else self.small), impl=impl)
+
+    def inputs(self, network: nn.Module, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Arguments of a call; floating-point ones in that dtype."""
+        torch.manual_seed(1)
+        return tuple(t.to(dtype) if t.is_floating_point() else t for t in self.draw(network, batch))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors that a network returns, in lists or tuples of lists or by themselves."""
+    return [output] if isinstance(output, Tensor) else [tensor for part in output for tensor in tensors_of(part)]
+
+
+def total(output: Any) -> Tensor:
+    """A number that depends on all that a network returns, smoothly, and to which every sample contributes alike."""
+    return sum(tensor.sin().mean() for tensor in tensors_of(output))
+
+
+# ---- SNGAN ----
+
+
+def _latents(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    z = torch.randn(n, network.fc.in_features)
+    return (z, torch.randint(network.num_classes, (n,))) if network.num_classes else (z,)
+
+
+def _images(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    x = torch.rand(n, 3, network.resolution, network.resolution) * 2 - 1
+    return (x, torch.randint(network.num_classes, (n,))) if network.num_classes else (x,)
+
+
+def _sngan(name: str, batch: int = 16, published: Mapping[str, Any] | None = None, **options: Any) -> NetworkSpec:
+    small = {"channels": 16, "latent_dim": 8}
+    return NetworkSpec(name, Generator, _latents, options, small, published or {}, batch)
+
+
+SNGAN = (
+    _sngan("SNGAN", norm="fused_bn"),
+    _sngan("SNGAN with SPN", norm="spn"),
+    _sngan("SNGAN with conditional batch norm", norm="ccbn", num_classes=10),
+    _sngan("SNGAN with conditional SPN", norm="cspn", num_classes=10),
+    _sngan("SNGAN with GConv", published={"latent_dim": 32}, norm="bigbn", conv="gconv", bias=False),
+    NetworkSpec("SNGAN's discriminator", Discriminator, _images, {"num_classes": 10}, {"channels": 16}),
+)
+
+NETWORKS = {spec.name: spec for spec in SNGAN}
