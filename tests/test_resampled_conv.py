@@ -88,14 +88,19 @@ def test_under_autocast_and_transforms(function):
 
 @functions
 def test_operations(function):
-    """16 multiply-adds for each weight of a 3x3 kernel's four outputs (or inputs), not 36."""
+    """For each weight of a 3x3 kernel and four outputs (or inputs) 9 multiply-adds, not 36; where taps are added up,
+    16."""
     x, weight, bias = torch.randn(1, 8, 16, 16), torch.randn(8, 8, 3, 3), None
     counts = {}
     for impl in ("auto", "reference"):
         with FlopCounterMode(display=False) as counter:
             function(x, weight, bias, padding=1, impl=impl)
         counts[impl] = counter.get_total_flops()
-    assert counts["auto"] * 36 == counts["reference"] * 16
+    assert counts["auto"] * 36 == counts["reference"] * 9
+    x, weight = x.bfloat16(), weight.bfloat16()
+    with FlopCounterMode(display=False) as counter:
+        function(x, weight, bias, padding=1)
+    assert counter.get_total_flops() * 36 == counts["reference"] * 16
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)

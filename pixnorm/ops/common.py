@@ -135,6 +135,11 @@ def autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device."""
+    return autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 @constant_in_graphs
 def exporting() -> bool:
     """``torch.compiler.is_exporting``, which the compiler of torch 2.11 takes for true in any graph."""

@@ -31,7 +31,6 @@ from pixnorm.ops.checks import check_device, check_floating, check_option, check
 from pixnorm.ops.common import (
     FLOAT,
     HALF,
-    autocast_available,
     convolutions_allow_tf32,
     dense,
     dense_like,
@@ -43,6 +42,7 @@ from pixnorm.ops.common import (
     reference_grads,
     through_reference,
     triton_ops,
+    under_autocast,
     without_autocast,
 )
 from pixnorm.ops.resampled_conv import upsample_conv2d
@@ -329,14 +329,10 @@ def _gconv_mix(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None, al
     return ops_of(chosen)[0](u, s, mix_weight, bias, allow_tf32)
 
 
-def _under_autocast(device: torch.device) -> bool:
-    return autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _cast_by_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """The tensors, cast as autocast casts the arguments of ``F.conv2d``."""
     device = tensors[0].device
-    if not _under_autocast(device):
+    if not under_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     eligible = (torch.float32, *HALF)
@@ -485,4 +481,4 @@ def _check_layer(x, z, weight, scale_weight, mix_weight, bias) -> None:
         )
     wanted = {"z": (z, tuple(z.shape)), "weight": (weight, tuple(weight.shape))}
     wanted |= {"scale_weight": (scale_weight, (n, m + length)), "mix_weight": (mix_weight, (n, n))}
-    _check(wanted | {"bias": (bias, (n,))}, "x", x, any_dtype=_under_autocast(x.device))
+    _check(wanted | {"bias": (bias, (n,))}, "x", x, any_dtype=under_autocast(x.device))

@@ -3,10 +3,22 @@ r"""Convolutions beside a change of resolution, as the generators and discrimina
     upsample_conv2d(x) = conv(up(x)) + b,   up: nearest, by 2
     conv_avg_pool2d(x) = pool(conv(x) + b),   pool: the mean of 2x2
 
-Neighbouring taps see copies of one pixel, or add up. So both are one convolution with stride 2 whose k x k kernels are
-the sums (means) of neighbouring taps, and one larger: (k + 1)² multiply-adds for four outputs (inputs) in place of
-4 k², 2.25 times fewer for k = 3, and no tensor of high resolution between the two. The kernels are ours, the
-convolution is PyTorch's.
+The copies of a pixel are sums of 2x2 neighbours in an image of that pixel between zeros, and those sums commute with
+the convolution: up first, then sums, or sums first, then every second pixel. So both are one convolution with stride 2
+(PyTorch's; the first is transposed) in place of one at high resolution, and sums of neighbours:
+
+- of the pixels: k² multiply-adds for four outputs (or inputs) in place of 4 k²;
+- of the taps of its kernels, which become one larger: (k + 1)² multiply-adds, but no pass over pixels.
+
+On a CPU products are dear, so the sums are of pixels; on a GPU passes are, and in half precision sums of pixels would be
+rounded, so they are of taps. Milliseconds on one core with AVX-512 in float32, forward and backward, batches of 4, 3x3
+kernels, NCHW:
+
+    channels, size of the smaller   plain   sums of taps    sums of pixels
+    up, 512, 8x8                    72      85              31
+    up, 128, 32x32                  101     49              34
+    pool, 128, 32x32                79      39              31
+    pool, 512, 8x8                  76      72              28
 """
 
 import torch
@@ -16,7 +28,7 @@ from torch.nn.modules.utils import _pair
 
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_image, check_option
-from pixnorm.ops.common import onlooker, public, wide
+from pixnorm.ops.common import HALF, onlooker, public, under_autocast, wide
 
 Padding = int | tuple[int, int] | str
 
@@ -42,21 +54,27 @@ def conv_avg_pool2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = N
     return F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding), 2)
 
 
-def _sums_of_neighbours(weight: Tensor) -> Tensor:
-    """(O, I, kh, kw) to (O, I, kh + 1, kw + 1): of each two rows, and of each two columns."""
-    rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    return F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+def sums_of_neighbours(x: Tensor) -> Tensor:
+    """The sums of 2x2 that are beside each other: (A, B, H, W) to (A, B, H - 1, W - 1)."""
+    x = x[:, :, 1:] + x[:, :, :-1]
+    return x[..., 1:] + x[..., :-1]
+
+
+def _sums_of_taps(weight: Tensor) -> Tensor:
+    """Kernels that are one larger, rounded once."""
+    return sums_of_neighbours(F.pad(wide(weight), (1, 1, 1, 1))).to(weight.dtype)
+
+
+def _sums_pixels(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype not in HALF and not under_autocast(x.device)
 
 
 @public
 def upsample_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Padding = 0, impl: str = "auto"
 ) -> Tensor:
-    """``F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=padding)``, as one transposed
-    convolution with 2.25 times fewer operations for kernels of 3x3.
-
-    On two cores it takes 0.4 to 0.6 of the time, from 64 channels of 64x64 to 128 of 32x32, forward and backward, and
-    about 0.9 for 256 channels of 8x8.
+    """``F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=padding)``, as a transposed
+    convolution at low resolution, with 4 times fewer multiply-adds on a CPU, and 2.25 times (for kernels of 3x3) else.
 
     Args:
         x: (N, I, H, W).
@@ -73,14 +91,17 @@ def upsample_conv2d(
     """
     _check(x, weight, impl)
     (kh, kw), (left, right, top, bottom) = weight.shape[2:], paddings(weight, padding)
-    plain = impl == "reference" or left != right or top != bottom or top >= kh or left >= kw
-    # The legacy ONNX exporter knows no transposed convolution with computed kernels.
-    plain |= onlooker() is not None
-    # PyTorch's transposed convolution in float16 adds up rounded products on the CPU.
-    plain |= x.dtype == torch.float16 and x.device.type == "cpu"
-    if plain:
+    # The legacy ONNX exporter knows no transposed convolution with computed kernels; in float16 on the CPU PyTorch's
+    # adds up rounded products.
+    refused = onlooker() is not None or (x.dtype == torch.float16 and x.device.type == "cpu")
+    if impl == "reference" or refused or left != right or top != bottom or top >= kh or left >= kw:
         return upsample_conv2d_reference(x, weight, bias, padding=padding)
-    kernels = _sums_of_neighbours(wide(weight).flip(2, 3)).to(weight.dtype).transpose(0, 1)
+    flipped = weight.flip(2, 3)
+    if _sums_pixels(x) and top < kh - 1 and left < kw - 1:
+        cropped = kh - 2 - top, kw - 2 - left
+        bias = None if bias is None else bias / 4
+        return sums_of_neighbours(F.conv_transpose2d(x, flipped.transpose(0, 1), bias, stride=2, padding=cropped))
+    kernels = _sums_of_taps(flipped).transpose(0, 1)
     return F.conv_transpose2d(x, kernels, bias, stride=2, padding=(kh - 1 - top, kw - 1 - left))
 
 
@@ -88,11 +109,8 @@ def upsample_conv2d(
 def conv_avg_pool2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Padding = 0, impl: str = "auto"
 ) -> Tensor:
-    """``F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding), 2)``, as one convolution of stride 2 with 2.25 times
-    fewer operations for kernels of 3x3.
-
-    On two cores it takes 0.4 to 0.6 of the time, from 64 channels of 64x64 to 128 of 32x32, forward and backward, and
-    0.7 to 0.9 for 256 channels of 16x16.
+    """``F.avg_pool2d(F.conv2d(x, weight, bias, padding=padding), 2)``, as a convolution of stride 2, with 4 times fewer
+    multiply-adds on a CPU, and 2.25 times (for kernels of 3x3) else.
 
     Args:
         x: (N, I, H, W).
@@ -112,8 +130,9 @@ def conv_avg_pool2d(
     left, right, top, bottom = paddings(weight, padding)
     if impl == "reference" or left != right or top != bottom:
         return conv_avg_pool2d_reference(x, weight, bias, padding=padding)
-    kernels = (_sums_of_neighbours(wide(weight)) / 4).to(weight.dtype)
-    return F.conv2d(x, kernels, bias, stride=2, padding=(top, left))
+    if _sums_pixels(x):
+        return F.conv2d(sums_of_neighbours(F.pad(x, (left, right, top, bottom))), weight / 4, bias, stride=2)
+    return F.conv2d(x, _sums_of_taps(weight) / 4, bias, stride=2, padding=(top, left))
 
 
 def _check(x: Tensor, weight: Tensor, impl: str) -> None:
