@@ -10,9 +10,9 @@ the convolution: up first, then sums, or sums first, then every second pixel. So
 - of the pixels: k² multiply-adds for four outputs (or inputs) in place of 4 k²;
 - of the taps of its kernels, which become one larger: (k + 1)² multiply-adds, but no pass over pixels.
 
-On a CPU products are dear, so the sums are of pixels; on a GPU passes are, and in half precision sums of pixels would be
-rounded, so they are of taps. Milliseconds on one core with AVX-512 in float32, forward and backward, batches of 4, 3x3
-kernels, NCHW:
+On a CPU products are dear, so the sums are of pixels; on a GPU passes are, and in half precision sums of pixels would
+be rounded, so they are of taps. Milliseconds on one core with AVX-512 in float32, forward and backward, batches of 4,
+3x3 kernels, NCHW:
 
     channels, size of the smaller   plain   sums of taps    sums of pixels
     up, 512, 8x8                    72      85              31
