@@ -15,7 +15,8 @@ using gate_index_t = typename std::conditional_t<std::is_arithmetic_v<V>, GateIn
 
 constexpr int kGateWays = 4;
 
-// A sum, and the first maximum with its place; NaN is larger than any number.
+// A sum, and the first maximum with its place. NaN counts as larger than any number, but not in add(): where there is
+// one the sum is NaN, too, and gate_first_nan() looks for it.
 template <class A, class V>
 struct GateTotal {
   using I = gate_index_t<A, V>;
@@ -31,7 +32,7 @@ struct GateTotal {
   PIXNORM_INLINE void add(V v, I at) {
     sum += v;
     if constexpr (kPool) {
-      const auto larger = (v > top) | ((v != v) & (top == top));
+      const auto larger = v > top;
       top = larger ? v : top;
       place = larger ? at : place;
     }
@@ -39,13 +40,23 @@ struct GateTotal {
 
   // The maximum of elsewhere, if it is larger or comes first.
   PIXNORM_INLINE void keep_first(V other, I at) {
-    const auto larger = (other > top) | ((other != other) & (top == top));
-    const auto same = (other == top) | ((other != other) & (top != top));
-    const auto better = larger | (same & (at < place));
+    const auto better = (other > top) | ((other == top) & (at < place));
     top = better ? other : top;
     place = better ? at : place;
   }
 };
+
+// Makes the first NaN of `count` elements, `step` apart, the maximum. Their sum is NaN; with infinities of both signs
+// there may be none.
+template <class T, class I>
+void gate_first_nan(const T* from, int64_t count, int64_t step, int64_t first, acc_t<T>& top, I& place) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto v = static_cast<acc_t<T>>(from[i * step]);
+    if (v == v) continue;
+    top = v, place = static_cast<I>(first + i);
+    return;
+  }
+}
 
 // Gates of logits. The last ones pass through a vector, too: their bits do not depend on where they lie. A gate may be
 // 0, as PyTorch's sigmoid: infinity behind it is NaN.
@@ -129,6 +140,8 @@ void gate_columns(const gate::Tile<T>& tile, int64_t first, acc_t<T>* scratch, c
     if constexpr (kPool) {
       found.top[c] = tops[c];
       found.place[c] = static_cast<int32_t>(places[c]);
+      if (sums[c] == sums[c]) continue;
+      gate_first_nan(tile.x + c, tile.rows, tile.stride, first, found.top[c], found.place[c]);
     }
   }
 }
@@ -180,6 +193,8 @@ void gate_rows(const gate::Tile<T>& tile, int64_t first, acc_t<T>*, const gate::
       tail.keep_first(totals[0].top[0], totals[0].place[0]);
       found.top[r] = tail.top;
       found.place[r] = static_cast<int32_t>(first + tail.place);
+      if (found.sum[r] == found.sum[r]) continue;
+      gate_first_nan(tile.x + row, tile.columns, 1, first, found.top[r], found.place[r]);
     }
   }
 }
