@@ -176,14 +176,17 @@ class GateOps(NamedTuple):
 
 
 _NATIVE = GateOps(
-    _define("gate_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor index)", gate_pool_fake),
-    _define("gate_fwd(Tensor x, Tensor logits, bool spatial) -> Tensor y", gate_fwd_fake),
+    _define("gate_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor index)", gate_pool_fake, triton="gate"),
+    _define("gate_fwd(Tensor x, Tensor logits, bool spatial) -> Tensor y", gate_fwd_fake, triton="gate"),
     _define(
-        "gate_reduce(Tensor grad_y, Tensor x, Tensor logits, bool spatial) -> Tensor grad_logits", gate_reduce_fake
+        "gate_reduce(Tensor grad_y, Tensor x, Tensor logits, bool spatial) -> Tensor grad_logits",
+        gate_reduce_fake,
+        triton="gate",
     ),
     _define(
         "gate_bwd(Tensor grad_y, Tensor logits, Tensor grad_pooled, Tensor index, bool spatial) -> Tensor grad_x",
         gate_bwd_fake,
+        triton="gate",
     ),
 )
 
