@@ -203,6 +203,16 @@ def room_on_the_gpu(request):
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def sizes_equal_by_chance():
+    """With dynamic sizes torch.compile takes those that are equal at first to be so always. Some are so by chance: a
+    batch, and a size of a weight that never changes (a parameter in a module, whose sizes are constants)."""
+    from torch.fx.experimental import _config
+
+    with _config.patch(use_duck_shape=False):
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say if `make compat` is due: other versions of PyTorch break in ways that do not show here."""
     if reason := staleness():

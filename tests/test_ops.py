@@ -291,7 +291,7 @@ def test_opcheck(spec, kernel):
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_compile(spec, impl, layout):
+def test_compile(spec, impl, layout, sizes_equal_by_chance):
     """One graph, forward and backward, buffers updated, for all shapes."""
     torch.compiler.reset()
     options = spec.variants[-1]

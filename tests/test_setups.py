@@ -182,7 +182,7 @@ def test_checkpoints_in_a_generator():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dynamic_sizes(spec, impl, training):
+def test_dynamic_sizes(spec, impl, training, sizes_equal_by_chance):
     """Batch, height and width; a second and a third size do not recompile."""
     torch.compiler.reset()
     options = {"training": training} if spec.inference else {}

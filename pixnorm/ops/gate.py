@@ -15,9 +15,11 @@ and the paper leaves out.
 
 Both are two passes over x in either direction: x is pooled, the gate is made of the few numbers that this gives, x is
 multiplied. Backward sums dy x to the gradient of a, goes back through the small layers, and adds what they give to each
-pixel (the mean) and to the first maximum. Ops are the passes; the small layers are PyTorch's operations.
+pixel (the mean) and to the first maximum. Ops are the passes and, on the CPU, the perceptron and the convolution,
+elsewhere PyTorch's operations; the batch norm is that of modulate.py.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -64,8 +66,9 @@ def _pooled(x: Tensor, spatial: bool) -> Tensor:
 
 
 def _perceptron(pooled: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """The sum of what it makes of the maxima and of the means."""
     hidden = F.relu(F.linear(pooled, fc1_weight, fc1_bias))
-    return F.linear(hidden, fc2_weight, fc2_bias)
+    return F.linear(hidden, fc2_weight, fc2_bias).sum(1)
 
 
 def channel_gate_reference(
@@ -74,7 +77,7 @@ def channel_gate_reference(
     """The channel gate in plain PyTorch: the specification. Arguments as in :func:`channel_gate`."""
     pooled = _pooled(x, False)
     layers = [t.to(pooled.dtype) for t in (fc1_weight, fc1_bias, fc2_weight, fc2_bias)]
-    gate = torch.sigmoid(_perceptron(pooled, *layers).sum(1))
+    gate = torch.sigmoid(_perceptron(pooled, *layers))
     return (gate[..., None, None] * x).to(x.dtype)
 
 
@@ -94,7 +97,7 @@ def spatial_gate_reference(
     pooled = _pooled(x, True)
     weight, bn_weight, bn_bias = (t.to(pooled.dtype) for t in (weight, bn_weight, bn_bias))
     running = [None if t is None else t.to(pooled.dtype) for t in (running_mean, running_var)]
-    z = F.conv2d(pooled, weight, padding=_padding(weight))
+    z = _convolution(pooled, weight)
     gate = torch.sigmoid(F.batch_norm(z, *running, bn_weight, bn_bias, training, momentum, eps))
     for buffer, moved in zip((running_mean, running_var), running, strict=True):
         if training and buffer is not moved:  # the dtype of the sums is another one
@@ -102,44 +105,69 @@ def spatial_gate_reference(
     return (gate * x).to(x.dtype)
 
 
-def _padding(weight: Tensor) -> tuple[int, int]:
-    """Keeps the size."""
-    return weight.shape[2] // 2, weight.shape[3] // 2
+def _convolution(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Zero padding keeps the size."""
+    return F.conv2d(pooled, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
 # The schemas. `pooled` holds maxima, then means: (N, 2, H, W) where spatial, else (N, 2, C); `index` where the first
-# maximum is, a channel or a pixel h W + w, int32. They, `gate` and its gradient have the dtype of sums; the last three
-# are (N, 1, H, W) or (N, C). grad_y has the layout that grad_x shall have.
+# maximum is, a channel or a pixel h W + w, int32. The gates are σ(logits). `logits`, their gradient and `index` are
+# (N, 1, H, W) or (N, C). All but x, y and their gradients have the dtype of sums. grad_y has the layout of grad_x.
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _shape_of_gate(x: Tensor, spatial: bool) -> tuple[int, ...]:
+def _of_gates(x: Tensor, spatial: bool, dtype: torch.dtype) -> Tensor:
     n, c, h, w = x.shape
-    return (n, 1, h, w) if spatial else (n, c)
+    return x.new_empty((n, 1, h, w) if spatial else (n, c), dtype=dtype)
 
 
 def gate_pool_fake(x, spatial):
-    n, *others = _shape_of_gate(x, spatial)
-    sizes = others[1:] if spatial else others
-    index = x.new_empty((n, *others), dtype=torch.int32)
-    return x.new_empty((n, 2, *sizes), dtype=_accumulator(x)), index
+    n, c, h, w = x.shape
+    pooled = x.new_empty((n, 2, h, w) if spatial else (n, 2, c), dtype=_accumulator(x))
+    return pooled, _of_gates(x, spatial, torch.int32)
 
 
-def gate_fwd_fake(x, gate, spatial):
+def gate_fwd_fake(x, logits, spatial):
     return dense_like(x)
 
 
-def gate_reduce_fake(grad_y, x, spatial):
-    return x.new_empty(_shape_of_gate(x, spatial), dtype=_accumulator(x))
+def gate_reduce_fake(grad_y, x, logits, spatial):
+    return _of_gates(x, spatial, _accumulator(x))
 
 
-def gate_bwd_fake(grad_y, gate, grad_pooled, index, spatial):
+def gate_bwd_fake(grad_y, logits, grad_pooled, index, spatial):
     return dense_like(grad_y)
 
 
+def gate_perceptron_fwd_fake(pooled, *parameters):
+    return pooled.new_empty((pooled.shape[0], pooled.shape[2]))
+
+
+def gate_perceptron_bwd_fake(grad_logits, pooled, fc1_weight, fc1_bias, fc2_weight):
+    fc2_bias = pooled[0, 0] if pooled.shape[0] else fc1_weight[0]
+    return tuple(_contiguous_like(t) for t in (pooled, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+
+
+def gate_conv_fwd_fake(pooled, weight):
+    n, _, h, w = pooled.shape
+    return pooled.new_empty((n, 1, h, w))
+
+
+def gate_conv_bwd_fake(grad_z, pooled, weight):
+    return _contiguous_like(pooled), _contiguous_like(weight)
+
+
+def _contiguous_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _define(schema, fake, **options):
+    return define_op(schema, fake, native=("cpu",), **options)
+
+
 class GateOps(NamedTuple):
-    """The passes: maxima and means; y = a x; Σ dy x; dx."""
+    """The passes over features: maxima and means; y = σ(logits) x; the gradient of the logits, from Σ dy x; dx."""
 
     pool: torch._ops.OpOverload
     forward: torch._ops.OpOverload
@@ -148,13 +176,42 @@ class GateOps(NamedTuple):
 
 
 _NATIVE = GateOps(
-    define_op("gate_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor index)", gate_pool_fake),
-    define_op("gate_fwd(Tensor x, Tensor gate, bool spatial) -> Tensor y", gate_fwd_fake),
-    define_op("gate_reduce(Tensor grad_y, Tensor x, bool spatial) -> Tensor grad_gate", gate_reduce_fake),
-    define_op(
-        "gate_bwd(Tensor grad_y, Tensor gate, Tensor grad_pooled, Tensor index, bool spatial) -> Tensor grad_x",
-        gate_bwd_fake,
+    _define("gate_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor index)", gate_pool_fake, triton="gate"),
+    _define("gate_fwd(Tensor x, Tensor logits, bool spatial) -> Tensor y", gate_fwd_fake, triton="gate"),
+    _define(
+        "gate_reduce(Tensor grad_y, Tensor x, Tensor logits, bool spatial) -> Tensor grad_logits",
+        gate_reduce_fake,
+        triton="gate",
     ),
+    _define(
+        "gate_bwd(Tensor grad_y, Tensor logits, Tensor grad_pooled, Tensor index, bool spatial) -> Tensor grad_x",
+        gate_bwd_fake,
+        triton="gate",
+    ),
+)
+
+# The small layers on the CPU, in the dtype of sums: PyTorch's have other bits with other numbers of threads.
+_PERCEPTRON = "Tensor pooled, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight"
+gate_perceptron_fwd = _define(
+    f"gate_perceptron_fwd({_PERCEPTRON}, Tensor fc2_bias) -> Tensor logits",
+    gate_perceptron_fwd_fake,
+    flops=lambda pooled, fc1, *args, **kwargs: 6 * pooled[0] * prod(fc1),
+)
+gate_perceptron_bwd = _define(
+    f"gate_perceptron_bwd(Tensor grad_logits, {_PERCEPTRON}) -> (Tensor grad_pooled, Tensor grad_fc1_weight, "
+    "Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
+    gate_perceptron_bwd_fake,
+    flops=lambda grad, pooled, fc1, *args, **kwargs: 16 * pooled[0] * prod(fc1),
+)
+gate_conv_fwd = _define(
+    "gate_conv_fwd(Tensor pooled, Tensor weight) -> Tensor z",
+    gate_conv_fwd_fake,
+    flops=lambda pooled, weight, **kwargs: prod(pooled) * prod(weight),
+)
+gate_conv_bwd = _define(
+    "gate_conv_bwd(Tensor grad_z, Tensor pooled, Tensor weight) -> (Tensor grad_pooled, Tensor grad_weight)",
+    gate_conv_bwd_fake,
+    flops=lambda grad_z, pooled, weight, **kwargs: 2 * prod(pooled) * prod(weight),
 )
 
 
@@ -169,7 +226,7 @@ def ops_of(impl: str) -> GateOps:
 
 
 class ChannelGateFunction(torch.autograd.Function):
-    """Saves its inputs and numbers of (N, C): pooled features, where maxima are, gates.
+    """Saves its inputs and numbers of (N, C): pooled features, where maxima are, logits.
 
     A backward that is itself differentiated goes through the reference.
     """
@@ -184,15 +241,17 @@ class ChannelGateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
-        inputs, (pooled, index, gate) = saved[:5], saved[5:]
+        inputs, (pooled, index, logits) = saved[:5], saved[5:]
         if through_reference():
             return None, *reference_grads(channel_gate_reference, inputs, grad_y, ctx.needs_input_grad[1:])
         x, *parameters = inputs
         ops, grad_y = ops_of(ctx.impl), dense(grad_y, x)
+        grad_logits = ops.reduce(grad_y, dense(x, x), logits, False)
+        layers = _as_sums(pooled, *parameters)[:3]
         with without_autocast(x.device):
-            grad_gate = ops.reduce(grad_y, dense(x, x), False)
-            grad_pooled, *grads = _perceptron_backward(grad_gate * gate * (1 - gate), pooled, *parameters)
-        grad_x = ops.backward(grad_y, gate, grad_pooled, index, False)
+            backward = _perceptron_backward if ctx.impl == "triton" else gate_perceptron_bwd
+            grad_pooled, *grads = backward(grad_logits, pooled, *layers)
+        grad_x = ops.backward(grad_y, logits, grad_pooled, index, False)
         return None, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
 
 
@@ -200,17 +259,19 @@ def channel_gate_forward(impl: str, x: Tensor, *parameters: Tensor) -> tuple[Ten
     """y, and what is saved for backward beside the arguments."""
     ops, x = ops_of(impl), dense(x, x)
     pooled, index = ops.pool(x, False)
+    layers = _as_sums(pooled, *parameters)
     with without_autocast(x.device):
-        gate = torch.sigmoid(_perceptron(pooled, *_as_sums(pooled, *parameters)).sum(1))
-    return ops.forward(x, gate, False), pooled, index, gate
+        logits = _perceptron(pooled, *layers) if impl == "triton" else gate_perceptron_fwd(pooled, *layers)
+    return ops.forward(x, logits, False), pooled, index, logits
 
 
-def _perceptron_backward(grad: Tensor, pooled: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the pooled features and the parameters. `grad` (N, C) is that of the sum of both outputs, and so
-    that of each."""
-    fc1_weight, fc1_bias, fc2_weight, _ = _as_sums(pooled, *parameters)
+def _perceptron_backward(
+    grad: Tensor, pooled: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of the pooled features and the parameters in PyTorch's operations. `grad` (N, C) is that of the sum
+    of both outputs, and so that of each."""
     hidden = F.relu(F.linear(pooled, fc1_weight, fc1_bias))
-    grad_hidden = (grad @ fc2_weight)[:, None] * (hidden > 0)
+    grad_hidden = torch.where(hidden <= 0, 0, (grad @ fc2_weight)[:, None])
     flat = grad_hidden.flatten(0, 1)
     return (
         grad_hidden @ fc1_weight,
@@ -225,7 +286,8 @@ def _perceptron_backward(grad: Tensor, pooled: Tensor, *parameters: Tensor) -> t
 
 
 class SpatialGateFunction(torch.autograd.Function):
-    """Saves its inputs and numbers of (N, H, W): pooled features, where maxima are, the convolution's output, gates.
+    """Saves its inputs and numbers of (N, H, W): pooled features, where maxima are, what the convolution and the batch
+    norm gave.
 
     Returns (y, mean, var), the statistics of the batch norm; only y is differentiable. A backward that is itself
     differentiated goes through the reference.
@@ -246,7 +308,7 @@ class SpatialGateFunction(torch.autograd.Function):
             return (None,) * 8
         impl, training, eps = ctx.options
         saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
-        inputs, (pooled, index, z, gate), used = saved[:4], saved[4:8], saved[8:]
+        inputs, (pooled, index, z, logits), used = saved[:4], saved[4:8], saved[8:]
         if through_reference():
 
             def reference(*inputs):
@@ -258,11 +320,11 @@ class SpatialGateFunction(torch.autograd.Function):
         ops, grad_y = ops_of(impl), dense(grad_y, x)
         with without_autocast(x.device):
             weight, *affine = _as_sums(pooled, *parameters)
-            grad = ops.reduce(grad_y, dense(x, x), True) * gate * (1 - gate)
+            grad = ops.reduce(grad_y, dense(x, x), logits, True)
             grad, *of_affine = norm_ops_of(impl)[1](grad, z, *affine, *used, eps, False, 0.0, 1, None, training)
-            grad_pooled = F.conv2d(grad, weight.flip(2, 3).transpose(0, 1), padding=_padding(weight))
-            grads = _weight_gradient(grad, pooled, weight), *of_affine
-        grad_x = ops.backward(grad_y, gate, grad_pooled.contiguous(), index, True)
+            backward = _convolution_backward if impl == "triton" else gate_conv_bwd
+            grad_pooled, *grads = *backward(grad, pooled, weight), *of_affine
+        grad_x = ops.backward(grad_y, logits, grad_pooled, index, True)
         return *(None,) * 4, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
 
 
@@ -274,26 +336,16 @@ def spatial_gate_forward(
     pooled, index = ops.pool(x, True)
     weight, *affine = _as_sums(pooled, *parameters)
     with without_autocast(x.device):
-        z = F.conv2d(pooled, weight, padding=_padding(weight)).contiguous()
-    normalised, mean, var = norm_ops_of(impl)[0](z, *affine, *given, eps, False, 0.0, 1, None)
-    gate = torch.sigmoid(normalised)
-    return ops.forward(x, gate, True), pooled, index, z, gate, mean, var
+        z = _convolution(pooled, weight) if impl == "triton" else gate_conv_fwd(pooled, weight)
+    logits, mean, var = norm_ops_of(impl)[0](z, *affine, *given, eps, False, 0.0, 1, None)
+    return ops.forward(x, logits, True), pooled, index, z, logits, mean, var
 
 
-def _weight_gradient(grad: Tensor, pooled: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the convolution's weight: one product for each row of pixels, and their sum.
-
-    oneDNN's takes five times as long for such few channels, and its bits depend on the number of threads.
-    """
-    kh, kw = weight.shape[2:]
-    ph, pw = _padding(weight)
-    n, _, h, w = pooled.shape
-    rows = h + 2 * ph  # with padding
-    windows = F.pad(pooled, (pw, pw, ph, ph)).permute(0, 2, 3, 1).unfold(2, kw, 1).reshape(n * rows, w, 2 * kw)
-    # For a row of the padded features, the rows of the gradient at which each row of taps, the last first, meets it.
-    meeting = F.pad(grad[:, 0], (0, 0, kh - 1, kh - 1)).unfold(1, kh, 1).mT.reshape(n * rows, kh, w)
-    sums = torch.bmm(meeting, windows).sum(0).flip(0)
-    return sums.view(kh, 2, kw).transpose(0, 1)[None].contiguous()
+def _convolution_backward(grad: Tensor, pooled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the pooled features and the weight in PyTorch's operations."""
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    grad_pooled = torch.nn.grad.conv2d_input(pooled.shape, weight, grad, padding=padding)
+    return grad_pooled, torch.nn.grad.conv2d_weight(pooled, weight.shape, grad, padding=padding)
 
 
 # ---- both ----

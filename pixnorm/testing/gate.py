@@ -11,6 +11,10 @@ from pixnorm.ops.gate import (
     CHANNEL_PARAMETERS,
     SPATIAL_PARAMETERS,
     channel_gate_reference,
+    gate_conv_bwd,
+    gate_conv_fwd,
+    gate_perceptron_bwd,
+    gate_perceptron_fwd,
     ops_of,
     spatial_gate_reference,
 )
@@ -62,7 +66,7 @@ def _saved_bytes(spatial: bool) -> Callable[[Case, torch.dtype], int]:
     def saved(case: Case, dtype: torch.dtype) -> int:
         n, c, h, w = case.shape
         number = 8 if dtype == torch.float64 else 4
-        if spatial:  # two pooled features, the convolution's output, the gate, int32; two statistics
+        if spatial:  # two pooled features, what convolution and batch norm gave, int32; two statistics
             return n * h * w * (4 * number + 4) + 2 * number
         return n * c * (3 * number + 4)
 
@@ -76,11 +80,17 @@ def _kernel_calls(
         ops, x = ops_of(impl), tensors["x"]
         yield ops.pool, (x, spatial)
         pooled, index = ops.pool(x, spatial)
-        gate = torch.sigmoid(pooled[:, :1] if spatial else pooled[:, 0])
-        yield ops.forward, (x, gate, spatial)
-        grad_y = torch.ones_like(ops.forward(x, gate, spatial))
-        yield ops.reduce, (grad_y, x, spatial)
-        yield ops.backward, (grad_y, gate, pooled, index, spatial)
+        logits = pooled[:, :1].contiguous() if spatial else pooled[:, 0].contiguous()
+        yield ops.forward, (x, logits, spatial)
+        grad_y = torch.ones_like(ops.forward(x, logits, spatial))
+        yield ops.reduce, (grad_y, x, logits, spatial)
+        yield ops.backward, (grad_y, logits, pooled, index, spatial)
+        if impl == "native":
+            names = SPATIAL_PARAMETERS[:1] if spatial else CHANNEL_PARAMETERS
+            layers = [tensors[name].to(pooled.dtype) for name in names]
+            small = (gate_conv_fwd, gate_conv_bwd) if spatial else (gate_perceptron_fwd, gate_perceptron_bwd)
+            yield small[0], (pooled, *layers)
+            yield small[1], (logits, pooled, *layers[:3])
 
     return calls
 
@@ -121,7 +131,7 @@ CHANNEL_GATE = OpSpec(
     saved_bytes=_saved_bytes(False),
     kernel_calls=_kernel_calls(False),
     composite=True,
-    helpers=(("gate_pool",), ("gate_reduce",)),
+    helpers=(("gate_pool", "gate_perceptron_fwd"), ("gate_reduce", "gate_perceptron_bwd")),
     float32_parameters=True,
 )
 SPATIAL_GATE = OpSpec(
@@ -143,7 +153,7 @@ SPATIAL_GATE = OpSpec(
     saved_bytes=_saved_bytes(True),
     kernel_calls=_kernel_calls(True),
     composite=True,
-    helpers=(("gate_pool", "modulate_fwd"), ("gate_reduce", "modulate_bwd")),
+    helpers=(("gate_pool", "gate_conv_fwd", "modulate_fwd"), ("gate_reduce", "gate_conv_bwd", "modulate_bwd")),
     options={"training": (True, False)},
     inference={"training": False},
     float32_parameters=True,
