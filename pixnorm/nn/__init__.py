@@ -6,6 +6,7 @@ from pixnorm.nn.conditional_conv import ConditionalConv2d
 from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
+from pixnorm.nn.instancenorm import InstanceNorm2d
 from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
 from pixnorm.nn.spade import SPADE2d
 from pixnorm.nn.spn import ConditionalSPN2d, SPN2d, self_latent_mask
@@ -31,6 +32,7 @@ __all__ = [
     "EqualizedLinear",
     "GConv2d",
     "GLinear",
+    "InstanceNorm2d",
     "LatentBatchNorm2d",
     "MappingNetwork",
     "ModulatedConv2d",
