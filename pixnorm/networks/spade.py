@@ -106,13 +106,13 @@ class SPADEGenerator(nn.Module):
     """SPADE's generator: an image from a label map and, in a variational autoencoder, a latent vector.
 
     A start at low resolution, seven :class:`SPADEBlock` (eight with ``upsampling="most"``) of width 16, 16, 16, 8, 4,
-    2, 1 (and 1/2) times ``width``, leaky ReLU, a 3x3 convolution and tanh. The start is a 3x3 convolution of the resized
-    label map, or with ``latent_dim`` a linear layer of the latent vector.
+    2, 1 (and 1/2) times ``width``, leaky ReLU, a 3x3 convolution and tanh. The start is a 3x3 convolution of the
+    resized label map, or with ``latent_dim`` a linear layer of the latent vector.
 
     As in NVlabs' code, ``upsampling`` fixes how often the resolution doubles, and with ``resolution`` where it starts:
-    ``"normal"`` five times (256 from 8x8, as published; 64 from 2x2, 128 from 4x4, 512 from 16x16), ``"more"`` six times
-    (512 from 8x8), ``"most"`` seven times (512 from 4x4). With ``"normal"`` and ``latent_dim=0`` all resolutions thus
-    have the same parameters: with 19 labels 92 538 819 (109 205 443 with a latent vector of 256 at 256 pixels).
+    ``"normal"`` five times (256 from 8x8, as published; 64 from 2x2, 128 from 4x4, 512 from 16x16), ``"more"`` six
+    times (512 from 8x8), ``"most"`` seven times (512 from 4x4). With ``"normal"`` and ``latent_dim=0`` all resolutions
+    thus have the same parameters: with 19 labels 92 538 819 (109 205 443 with a latent vector of 256 at 256 pixels).
 
     Weights start as NVlabs', normal with gain 0.02.
 
