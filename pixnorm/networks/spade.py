@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pixnorm.functional import label_conv2d
 from pixnorm.nn import InstanceNorm2d, SPADE2d
+from pixnorm.nn._label_patches import LabelPatches
 from pixnorm.nn.spade import check_label_map, resized_map
 from pixnorm.ops.checks import check_image, check_option, check_shape
 from pixnorm.ops.label_conv import check_labels
@@ -93,12 +94,12 @@ class SPADEBlock(nn.Module):
         self.norm_shortcut = norm(in_channels, upsample, activation=None) if learned else None
         self.conv_shortcut = convolution(in_channels, out_channels, 1, bias=False) if learned else None
 
-    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
-        """Features at ``upsample`` times the resolution."""
-        h = self.conv1(self.norm1(x, segmap))
-        h = self.conv2(self.norm2(h, segmap))
+    def forward(self, x: Tensor, segmap: Tensor, patches: LabelPatches | None = None) -> Tensor:
+        """Features at ``upsample`` times the resolution; the patches are those of :class:`pixnorm.SPADE2d`."""
+        h = self.conv1(self.norm1(x, segmap, patches))
+        h = self.conv2(self.norm2(h, segmap, patches))
         if self.conv_shortcut is not None:
-            return h + self.conv_shortcut(self.norm_shortcut(x, segmap))
+            return h + self.conv_shortcut(self.norm_shortcut(x, segmap, patches))
         return h + (F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample == 2 else x)
 
 
@@ -184,12 +185,14 @@ class SPADEGenerator(nn.Module):
         self._check(segmap, z)
         size = list(self.start)
         resized = resized_map(segmap, size)
+        patches = LabelPatches.of(resized, self.label_channels, self.impl)
         x = self._first(resized, z)
         for block in self.blocks:
-            if block.upsample == 2:
+            if block.upsample == 2:  # once for all norms of a resolution
                 size = [2 * side for side in size]
-                resized = resized_map(segmap, size)  # once for all norms of that resolution
-            x = block(x, resized)
+                resized = resized_map(segmap, size)
+                patches = LabelPatches.of(resized, self.label_channels, self.impl)
+            x = block(x, resized, patches)
         return torch.tanh(self.conv_img(F.leaky_relu(x, 0.2)))
 
     def _check(self, segmap: Tensor, z: Tensor | None) -> None:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnorm.functional import label_conv2d
+from pixnorm.nn._label_patches import LabelPatches
 from pixnorm.nn._leaf import traced
 from pixnorm.nn.batchnorm import ModulatedNorm2d
+from pixnorm.ops.label_conv import check_labels
 
 
 class SPADE2d(ModulatedNorm2d):
@@ -17,7 +19,8 @@ class SPADE2d(ModulatedNorm2d):
     ``y = (1 + γ) · x̂ + β``, with ``[γ, β] = conv(relu(conv(labels)))``, the label map nearest-resized to x.
 
     Where the map holds integer labels, the first convolution is a gather (:func:`pixnorm.functional.label_conv2d`), and
-    no one-hot tensor is made.
+    no one-hot tensor is made. On the CPU, both convolutions are computed for the distinct neighbourhoods of labels
+    only, if these are few, as in segments.
 
     Args:
         num_features: C, the channels of the input.
@@ -95,22 +98,37 @@ class SPADE2d(ModulatedNorm2d):
             bound = weight[0].numel() ** -0.5
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, input: Tensor, segmap: Tensor) -> Tensor:
-        """Normalise the input, then scale and shift each pixel as the label map says."""
+    def forward(self, input: Tensor, segmap: Tensor, patches: LabelPatches | None = None) -> Tensor:
+        """Normalise the input, then scale and shift each pixel as the label map says.
+
+        Layers that share a map of the output's size may share its ``patches``, ``LabelPatches.of(segmap, L, impl)``.
+        """
         if (node := traced(self, input, segmap)) is not None:
             return node
         check_label_map(segmap, self.label_channels, input.shape[0])
-        size = [side * self.upsample for side in input.shape[2:]]
-        if segmap.dim() == 3:
-            impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
-            hidden = label_conv2d(resized_map(segmap, size), self.shared_weight, self.shared_bias, "relu", impl=impl)
-        else:
-            resized = resized_map(segmap.to(self.shared_weight.dtype), size)
-            hidden = F.relu(F.conv2d(resized, self.shared_weight, self.shared_bias, padding=self.kernel_size // 2))
+        return self._modulated(input, *self._maps(input, segmap, patches))
+
+    def _maps(self, x: Tensor, segmap: Tensor, patches: LabelPatches | None) -> list[Tensor]:
+        """Scale and shift."""
+        shared = self.shared_weight, self.shared_bias
         # One convolution for both is not faster, and its output would have to be split, and its gradient joined.
-        halves = zip(self.weight.chunk(2), self.bias.chunk(2), strict=True)
-        gamma, beta = (F.conv2d(hidden, *half, padding=self.kernel_size // 2) for half in halves)
-        return self._modulated(input, gamma, beta)
+        halves = list(zip(self.weight.chunk(2), self.bias.chunk(2), strict=True))
+        resized = resized_map(segmap, [side * self.upsample for side in x.shape[2:]])
+        if resized.dim() == 3:
+            check_labels(resized, self.label_channels)
+            if patches is None:
+                patches = LabelPatches.of(resized, self.label_channels, self.impl)
+            elif patches.index is not None and patches.index.shape != resized.shape:
+                shapes = f"{tuple(patches.index.shape)}, for one of shape {tuple(resized.shape)}"
+                raise ValueError(f"the patches are of a label map of shape {shapes}")
+            if patches.index is not None and self.kernel_size == 3:
+                hidden = patches.hidden(*shared)
+                return [patches.map(hidden, *half, like=x) for half in halves]
+            impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
+            hidden = label_conv2d(resized, *shared, "relu", impl=impl)
+        else:
+            hidden = F.relu(F.conv2d(resized.to(self.shared_weight.dtype), *shared, padding=self.kernel_size // 2))
+        return [F.conv2d(hidden, *half, padding=self.kernel_size // 2) for half in halves]
 
     def load_nvlabs_spade(self, state_dict: dict[str, Tensor]) -> None:
         """Load a SPADE layer of NVlabs/SPADE: keys ``param_free_norm.*``, ``mlp_shared.0.*``, ``mlp_gamma.*``,

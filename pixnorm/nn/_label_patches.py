@@ -1,0 +1,135 @@
+"""Scale and shift of SPADE from the distinct neighbourhoods of a label map.
+
+Both convolutions of a SPADE layer see labels only: its maps at a pixel are a function of the 5x5 labels around it. In a
+map of segments most pixels share them with others (inside a segment, along straight borders). So what depends on the
+weights is computed for each distinct neighbourhood, and then placed by an index:
+
+    hidden[i]  = relu(b₁ + Σ_t W₁[:, labels of patch i at t, t])          a row per distinct 3x3 patch of labels
+    z[i, t]    = W₂[:, :, t] hidden[i]                                    one matrix product, instead of a convolution
+    maps[j]    = b₂ + Σ_t z[patch of neighbourhood j at t, t]             a row per distinct 5x5 neighbourhood
+    γ, β at p  = maps[neighbourhood of p]
+
+This changes nothing but the order of sums. Outside the image there is a label without weights, and hidden is zero.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixnorm.ops.common import dense, onlooker
+
+# Distinct 3x3 patches per pixel above which the convolutions are faster; and pixels whose patch is not uniform, above
+# which the distinct ones are hardly so few.
+MOST_PATCHES, MOST_PLACES = 0.25, 0.75
+# Numbers below this are combined in an int64; above, by their ranks.
+LIMIT = 2**63
+
+
+class LabelPatches(NamedTuple):
+    """The distinct neighbourhoods of a label map (N, H, W); all None where convolutions are to be used.
+
+    ``patches`` (A, 9): the labels of the distinct 3x3 patches; L is outside. ``neighbourhoods`` (B, 9): the patches at
+    the 3x3 positions; A is outside. ``index`` (N, H, W): the neighbourhood of each pixel.
+    """
+
+    patches: Tensor | None = None
+    neighbourhoods: Tensor | None = None
+    index: Tensor | None = None
+
+    @classmethod
+    def of(cls, segmap: Tensor, label_channels: int, impl: str = "auto") -> "LabelPatches":
+        """The neighbourhoods of a map of labels in [0, L), (N, H, W) of int64, at the resolution of its use.
+
+        There are none of soft maps; of labels with too many different ones; with ``impl="reference"``; for tracers,
+        transforms and subclasses of tensors; and on GPUs, which would have to be waited for to know how many there are.
+        """
+        labels = type(segmap) is Tensor and segmap.dim() == 3 and segmap.device.type == "cpu" and segmap.numel() > 0
+        if not labels or impl == "reference" or torch.compiler.is_compiling() or onlooker() is not None:
+            return cls()
+        found = _distinct(segmap, label_channels, label_channels, MOST_PATCHES)
+        if found is None:
+            return cls()
+        patches, ids = found
+        if (len(patches) + 1) ** 3 >= LIMIT:
+            return cls()
+        # Patches 0 to L - 1 are uniform, so neighbourhoods of one of these are, too.
+        return cls(patches, *_distinct(ids, len(patches), label_channels))
+
+    def map(self, hidden: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Tensor:
+        """The second convolution, from the rows of :meth:`hidden`.
+
+        Args:
+            hidden: (A + 1, hidden channels).
+            weight, bias: (C, hidden channels, 3, 3) and (C,).
+            like: a tensor (N, C, H, W), whose layout the result has.
+
+        Returns:
+            (N, C, H, W).
+        """
+        taps = weight.flatten(2).permute(1, 2, 0).flatten(1)  # (hidden channels, 9 C)
+        z = (hidden @ taps).unflatten(1, (9, -1)).flatten(0, 1)
+        rows = _sums(z, self.neighbourhoods) + bias
+        return dense(F.embedding(self.index, rows).permute(0, 3, 1, 2), like)
+
+    def hidden(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """The first convolution and ReLU: a row per patch, and zeros for the one outside.
+
+        Args:
+            weight, bias: (hidden channels, L, 3, 3) and (hidden channels,).
+
+        Returns:
+            (A + 1, hidden channels).
+        """
+        table = F.pad(weight.flatten(2).permute(1, 2, 0), (0, 0, 0, 0, 0, 1))  # (L + 1, 9, hidden channels)
+        return F.pad(F.relu(_sums(table.flatten(0, 1), self.patches) + bias), (0, 0, 0, 1))
+
+
+def _sums(table: Tensor, rows: Tensor) -> Tensor:
+    """Σ_t table[9 rows[i, t] + t]: (R, D) from (9 K, D) and (R, 9)."""
+    return F.embedding(9 * rows + torch.arange(9), table).sum(1)
+
+
+def _distinct(ids: Tensor, outside: int, uniform: int, most: float | None = None) -> tuple[Tensor, Tensor] | None:
+    """The distinct 3x3 patches of an image of numbers.
+
+    Args:
+        ids: (N, H, W), in [0, outside).
+        outside: the number around the image.
+        uniform: patches of one number below this come first, in its place, whether they occur or not.
+        most: patches per pixel that are too many.
+
+    Returns:
+        The patches (A, 9), and for each pixel which one is around it (N, H, W); None where there are too many.
+    """
+    n, h, w = ids.shape
+    padded = F.pad(ids, (1, 1, 1, 1), value=outside)
+    triples = padded[..., :-2], padded[..., 1:-1], padded[..., 2:]
+    even = (triples[0] == triples[1]) & (triples[1] == triples[2])
+    middle = padded[:, 1:-1, 1:-1]
+    one = even[:, :-2] & even[:, 1:-1] & even[:, 2:] & (padded[:, :-2, 1:-1] == middle)
+    one &= (padded[:, 2:, 1:-1] == middle) & (middle < uniform)
+    places = (~one).flatten().nonzero()[:, 0]
+    if most is not None and len(places) > MOST_PLACES * ids.numel():
+        return None
+    key = (triples[0] * (outside + 1) + triples[1]) * (outside + 1) + triples[2]  # (N, H + 2, W), by rows
+    start = places + places // (h * w) * (2 * w)  # of the row above
+    rows, bound = torch.stack([key.flatten()[start + i * w] for i in range(3)]), (outside + 1) ** 3
+    if bound**3 >= LIMIT:
+        values, rows = torch.unique(rows, return_inverse=True)
+        bound = len(values)
+    top, center, bottom = rows
+    pairs = top * bound + center
+    if bound**3 >= LIMIT:
+        pairs = torch.unique(pairs, return_inverse=True)[1]
+    values, inverse = torch.unique(pairs * bound + bottom, return_inverse=True)
+    if most is not None and len(values) > most * ids.numel():
+        return None
+    place = torch.empty_like(values).index_copy_(0, inverse, places)  # any of them
+    image, pixel = place // (h * w), place % (h * w)
+    corner = image * ((h + 2) * (w + 2)) + pixel // w * (w + 2) + pixel % w
+    offsets = (torch.arange(3)[:, None] * (w + 2) + torch.arange(3)).flatten()
+    others = padded.flatten()[corner[:, None] + offsets]
+    index = middle.flatten().index_copy(0, places, inverse + uniform)
+    return torch.cat([torch.arange(uniform)[:, None].expand(-1, 9), others]), index.view(n, h, w)
