@@ -48,11 +48,16 @@ def test_patches_are_those_of_the_map(which):
     assert torch.equal(inside, neighbours(torch.ones_like(labels), 0) > 0)
     expected = neighbours(labels, classes, 5).unflatten(3, (5, 5)).unfold(3, 3, 1).unfold(4, 3, 1).reshape(around.shape)
     assert torch.equal(around[inside], expected[inside])
-    for rows in (patches, neighbourhoods):
-        assert len(torch.unique(rows, dim=0)) == len(rows)
     assert torch.equal(patches[:classes], torch.arange(classes)[:, None].expand(-1, 9))
-    # No more than there are, and the uniform ones.
-    assert len(neighbourhoods) <= classes + len(torch.unique(neighbours(labels, classes, 5).flatten(0, 2), dim=0))
+    assert len(torch.unique(patches, dim=0)) == len(patches)
+    # As many as there are; those of one label in each stretch of pixels.
+    uniform = (neighbourhoods < classes).all(1) & (neighbourhoods == neighbourhoods[:, :1]).all(1)
+    distinct = torch.unique(neighbours(labels, classes, 5).flatten(0, 2), dim=0)
+    assert (~uniform).sum() == ((distinct != distinct[:, :1]).any(1)).sum()
+    assert torch.equal(torch.unique(index), torch.arange(len(neighbourhoods)))
+    for row in uniform.nonzero()[:, 0]:
+        pixels = (index.flatten() == row).nonzero()
+        assert len(torch.unique(pixels // _label_patches.STRETCH)) == 1
 
 
 def test_large_maps(monkeypatch):
@@ -97,6 +102,26 @@ def test_layers_agree(which):
         found.append([y, *grads, *second])
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_gradients_in_float32():
+    """A label on most pixels, and gradients of one sign: sums of many numbers, whose errors would add up."""
+    labels = torch.zeros((4, 128, 128), dtype=torch.int64)
+    labels[:, 40:60, 30:90] = 1
+    errors = []
+    grad = torch.rand((4, C, 128, 128), generator=torch.Generator().manual_seed(0))
+    for impl in ("auto", "reference"):
+        torch.manual_seed(0)
+        layer = pixnorm.SPADE2d(C, 2, HIDDEN, impl=impl)
+        exact = pixnorm.SPADE2d(C, 2, HIDDEN, impl="reference").double()
+        exact.load_state_dict(layer.state_dict())
+        found = [
+            torch.autograd.grad(each._maps(grad.to(each.weight.dtype), labels, None), list(each.parameters()), [g, g])
+            for each, g in ((layer, grad), (exact, grad.double()))
+        ]
+        errors.append([((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)])
+    for actual, eager in zip(*errors, strict=True):
+        assert actual <= 2 * eager + 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("upsample", [1, 2])

@@ -23,6 +23,8 @@ from pixnorm.ops.common import dense, onlooker
 # Distinct 3x3 patches per pixel above which the convolutions are faster; and pixels whose patch is not uniform, above
 # which the distinct ones are hardly so few.
 MOST_PATCHES, MOST_PLACES = 0.25, 0.75
+# Pixels whose gradients are added up one after another.
+STRETCH = 1024
 # Numbers below this are combined in an int64; above, by their ranks.
 LIMIT = 2**63
 
@@ -31,7 +33,8 @@ class LabelPatches(NamedTuple):
     """The distinct neighbourhoods of a label map (N, H, W); all None where convolutions are to be used.
 
     ``patches`` (A, 9): the labels of the distinct 3x3 patches; L is outside. ``neighbourhoods`` (B, 9): the patches at
-    the 3x3 positions; A is outside. ``index`` (N, H, W): the neighbourhood of each pixel.
+    the 3x3 positions; A is outside. ``index`` (N, H, W): the neighbourhood of each pixel. (Neighbourhoods of one label
+    occur several times, see ``_in_stretches``.)
     """
 
     patches: Tensor | None = None
@@ -55,7 +58,7 @@ class LabelPatches(NamedTuple):
         if (len(patches) + 1) ** 3 >= LIMIT:
             return cls()
         # Patches 0 to L - 1 are uniform, so neighbourhoods of one of these are, too.
-        return cls(patches, *_distinct(ids, len(patches), label_channels))
+        return cls(patches, *_in_stretches(*_distinct(ids, len(patches), label_channels), label_channels))
 
     def map(self, hidden: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Tensor:
         """The second convolution, from the rows of :meth:`hidden`.
@@ -68,9 +71,8 @@ class LabelPatches(NamedTuple):
         Returns:
             (N, C, H, W).
         """
-        taps = weight.flatten(2).permute(1, 2, 0).flatten(1)  # (hidden channels, 9 C)
-        z = (hidden @ taps).unflatten(1, (9, -1)).flatten(0, 1)
-        rows = _sums(z, self.neighbourhoods) + bias
+        z = hidden @ weight.flatten(2).permute(2, 1, 0)  # (9, A + 1, C)
+        rows = Sums.apply(z, self.neighbourhoods) + bias
         return dense(F.embedding(self.index, rows).permute(0, 3, 1, 2), like)
 
     def hidden(self, weight: Tensor, bias: Tensor) -> Tensor:
@@ -82,13 +84,56 @@ class LabelPatches(NamedTuple):
         Returns:
             (A + 1, hidden channels).
         """
-        table = F.pad(weight.flatten(2).permute(1, 2, 0), (0, 0, 0, 0, 0, 1))  # (L + 1, 9, hidden channels)
-        return F.pad(F.relu(_sums(table.flatten(0, 1), self.patches) + bias), (0, 0, 0, 1))
+        table = F.pad(weight.flatten(2).permute(2, 1, 0), (0, 0, 0, 1))  # (9, L + 1, hidden channels)
+        return F.pad(F.relu(Sums.apply(table, self.patches) + bias), (0, 0, 0, 1))
 
 
-def _sums(table: Tensor, rows: Tensor) -> Tensor:
-    """Σ_t table[9 rows[i, t] + t]: (R, D) from (9 K, D) and (R, 9)."""
-    return F.embedding(9 * rows + torch.arange(9), table).sum(1)
+class Sums(torch.autograd.Function):
+    """Σ_t table[t, rows[:, t]]: (R, D) from (9, K, D) and (R, 9). Linear, so its gradient is :class:`Spread`'s sum.
+
+    PyTorch's embedding, followed by a sum, takes tens of times as long, and the gradient of ``F.embedding_bag`` is not
+    differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx, table, rows):
+        ctx.save_for_backward(rows)
+        ctx.size = table.shape[1]
+        offsets = torch.arange(table.shape[0]) * ctx.size
+        return F.embedding_bag(rows + offsets, table.flatten(0, 1), mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Spread.apply(grad, ctx.saved_tensors[0], ctx.size), None
+
+
+class Spread(torch.autograd.Function):
+    """The transpose of :class:`Sums`: each row of (R, D) is added to the 9 rows of (9, K, D) that it was the sum of."""
+
+    @staticmethod
+    def forward(ctx, y, rows, size):
+        ctx.save_for_backward(rows)
+        add_rows = torch.ops.aten.embedding_dense_backward
+        return torch.stack([add_rows(y, row, size, -1, False) for row in rows.unbind(1)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Sums.apply(grad, ctx.saved_tensors[0]), None, None
+
+
+def _in_stretches(neighbourhoods: Tensor, index: Tensor, uniform: int) -> tuple[Tensor, Tensor]:
+    """The same neighbourhoods, with those of one label once for each stretch of pixels that has them.
+
+    The gradient of a row is the sum over its pixels, one after another. Most pixels have a uniform neighbourhood, and
+    sums of that many numbers would lose digits in float32; a sum of sums does not.
+    """
+    flat = index.flatten()
+    places = (flat < uniform).nonzero()[:, 0]
+    key = places // STRETCH * uniform + flat[places]
+    present = torch.zeros((len(flat) // STRETCH + 1) * uniform, dtype=torch.int64).index_fill_(0, key, 1)
+    used, rank = present.nonzero()[:, 0], present.cumsum(0) - 1
+    flat = (flat - uniform + len(used)).index_copy_(0, places, rank[key])
+    return torch.cat([neighbourhoods[used % uniform], neighbourhoods[uniform:]]), flat.view_as(index)
 
 
 def _distinct(ids: Tensor, outside: int, uniform: int, most: float | None = None) -> tuple[Tensor, Tensor] | None:
