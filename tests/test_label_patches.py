@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import pixnorm
 from pixnorm.nn import _label_patches
@@ -155,6 +156,35 @@ def test_where_convolutions_are_used():
     assert LabelPatches.of(F.one_hot(labels, classes).movedim(3, 1).float(), classes) == LabelPatches()
     assert LabelPatches.of(labels[:0], classes) == LabelPatches()
     assert torch.func.vmap(lambda _: torch.tensor(LabelPatches.of(labels, classes).index is None))(torch.ones(1)).all()
+
+
+def test_compiled_layers_are_one_graph():
+    """The number of neighbourhoods depends on the data, so there the convolutions run."""
+    labels, classes = MAPS["segments"]
+    layer, plain = layers(classes)
+    x = torch.randn(2, C, 40, 48, dtype=torch.float64)
+    actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, labels)
+    torch.testing.assert_close(actual, plain(x, labels))
+
+
+def test_checkpointing_and_autocast():
+    labels, classes = MAPS["segments"]
+    layer, plain = layers(classes)
+    x = torch.randn(2, C, 40, 48, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(run(x, labels).square().sum(), list(of.parameters()))
+        for of, run in ((layer, lambda *args: checkpoint(layer, *args, use_reentrant=False)), (plain, plain))
+    ]
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+    exact = plain(x, labels)
+    results = []
+    for each in (layer, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(each.float()(x.bfloat16(), labels))
+    assert results[0].dtype == results[1].dtype == torch.bfloat16
+    errors = [(y.double() - exact).abs().max().item() for y in results]
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_patches_of_another_map():

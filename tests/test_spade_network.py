@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pixnorm
 from pixnorm.networks import SPADEBlock, SPADEDiscriminator, SPADEEncoder, SPADEGenerator, from_nvlabs
 from pixnorm.networks.spade_discriminator import downsample, downsample_labels
 from pixnorm.nn import InstanceNorm2d
+from pixnorm.nn._label_patches import LabelPatches
 
 LABELS, HIDDEN = 5, 8
 # float64 through the whole network; norms of nearly uniform features amplify roundings of 1e-16.
@@ -235,6 +237,21 @@ def test_upsampling_inside_a_block_is_upsampling_before_it(channels, impl):
     plain.load_state_dict(block.state_dict())
     x, labels = numbers(2, channels[0], 5, 4), label_map(2, 20, 16, cell=3)
     torch.testing.assert_close(block(x, labels), plain(F.interpolate(x, scale_factor=2), labels), **CLOSE)
+
+
+def test_norms_of_one_resolution_share_the_label_map(monkeypatch):
+    found = []
+
+    class Counted(LabelPatches):
+        @classmethod
+        def of(cls, segmap, *args):
+            found.append(tuple(segmap.shape))
+            return LabelPatches.of(segmap, *args)
+
+    for module in (pixnorm.networks.spade, pixnorm.nn.spade):
+        monkeypatch.setattr(module, "LabelPatches", Counted)
+    SPADEGenerator(64, LABELS, 2, hidden_channels=HIDDEN)(label_map(2, 64, 64))
+    assert found == [(2, side, side) for side in (2, 4, 8, 16, 32, 64)]
 
 
 def test_same_seed_same_weights():
