@@ -43,7 +43,8 @@ def neighbours(numbers, outside, size=3):
 @maps
 def test_patches_are_those_of_the_map(which):
     labels, classes = MAPS[which]
-    patches, neighbourhoods, index = LabelPatches.of(labels, classes)
+    found = LabelPatches.of(labels, classes)
+    patches, neighbourhoods, index = found.patches, found.neighbourhoods, found.index
     around = patches[neighbourhoods[index].clamp(max=len(patches) - 1)]  # (N, H, W, 9, 9)
     inside = neighbourhoods[index] < len(patches)
     assert torch.equal(inside, neighbours(torch.ones_like(labels), 0) > 0)
@@ -71,7 +72,7 @@ def test_large_maps(monkeypatch):
         for actual, wanted in zip(_rows(LabelPatches.of(labels, classes)), _rows(expected), strict=True):
             assert torch.equal(actual, wanted)
     monkeypatch.setattr(_label_patches, "LIMIT", rows)
-    assert LabelPatches.of(labels, classes) == LabelPatches()
+    assert not LabelPatches.of(labels, classes)
 
 
 def _rows(found):
@@ -145,17 +146,17 @@ def test_no_convolutions(layout, upsample, monkeypatch):
 
 def test_where_convolutions_are_used():
     noise = torch.randint(5, (2, 32, 32), generator=torch.Generator().manual_seed(0))
-    assert LabelPatches.of(noise, 5) == LabelPatches()  # nearly every patch is different
+    assert not LabelPatches.of(noise, 5)  # nearly every patch is different
     # Few pixels with uniform patches are not enough, if the others all differ.
     some = torch.cat([noise[:, :, :16], torch.zeros_like(noise)], 2)
     places = (neighbours(some, 5) != some[..., None]).any(3).double().mean()
-    assert places < _label_patches.MOST_PLACES and LabelPatches.of(some, 5) == LabelPatches()
+    assert places < _label_patches.MOST_PLACES and not LabelPatches.of(some, 5)
     labels, classes = MAPS["segments"]
-    assert LabelPatches.of(labels, classes).index is not None
-    assert LabelPatches.of(labels, classes, "reference") == LabelPatches()
-    assert LabelPatches.of(F.one_hot(labels, classes).movedim(3, 1).float(), classes) == LabelPatches()
-    assert LabelPatches.of(labels[:0], classes) == LabelPatches()
-    assert torch.func.vmap(lambda _: torch.tensor(LabelPatches.of(labels, classes).index is None))(torch.ones(1)).all()
+    assert LabelPatches.of(labels, classes)
+    assert not LabelPatches.of(labels, classes, "reference")
+    assert not LabelPatches.of(F.one_hot(labels, classes).movedim(3, 1).float(), classes)
+    assert not LabelPatches.of(labels[:0], classes)
+    assert torch.func.vmap(lambda _: torch.tensor(not LabelPatches.of(labels, classes)))(torch.ones(1)).all()
 
 
 def test_compiled_layers_are_one_graph():

@@ -12,7 +12,8 @@ weights is computed for each distinct neighbourhood, and then placed by an index
 This changes nothing but the order of sums. Outside the image there is a label without weights, and hidden is zero.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,53 @@ STRETCH = 1024
 LIMIT = 2**63
 
 
-class LabelPatches(NamedTuple):
+class RowSums:
+    """The linear map ``y[i] = Σ x[j]`` over the rows j of bag i, in tensors (rows, D); differentiable to any order.
+
+    PyTorch's embedding, followed by a sum, takes tens of times as long, and the gradient of its ``F.embedding_bag`` is
+    slow and not differentiable. Here it is the transposed map, in the same form.
+
+    Args:
+        rows: (M,), the rows j, bag by bag.
+        starts: of the bags in ``rows``.
+        size: number of rows of x.
+    """
+
+    def __init__(self, rows: Tensor, starts: Tensor, size: int):
+        self.rows, self.starts, self.size = rows, starts, size
+
+    @classmethod
+    def of_taps(cls, rows: Tensor, size: int) -> "RowSums":
+        """y[i] = Σ_t x[t, rows[i, t]], for x of ``size`` rows for each tap."""
+        bags, taps = rows.shape
+        return cls((rows + torch.arange(taps) * size).flatten(), torch.arange(bags) * taps, taps * size)
+
+    @cached_property
+    def transposed(self) -> "RowSums":
+        order = self.rows.argsort(stable=True)
+        counts = self.rows.bincount(minlength=self.size)
+        # The bag of each entry: every bag has at least one.
+        bag = torch.zeros_like(self.rows).index_fill_(0, self.starts[1:], 1).cumsum(0)
+        return RowSums(bag[order], counts.cumsum(0) - counts, len(self.starts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _RowSumsFunction.apply(x, self, False)
+
+
+class _RowSumsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sums, transposed):
+        ctx.sums, ctx.transposed = sums, transposed
+        used = sums.transposed if transposed else sums
+        return F.embedding_bag(used.rows, x.contiguous(), used.starts, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _RowSumsFunction.apply(grad, ctx.sums, not ctx.transposed), None, None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelPatches:
     """The distinct neighbourhoods of a label map (N, H, W); all None where convolutions are to be used.
 
     ``patches`` (A, 9): the labels of the distinct 3x3 patches; L is outside. ``neighbourhoods`` (B, 9): the patches at
@@ -40,6 +87,10 @@ class LabelPatches(NamedTuple):
     patches: Tensor | None = None
     neighbourhoods: Tensor | None = None
     index: Tensor | None = None
+    label_channels: int = 0
+
+    def __bool__(self) -> bool:
+        return self.index is not None
 
     @classmethod
     def of(cls, segmap: Tensor, label_channels: int, impl: str = "auto") -> "LabelPatches":
@@ -58,7 +109,19 @@ class LabelPatches(NamedTuple):
         if (len(patches) + 1) ** 3 >= LIMIT:
             return cls()
         # Patches 0 to L - 1 are uniform, so neighbourhoods of one of these are, too.
-        return cls(patches, *_in_stretches(*_distinct(ids, len(patches), label_channels), label_channels))
+        return cls(
+            patches, *_in_stretches(*_distinct(ids, len(patches), label_channels), label_channels), label_channels
+        )
+
+    @cached_property
+    def _sums(self) -> tuple[RowSums, RowSums, RowSums]:
+        """To the patches from the labels, from these to the neighbourhoods, from these to the pixels."""
+        pixels = self.index.flatten()
+        return (
+            RowSums.of_taps(self.patches, self.label_channels + 1),
+            RowSums.of_taps(self.neighbourhoods, len(self.patches) + 1),
+            RowSums(pixels, torch.arange(len(pixels)), len(self.neighbourhoods)),
+        )
 
     def map(self, hidden: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Tensor:
         """The second convolution, from the rows of :meth:`hidden`.
@@ -71,9 +134,11 @@ class LabelPatches(NamedTuple):
         Returns:
             (N, C, H, W).
         """
+        _, to_neighbourhoods, to_pixels = self._sums
         z = hidden @ weight.flatten(2).permute(2, 1, 0)  # (9, A + 1, C)
-        rows = Sums.apply(z, self.neighbourhoods) + bias
-        return dense(F.embedding(self.index, rows).permute(0, 3, 1, 2), like)
+        rows = to_neighbourhoods(z.flatten(0, 1)) + bias
+        n, h, w = self.index.shape
+        return dense(to_pixels(rows).view(n, h, w, -1).permute(0, 3, 1, 2), like)
 
     def hidden(self, weight: Tensor, bias: Tensor) -> Tensor:
         """The first convolution and ReLU: a row per patch, and zeros for the one outside.
@@ -85,40 +150,7 @@ class LabelPatches(NamedTuple):
             (A + 1, hidden channels).
         """
         table = F.pad(weight.flatten(2).permute(2, 1, 0), (0, 0, 0, 1))  # (9, L + 1, hidden channels)
-        return F.pad(F.relu(Sums.apply(table, self.patches) + bias), (0, 0, 0, 1))
-
-
-class Sums(torch.autograd.Function):
-    """Σ_t table[t, rows[:, t]]: (R, D) from (9, K, D) and (R, 9). Linear, so its gradient is :class:`Spread`'s sum.
-
-    PyTorch's embedding, followed by a sum, takes tens of times as long, and the gradient of ``F.embedding_bag`` is not
-    differentiable.
-    """
-
-    @staticmethod
-    def forward(ctx, table, rows):
-        ctx.save_for_backward(rows)
-        ctx.size = table.shape[1]
-        offsets = torch.arange(table.shape[0]) * ctx.size
-        return F.embedding_bag(rows + offsets, table.flatten(0, 1), mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Spread.apply(grad, ctx.saved_tensors[0], ctx.size), None
-
-
-class Spread(torch.autograd.Function):
-    """The transpose of :class:`Sums`: each row of (R, D) is added to the 9 rows of (9, K, D) that it was the sum of."""
-
-    @staticmethod
-    def forward(ctx, y, rows, size):
-        ctx.save_for_backward(rows)
-        add_rows = torch.ops.aten.embedding_dense_backward
-        return torch.stack([add_rows(y, row, size, -1, False) for row in rows.unbind(1)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Sums.apply(grad, ctx.saved_tensors[0]), None, None
+        return F.pad(F.relu(self._sums[0](table.flatten(0, 1)) + bias), (0, 0, 0, 1))
 
 
 def _in_stretches(neighbourhoods: Tensor, index: Tensor, uniform: int) -> tuple[Tensor, Tensor]:

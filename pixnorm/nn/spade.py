@@ -118,10 +118,10 @@ class SPADE2d(ModulatedNorm2d):
             check_labels(resized, self.label_channels)
             if patches is None:
                 patches = LabelPatches.of(resized, self.label_channels, self.impl)
-            elif patches.index is not None and patches.index.shape != resized.shape:
+            elif patches and patches.index.shape != resized.shape:
                 shapes = f"{tuple(patches.index.shape)}, for one of shape {tuple(resized.shape)}"
                 raise ValueError(f"the patches are of a label map of shape {shapes}")
-            if patches.index is not None and self.kernel_size == 3:
+            if patches and self.kernel_size == 3:
                 hidden = patches.hidden(*shared)
                 return [patches.map(hidden, *half, like=x) for half in halves]
             impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
