@@ -82,6 +82,7 @@ MODULES = {
     "SpatiallyModulatedConv2d": lambda impl: Mapped(pixnorm.nn.SpatiallyModulatedConv2d(4, 4, 3, 3, impl=impl), 3),
     "ChannelGate": lambda impl: pixnorm.ChannelGate(4, 2, impl=impl),
     "SpatialGate": lambda impl: pixnorm.SpatialGate(3, impl=impl),
+    "InstanceNorm2d": lambda impl: nn.Sequential(pixnorm.nn.InstanceNorm2d(4, impl=impl), nn.Conv2d(4, 4, 1)),
     "SPADE2d": lambda impl: Given(pixnorm.SPADE2d(4, 3, 6, activation="leaky_relu", impl=impl), (3, 5, 4)),
 }
 modules = pytest.mark.parametrize("which", MODULES)

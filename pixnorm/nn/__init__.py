@@ -7,6 +7,7 @@ from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
 from pixnorm.nn.gate import ChannelGate, SpatialGate
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
+from pixnorm.nn.instancenorm import InstanceNorm2d
 from pixnorm.nn.mapping import MappingNetwork, pixel_norm, style_mixing, truncate
 from pixnorm.nn.resampled_conv import ConvAvgPool2d, UpsampleConv2d
 from pixnorm.nn.spade import SPADE2d
@@ -35,6 +36,7 @@ __all__ = [
     "EqualizedLinear",
     "GConv2d",
     "GLinear",
+    "InstanceNorm2d",
     "LatentBatchNorm2d",
     "MappingNetwork",
     "ModulatedConv2d",

@@ -1,12 +1,16 @@
 """Spatially adaptive normalisation."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnorm.functional import label_conv2d
+from pixnorm.nn._label_patches import LabelPatches
 from pixnorm.nn._leaf import traced
 from pixnorm.nn.batchnorm import ModulatedNorm2d
+from pixnorm.ops.label_conv import check_labels
 
 
 class SPADE2d(ModulatedNorm2d):
@@ -15,7 +19,8 @@ class SPADE2d(ModulatedNorm2d):
     ``y = (1 + γ) · x̂ + β``, with ``[γ, β] = conv(relu(conv(labels)))``, the label map nearest-resized to x.
 
     Where the map holds integer labels, the first convolution is a gather (:func:`pixnorm.functional.label_conv2d`), and
-    no one-hot tensor is made.
+    no one-hot tensor is made. On the CPU, both convolutions are computed for the distinct neighbourhoods of labels
+    only, if these are few, as in segments.
 
     Args:
         num_features: C, the channels of the input.
@@ -93,31 +98,37 @@ class SPADE2d(ModulatedNorm2d):
             bound = weight[0].numel() ** -0.5
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, input: Tensor, segmap: Tensor) -> Tensor:
-        """Normalise the input, then scale and shift each pixel as the label map says."""
+    def forward(self, input: Tensor, segmap: Tensor, patches: LabelPatches | None = None) -> Tensor:
+        """Normalise the input, then scale and shift each pixel as the label map says.
+
+        Layers that share a map of the output's size may share its ``patches``, ``LabelPatches.of(segmap, L, impl)``.
+        """
         if (node := traced(self, input, segmap)) is not None:
             return node
-        self._check_map(input, segmap)
-        size = [side * self.upsample for side in input.shape[2:]]
-        if segmap.dim() == 3:
-            labels = nearest_labels(segmap, size)
-            impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
-            hidden = label_conv2d(labels, self.shared_weight, self.shared_bias, "relu", impl=impl)
-        else:
-            resized = F.interpolate(segmap.to(self.shared_weight.dtype), size, mode="nearest")
-            hidden = F.relu(F.conv2d(resized, self.shared_weight, self.shared_bias, padding=self.kernel_size // 2))
-        # One convolution for both is not faster, and its output would have to be split, and its gradient joined.
-        halves = zip(self.weight.chunk(2), self.bias.chunk(2), strict=True)
-        gamma, beta = (F.conv2d(hidden, *half, padding=self.kernel_size // 2) for half in halves)
-        return self._modulated(input, gamma, beta)
+        check_label_map(segmap, self.label_channels, input.shape[0])
+        return self._modulated(input, *self._maps(input, segmap, patches))
 
-    def _check_map(self, x: Tensor, segmap: Tensor) -> None:
-        labels = segmap.dim() == 3 and segmap.dtype == torch.int64
-        soft = segmap.dim() == 4 and segmap.is_floating_point() and segmap.shape[1] == self.label_channels
-        if not (labels or soft) or segmap.shape[0] != x.shape[0]:
-            n = x.shape[0]
-            wanted = f"({n}, h, w) of torch.int64 or ({n}, {self.label_channels}, h, w) of floating point"
-            raise ValueError(f"the label map must be {wanted}, got {tuple(segmap.shape)} of {segmap.dtype}")
+    def _maps(self, x: Tensor, segmap: Tensor, patches: LabelPatches | None) -> list[Tensor]:
+        """Scale and shift."""
+        shared = self.shared_weight, self.shared_bias
+        # One convolution for both is not faster, and its output would have to be split, and its gradient joined.
+        halves = list(zip(self.weight.chunk(2), self.bias.chunk(2), strict=True))
+        resized = resized_map(segmap, [side * self.upsample for side in x.shape[2:]])
+        if resized.dim() == 3:
+            check_labels(resized, self.label_channels)
+            if patches is None:
+                patches = LabelPatches.of(resized, self.label_channels, self.impl)
+            elif patches and patches.index.shape != resized.shape:
+                shapes = f"{tuple(patches.index.shape)}, for one of shape {tuple(resized.shape)}"
+                raise ValueError(f"the patches are of a label map of shape {shapes}")
+            if patches and self.kernel_size == 3:
+                hidden = patches.hidden(*shared)
+                return [patches.map(hidden, *half, like=x) for half in halves]
+            impl = "auto" if self.impl == "native" else self.impl  # its native kernels are for the CPU alone
+            hidden = label_conv2d(resized, *shared, "relu", impl=impl)
+        else:
+            hidden = F.relu(F.conv2d(resized.to(self.shared_weight.dtype), *shared, padding=self.kernel_size // 2))
+        return [F.conv2d(hidden, *half, padding=self.kernel_size // 2) for half in halves]
 
     def load_nvlabs_spade(self, state_dict: dict[str, Tensor]) -> None:
         """Load a SPADE layer of NVlabs/SPADE: keys ``param_free_norm.*``, ``mlp_shared.0.*``, ``mlp_gamma.*``,
@@ -126,27 +137,53 @@ class SPADE2d(ModulatedNorm2d):
         Raises:
             RuntimeError: keys are missing or unexpected, or shapes differ, as in ``load_state_dict``.
         """
-        renamed = {
-            "mlp_shared.0.weight": "shared_weight",
-            "mlp_shared.0.bias": "shared_bias",
-            **{f"param_free_norm.{name}": name for name in ("running_mean", "running_var", "num_batches_tracked")},
-        }
-        own = {renamed.get(name, name): value for name, value in state_dict.items()}
-        for kind in ("weight", "bias"):
-            halves = [own.pop(f"mlp_{half}.{kind}", None) for half in ("gamma", "beta")]
-            if all(half is not None for half in halves):
-                own[kind] = torch.cat(halves)
-        self.load_state_dict(own)
+        self.load_state_dict(from_nvlabs_spade(state_dict))
 
     def extra_repr(self) -> str:
         sizes = f", label_channels={self.label_channels}, hidden_channels={self.hidden_channels}"
         return super().extra_repr() + sizes + f", kernel_size={self.kernel_size}"
 
 
-def nearest_labels(labels: Tensor, size: list[int]) -> Tensor:
+def nearest_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Labels (N, h, w) at another size, as ``F.interpolate(mode="nearest")`` picks them: source index ⌊i h / H⌋."""
     rows, columns = (
         (torch.arange(to, device=labels.device) * (side / to)).to(torch.int64).clamp(max=side - 1)
         for side, to in zip(labels.shape[1:], size, strict=True)
     )
     return labels[:, rows[:, None], columns]
+
+
+def resized_map(segmap: Tensor, size: Sequence[int]) -> Tensor:
+    """A label map, integers (N, h, w) or soft (N, L, h, w), nearest-resized; itself if it has that size."""
+    if tuple(segmap.shape[-2:]) == tuple(size):
+        return segmap
+    return nearest_labels(segmap, size) if segmap.dim() == 3 else F.interpolate(segmap, size, mode="nearest")
+
+
+def check_label_map(segmap: Tensor, label_channels: int, batch: int | None = None) -> None:
+    """A label map holds integers (N, h, w) or is one-hot or soft (N, L, h, w); ``batch`` is N, where it is known.
+
+    Raises:
+        ValueError: it does not.
+    """
+    labels = segmap.dim() == 3 and segmap.dtype == torch.int64
+    soft = segmap.dim() == 4 and segmap.is_floating_point() and segmap.shape[1] == label_channels
+    if not (labels or soft) or (batch is not None and segmap.shape[0] != batch):
+        n = "N" if batch is None else batch
+        wanted = f"({n}, h, w) of torch.int64 or ({n}, {label_channels}, h, w) of floating point"
+        raise ValueError(f"the label map must be {wanted}, got {tuple(segmap.shape)} of {segmap.dtype}")
+
+
+def from_nvlabs_spade(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a SPADE layer of NVlabs/SPADE with the keys of :class:`SPADE2d`; other keys stay."""
+    renamed = {
+        "mlp_shared.0.weight": "shared_weight",
+        "mlp_shared.0.bias": "shared_bias",
+        **{f"param_free_norm.{name}": name for name in ("running_mean", "running_var", "num_batches_tracked")},
+    }
+    own = {renamed.get(name, name): value for name, value in state_dict.items()}
+    for kind in ("weight", "bias"):
+        names = [f"mlp_{half}.{kind}" for half in ("gamma", "beta")]
+        if all(name in own for name in names):
+            own[kind] = torch.cat([own.pop(name) for name in names])
+    return own

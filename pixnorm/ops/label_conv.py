@@ -146,7 +146,7 @@ def label_conv2d(
         check_device("bias", bias, labels, "labels")
         if bias.dtype != weight.dtype:
             raise TypeError(f"expected a bias of dtype {weight.dtype}, got {bias.dtype}")
-    _check_range(labels, weight.shape[1], ignore_index)
+    check_labels(labels, weight.shape[1], ignore_index)
     chosen = choose("label_conv", impl, labels.device, {})
     if chosen == "reference":
         return label_conv2d_reference(labels, weight, bias, activation=activation, ignore_index=ignore_index)
@@ -157,7 +157,12 @@ def label_conv2d(
     return ops_of(chosen)[0](labels, weight, bias, ignore, slope)
 
 
-def _check_range(labels: Tensor, classes: int, ignore_index: int | None) -> None:
+def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """Labels are in [0, classes), or the ignored one; looked at on the CPU alone (on a GPU it would wait for it).
+
+    Raises:
+        ValueError: they are not.
+    """
     if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
         return
     if ignore_index is not None:
