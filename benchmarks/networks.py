@@ -35,6 +35,9 @@ MEASURED = {
     "SNGAN with conditional SPN": Measured(1.4),
     "SNGAN with GConv": Measured(),
     "SNGAN's discriminator": Measured(),
+    "SPADE": Measured(1.3, gpu_batch=8),
+    "SPADE's discriminator": Measured(gpu_batch=8),
+    "SPADE's encoder": Measured(gpu_batch=8),
 }
 
 

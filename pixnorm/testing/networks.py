@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnorm.networks import Discriminator, Generator
+from pixnorm.networks import Discriminator, Generator, SPADEDiscriminator, SPADEEncoder, SPADEGenerator
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,4 +84,39 @@ SNGAN = (
     NetworkSpec("SNGAN's discriminator", Discriminator, _images, {"num_classes": 10}, {"channels": 16}),
 )
 
-NETWORKS = {spec.name: spec for spec in SNGAN}
+# ---- SPADE ----
+
+
+def segments(n: int, labels: int, resolution: int) -> Tensor:
+    """Label maps (N, resolution, resolution) of segments with smooth borders, some dozens in an image."""
+    fields = torch.randn(n, labels, 6, 6)
+    return F.interpolate(fields, size=(resolution, resolution), mode="bicubic").argmax(1)
+
+
+def _maps(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    resolution = network.start[1] * 2 ** sum(block.upsample == 2 for block in network.blocks)
+    maps = segments(n, network.label_channels, resolution)
+    return (maps, torch.randn(n, network.latent_dim)) if network.latent_dim else (maps,)
+
+
+def _images_and_maps(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    resolution = 32 if network.label_channels < 19 else 128
+    return torch.rand(n, 3, resolution, resolution) * 2 - 1, segments(n, network.label_channels, resolution)
+
+
+def _faces(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    return (torch.rand(n, 3, network.RESOLUTION, network.RESOLUTION) * 2 - 1,)
+
+
+_FEW = {"label_channels": 4, "width": 4}
+_SMALL_SPADE = {"resolution": 64, "hidden_channels": 8, **_FEW}
+_FACES = {"resolution": 128, "width": 16}
+
+SPADE = (
+    NetworkSpec("SPADE", SPADEGenerator, _maps, {}, _SMALL_SPADE, _FACES, batch=4),
+    NetworkSpec("SPADE of latent vectors", SPADEGenerator, _maps, {"latent_dim": 16}, _SMALL_SPADE, _FACES, batch=4),
+    NetworkSpec("SPADE's discriminator", SPADEDiscriminator, _images_and_maps, {}, _FEW, {"width": 16}, batch=4),
+    NetworkSpec("SPADE's encoder", SPADEEncoder, _faces, {}, {"width": 2, "latent_dim": 4}, {"width": 16}, batch=4),
+)
+
+NETWORKS = {spec.name: spec for spec in (*SNGAN, *SPADE)}
