@@ -16,8 +16,8 @@ from pixnorm.nn.style import (
     SpatiallyModulatedConv2d,
     StyleBlock,
     StyleBlocks,
-    StyleLayer,
 )
+from pixnorm.nn.style_layer import StyleLayer, StyleNorm2d
 
 __all__ = [
     "NORMS",
@@ -41,6 +41,7 @@ __all__ = [
     "StyleBlock",
     "StyleBlocks",
     "StyleLayer",
+    "StyleNorm2d",
     "convert_batchnorm",
     "convert_conv",
     "latent",
