@@ -57,12 +57,7 @@ def _conv(layer: EqualizedConv2d, x: Tensor, bias_gain: float = 1.0) -> Tensor:
 
 def _down_conv(layer: EqualizedConv2d, x: Tensor, impl: str) -> Tensor:
     """Blur, convolution, mean of 2x2 pixels, leaky ReLU."""
-    x, parameters = F.blur2d(x, impl=impl), layer.scaled()
-    if impl == "reference":
-        y = tF.avg_pool2d(tF.conv2d(x, *parameters, padding=layer.padding), 2)
-    else:
-        y = downsampled_convolution(x, *parameters)
-    return tF.leaky_relu(y, 0.2)
+    return tF.leaky_relu(downsampled_convolution(F.blur2d(x, impl=impl), *layer.scaled(), impl), 0.2)
 
 
 class DiscriminatorHead(nn.Module):

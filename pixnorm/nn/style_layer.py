@@ -139,7 +139,7 @@ class StyleLayer(StyleNorm2d):
             return node
         self._check(input, w, noise)
         if self.upsample == 2:
-            x = F.blur2d(upsampled_convolution(input, self.conv.scaled()[0], "same"), impl=self.impl)
+            x = F.blur2d(upsampled_convolution(input, self.conv.scaled()[0], "same", self.impl), impl=self.impl)
         else:
             x = self.conv(input)
         return self._end(x, w, noise)

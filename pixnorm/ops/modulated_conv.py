@@ -292,7 +292,7 @@ def modulated(
         weight = (wide(weight) * scales).to(weight.dtype)
     elif not scaled:
         x = style_epilogue(x, demod=rows_for(styles, x), activation=None, impl=impl)
-    y = upsampled_convolution(x, weight, padding) if upsample == 2 else F.conv2d(x, weight, padding=padding)
+    y = upsampled_convolution(x, weight, padding, impl) if upsample == 2 else F.conv2d(x, weight, padding=padding)
     return y, factors
 
 
@@ -389,8 +389,6 @@ def spatially_modulated_conv2d(
         raise TypeError(f"expected a style_map of dtype {x.dtype} for input of that dtype, got {style_map.dtype}")
     options = {"demodulate": demodulate, "upsample": upsample, "padding": padding, "eps": eps}
     options["padding_mode"] = padding_mode
-    if impl == "reference":
-        return spatially_modulated_conv2d_reference(x, weight, style_map, **options)
     return _demodulated(*spatially_modulated(x, weight, style_map, **options, impl=impl), impl)
 
 
@@ -407,6 +405,10 @@ def spatially_modulated(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution, and the factors (N, O) by which its output is still to be multiplied, or None."""
+    if impl == "reference":
+        options = {"demodulate": demodulate, "upsample": upsample, "padding": padding, "eps": eps}
+        y = spatially_modulated_conv2d_reference(x, weight, style_map, **options, padding_mode=padding_mode)
+        return y, None
 
     def convolve(x: Tensor) -> Tensor:
         if upsample == 2 and padding_mode == "zeros":
