@@ -24,6 +24,7 @@ from pixnorm.nn import (
     style_mixing,
     truncate,
 )
+from pixnorm.ops import convolution
 from pixnorm.ops import modulated_conv as ops
 from pixnorm.ops._dispatch import has_kernels
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, assert_close_as_eager, available_impls, in_double
@@ -70,16 +71,40 @@ def test_each_sample_is_convolved_with_kernels_of_its_own(impl, n, upsample, pad
     close(y, grouped.view_as(y))
 
 
+@pytest.fixture(params=["sums of pixels", "larger kernels"])
+def form(request, monkeypatch):
+    """Of convolutions with a change of resolution, on any device."""
+    monkeypatch.setattr(convolution, "passes_are_dear", lambda x: request.param == "larger kernels")
+
+
 @pytest.mark.parametrize("padding", ["same", "valid", 0, 1, (2, 0), (4, 5)])
 @pytest.mark.parametrize("size", [(3, 3), (1, 1), (5, 3), (2, 2), (4, 3)], ids=str)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.usefixtures("form")
 def test_convolution_of_an_upsampled_tensor(size, padding, layout):
     x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, dtype=torch.float64))
     weight = LAYOUTS[layout](torch.randn(6, 3, *size, dtype=torch.float64))
-    y = ops.upsampled_convolution(x, weight, padding)
+    y = convolution.upsampled_convolution(x, weight, padding)
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=padding)
     close(y, expected)
     assert y.stride() == expected.stride()
+    assert torch.equal(convolution.upsampled_convolution(x, weight, padding, "reference"), expected)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (1, 1), (5, 3)], ids=str)
+@pytest.mark.parametrize("pixels", [(4, 6), (5, 7)], ids=str)
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.usefixtures("form")
+def test_mean_of_a_convolution(size, pixels, layout):
+    """Of 2x2 outputs; the last row and column of odd sizes are dropped."""
+    x = LAYOUTS[layout](torch.randn(2, 3, *pixels, dtype=torch.float64))
+    weight = LAYOUTS[layout](torch.randn(6, 3, *size, dtype=torch.float64))
+    for bias in (None, torch.randn(6, dtype=torch.float64)):
+        y = convolution.downsampled_convolution(x, weight, bias)
+        expected = F.avg_pool2d(F.conv2d(x, weight, bias, padding="same"), 2)
+        close(y, expected)
+        assert y.stride() == expected.stride()
+        assert torch.equal(convolution.downsampled_convolution(x, weight, bias, "reference"), expected)
 
 
 @impls
@@ -192,9 +217,39 @@ def test_sigma_by_a_second_convolution(impl, padding, mode, k):
     x, weight, _ = drawn(k=k)
     style_map = torch.randn_like(x)
     y = spatially_modulated_conv2d(x, weight, style_map, padding=padding, padding_mode=mode, impl=impl)
-    plain = ops.convolution(x * style_map, weight, padding, mode)
-    variance = ops.convolution(style_map**2, weight**2, padding, mode).mean((2, 3), keepdim=True)
+    plain = convolution.convolution(x * style_map, weight, padding, mode)
+    variance = convolution.convolution(style_map**2, weight**2, padding, mode).mean((2, 3), keepdim=True)
     close(y, plain / (variance + 1e-8).sqrt())
+
+
+@impls
+@pytest.mark.parametrize("padding, mode", PADDINGS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_upsampling_of_a_map(impl, padding, mode, k):
+    """The scaled input and the squares are both upsampled."""
+    x, weight, _ = drawn(k=k)
+    style_map = torch.randn_like(x)
+    options = {"padding": padding, "padding_mode": mode, "impl": impl}
+    y = spatially_modulated_conv2d(x, weight, style_map, upsample=2, **options)
+    large = [F.interpolate(t, scale_factor=2) for t in (x, style_map)]
+    close(y, spatially_modulated_conv2d(large[0], weight, large[1], **options))
+    y = spatially_modulated_conv2d(x, weight, style_map, upsample=2, demodulate=False, **options)
+    close(y, convolution.convolution(large[0] * large[1], weight, padding, mode))
+
+
+@impls
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_colours(impl, layout, n):
+    """Few 1x1 kernels, which are of each sample; all gradients."""
+    x, weight, styles = (t.requires_grad_() for t in drawn(n, o=3, k=1))
+    y = modulated_conv2d(LAYOUTS[layout](x), weight, styles, demodulate=False, impl=impl)
+    expected = F.conv2d(x * styles[..., None, None], weight)
+    close(y, expected)
+    grad = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad(of, (x, weight, styles), grad) for of in (y, expected))
+    for actual, of_plain in zip(found, wanted, strict=True):
+        close(actual, of_plain)
 
 
 @impls
@@ -219,7 +274,7 @@ def test_a_constant_map_is_a_style(impl, padding, mode, k):
     if mode == "zeros":
         expected = modulated_conv2d(x, weight, styles, padding=padding, impl=impl)
     else:
-        padded = F.pad(x, ops.paddings(weight, padding), mode=mode)
+        padded = F.pad(x, convolution.paddings(weight, padding), mode=mode)
         expected = modulated_conv2d(padded, weight, styles, padding="valid", impl=impl)
     close(y, expected)
 
