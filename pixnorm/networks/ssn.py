@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pixnorm import functional as F
 from pixnorm.networks.style2 import path_gradient
-from pixnorm.networks.style_base import Noise, NoisyGenerator, resolutions, width
+from pixnorm.networks.style_base import Noise, NoisyGenerator, check_one_of, resolutions, width
 from pixnorm.nn import MappingNetwork, NoiseInjection, SpatiallyModulatedConv2d
 from pixnorm.nn.equalized import HE
 from pixnorm.nn.style import rows_beside
@@ -196,7 +196,6 @@ class SSNGenerator(NoisyGenerator):
         sizes = [side for side in sides for _ in range(2)][1:]
         super().__init__(sizes, widths[0], noise, MappingNetwork(latent_dim, style_dim, mapping_layers))
         self.resolution, self.grid, self.interpolation, self.impl = resolution, grid, interpolation, impl
-        nn.init.normal_(self.constant)
         options = {"interpolation": interpolation, "impl": impl}
         layers = [SpatialStyleBlock(widths[0], widths[0], style_dim, **options)]
         for before, after in pairwise(widths):
@@ -204,10 +203,6 @@ class SSNGenerator(NoisyGenerator):
             layers.append(SpatialStyleBlock(after, after, style_dim, **options))
         self.layers = nn.ModuleList(layers)
         self.to_rgb = nn.ModuleList([SpatialToRGB(c, image_channels, style_dim, **options) for c in widths])
-
-    def reset_parameters(self) -> None:
-        """The constant starts normal; the layers inside have methods of their own."""
-        nn.init.normal_(self.constant)
 
     def styles(self, z: Tensor, *, psi: float = 1.0) -> Tensor:
         """The styles of cells.
@@ -249,15 +244,17 @@ class SSNGenerator(NoisyGenerator):
             psi: of :meth:`styles`.
             return_w: also return the styles.
         """
-        if (z is None) == (w is None):
-            raise ValueError(f"expected either z or w, got {'neither' if z is None else 'both'}")
+        check_one_of(z, w)
         if w is None:
-            w = self.styles(z, psi=psi)
-        elif psi != 1:
-            raise ValueError("psi is for styles of z; w is used as it is")
-        self._check("w", w, self.style_dim)
+            self._check("z", z, self.latent_dim)
+        else:
+            self._check("w", w, self.style_dim)
+            if psi != 1:
+                raise ValueError("psi is for styles of z; w is used as it is")
+        noises = self.noises(noise, z if w is None else w, generator)
+        w = self.styles(z, psi=psi) if w is None else w
         x, images = self.input(w.shape[0]), None
-        for i, (layer, given) in enumerate(zip(self.layers, self.noises(noise, w, generator), strict=True)):
+        for i, (layer, given) in enumerate(zip(self.layers, noises, strict=True)):
             x = layer(x, w, given)
             if i % 2 == 0:  # the last layer of its resolution
                 colours = self.to_rgb[i // 2](x, w)

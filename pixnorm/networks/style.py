@@ -68,7 +68,6 @@ class StyleGAN(StyleGenerator):
             truncated_layers,
         )
         self.resolution, self.progressive, self.impl = resolution, progressive, impl
-        nn.init.ones_(self.constant)
         layers = [
             StyleNorm2d(widths[0], style_dim, impl=impl),
             StyleLayer(widths[0], widths[0], 3, style_dim, impl=impl),
@@ -85,7 +84,8 @@ class StyleGAN(StyleGenerator):
         )
 
     def reset_parameters(self) -> None:
-        """The constant starts at 1; the layers inside have methods of their own."""
+        """The constant starts at 1, the constant noises normal; the layers inside have methods of their own."""
+        super().reset_parameters()
         nn.init.ones_(self.constant)
 
     def forward(
@@ -115,9 +115,9 @@ class StyleGAN(StyleGenerator):
         """
         size = self.resolution if resolution is None else resolution
         count = 2 * len(check_growth(size, fade, self.resolution, self.progressive))
+        noises = self.noises(noise, self.given(z, w, psi, count), generator, count)
         w = self.styles_of(z, w, psi, generator, count)
         x, before = self.input(w.shape[0]), None
-        noises = self.noises(noise, w, generator, count)
         for i, (layer, given) in enumerate(zip(self.layers[:count], noises, strict=True)):
             if i == count - 2:
                 before = x  # the features of half the resolution

@@ -67,17 +67,12 @@ class StyleGAN2(StyleGenerator):
             truncated_layers,
         )
         self.resolution, self.impl = resolution, impl
-        nn.init.normal_(self.constant)
         blocks = [StyleBlocks(StyleBlock(widths[0], widths[0], 3, style_dim, impl=impl))]
         for before, after in pairwise(widths):
             up = StyleBlock(before, after, 3, style_dim, upsample=2, impl=impl)
             blocks.append(StyleBlocks(up, StyleBlock(after, after, 3, style_dim, impl=impl)))
         self.blocks = nn.ModuleList(blocks)
         self.to_rgb = nn.ModuleList([ToRGB(channels, image_channels, style_dim, impl) for channels in widths])
-
-    def reset_parameters(self) -> None:
-        """The constant starts normal; the layers inside have methods of their own."""
-        nn.init.normal_(self.constant)
 
     def forward(
         self,
@@ -90,8 +85,8 @@ class StyleGAN2(StyleGenerator):
         return_w: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images; arguments as those of :class:`StyleGAN`."""
+        noises = self.noises(noise, self.given(z, w, psi, self.num_layers), generator)
         w = self.styles_of(z, w, psi, generator, self.num_layers)
-        noises = self.noises(noise, w, generator)
         x, images, first = self.input(w.shape[0]), None, 0
         for block, to_rgb in zip(self.blocks, self.to_rgb, strict=True):
             # The styles of the colours are those of the convolution that follows in the next resolution.

@@ -56,6 +56,11 @@ def check_growth(size: int, fade: float | Tensor, resolution: int, progressive: 
     return sides
 
 
+def check_one_of(z: Tensor | None, w: Tensor | None) -> None:
+    if (z is None) == (w is None):
+        raise ValueError(f"expected either z or w, got {'neither' if z is None else 'both'}")
+
+
 class NoisyGenerator(nn.Module):
     """What style-based generators share: the mapping network, the constant, and the noises of their layers.
 
@@ -74,7 +79,14 @@ class NoisyGenerator(nn.Module):
         self.mapping = mapping
         self.constant = nn.Parameter(torch.empty(1, channels, 4, 4))
         for i, size in enumerate(self.noise_sizes):
-            self.register_buffer(f"noise{i}", torch.randn(1, 1, size, size))
+            self.register_buffer(f"noise{i}", torch.empty(1, 1, size, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The constant and the constant noises start normal; the layers inside have methods of their own."""
+        nn.init.normal_(self.constant)
+        for i in range(len(self.noise_sizes)):
+            nn.init.normal_(getattr(self, f"noise{i}"))
 
     def noises(
         self, noise: Noise, like: Tensor, generator: torch.Generator | None = None, layers: int | None = None
@@ -83,7 +95,7 @@ class NoisyGenerator(nn.Module):
 
         Args:
             noise: of which kind, or those themselves; see the networks.
-            like: its first size is N; also gives dtype and device.
+            like: latent vectors or styles: N, dtype and device.
         """
         sizes = self.noise_sizes[:layers]
         n, where = like.shape[0], {"dtype": like.dtype, "device": like.device}
@@ -104,7 +116,7 @@ class NoisyGenerator(nn.Module):
         for i, (given, size) in enumerate(zip(noise, sizes, strict=True)):
             if given is not None:
                 batch = 1 if given.shape[:1] == (1,) else n
-                check_shape(f"noise[{i}]", given, (batch, 1, size, size), like, "styles")
+                check_shape(f"noise[{i}]", given, (batch, 1, size, size), like, "z or w")
         return [draw(size) if given is None else given for given, size in zip(noise, sizes, strict=True)]
 
     def input(self, n: int) -> Tensor:
@@ -151,36 +163,43 @@ class StyleGenerator(NoisyGenerator):
         Returns:
             (N, layers, style_dim).
         """
-        if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape (N, {self.latent_dim}), got {tuple(z.shape)}")
+        self._check_z(z)
         n, layers = z.shape[0], self.num_layers if layers is None else layers
         if self.training and self.mixing > 0:
             draws = {"generator": generator, "device": z.device}
             others = torch.randn(z.shape, dtype=z.dtype, **draws)
-            w, of_others = (
-                half[:, None].expand(-1, layers, -1) for half in self.mapping(torch.cat([z, others])).split(n)
-            )
+            both = self.mapping(torch.cat([z, others]))[:, None].expand(-1, layers, -1)
             cut = torch.randint(1, layers, (n,), **draws)
             mixed = torch.rand((n,), **draws) < self.mixing
-            w = style_mixing(w, of_others, torch.where(mixed, cut, layers))
+            w = style_mixing(both[:n], both[n:], torch.where(mixed, cut, layers))
         else:
             w = self.mapping(z)[:, None].expand(-1, layers, -1)
         if psi is None:
             psi = 1.0 if self.training else self.truncation
         return w if psi == 1 else truncate(w, self.mapping.w_avg, psi, self.truncated_layers)
 
-    def styles_of(self, z, w, psi, generator, layers) -> Tensor:
-        """Of what forward was given."""
-        if (z is None) == (w is None):
-            raise ValueError(f"expected either z or w, got {'neither' if z is None else 'both'}")
+    def given(self, z: Tensor | None, w: Tensor | None, psi: float | None, layers: int) -> Tensor:
+        """z or w, whichever a call has, after all checks of them."""
+        check_one_of(z, w)
         if w is None:
-            return self.styles(z, psi=psi, layers=layers, generator=generator)
+            self._check_z(z)
+            return z
         if psi is not None:
             raise ValueError("psi is for styles of z; w is used as it is (truncate() truncates it)")
         if w.dim() not in (2, 3) or w.shape[-1] != self.style_dim or (w.dim() == 3 and w.shape[1] != layers):
             wanted = f"(N, {self.style_dim}) or (N, {layers}, {self.style_dim})"
             raise ValueError(f"w must have shape {wanted}, got {tuple(w.shape)}")
+        return w
+
+    def styles_of(self, z, w, psi, generator, layers) -> Tensor:
+        """The styles of what ``given`` accepted."""
+        if w is None:
+            return self.styles(z, psi=psi, layers=layers, generator=generator)
         return w[:, None].expand(-1, layers, -1) if w.dim() == 2 else w
+
+    def _check_z(self, z: Tensor) -> None:
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z must have shape (N, {self.latent_dim}), got {tuple(z.shape)}")
 
     def extra_repr(self) -> str:
         texts = f"mixing={self.mixing}, truncation={self.truncation}, truncated_layers={self.truncated_layers}"

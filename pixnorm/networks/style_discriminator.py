@@ -39,7 +39,8 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, features: int = 1, eps: flo
         raise ValueError(f"{options} must be positive, and C a multiple of features, got input of shape {(n, c, h, w)}")
     size = next(size for size in range(group_size, 0, -1) if n % size == 0)
     groups = wide(x).reshape(size, n // size, features, c // features, h, w)
-    stddev = (groups.var(0, correction=0) + eps).sqrt().mean((2, 3, 4))  # (N / size, features)
+    variances = (groups - groups.mean(0)).square().mean(0)
+    stddev = (variances + eps).sqrt().mean((2, 3, 4))  # (N / size, features)
     maps = stddev.to(x.dtype).repeat(size, 1)[..., None, None].expand(-1, -1, h, w)
     return torch.cat([x, maps], 1)
 
