@@ -142,10 +142,8 @@ def test_native_as_the_reference(grid):
 def test_interpolation(impl, interpolation, layout, cells, size):
     x = LAYOUTS[layout](torch.randn(2, 5, *cells, dtype=torch.float64)).requires_grad_()
     y = interpolate_cells(x, size, interpolation, impl)
-    if size[0] < cells[0]:
-        expected = tF.avg_pool2d(x, 2)
-    else:
-        expected = tF.interpolate(x, size, mode=interpolation)
+    fewer = size[0] < cells[0]
+    expected = tF.avg_pool2d(x, 2) if fewer else tF.interpolate(x, size, mode=interpolation)
     close(y, expected)
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
     grad = torch.randn_like(expected)
@@ -239,9 +237,7 @@ def test_resampled_cells():
 
 def test_distortion_by_hand():
     """Two blocks per side, of two pixels; the difference is 1, 2, 3, 4 in the blocks."""
-    change = (
-        torch.tensor([[1.0, 2.0], [3.0, -4.0]], dtype=torch.float64).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    )
+    change = nearest(torch.tensor([[[[1.0, 2.0], [3.0, -4.0]]]], dtype=torch.float64))
     images = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     mask = torch.zeros(2, 2, 2, dtype=torch.bool)
     mask[0, 1, 1] = True  # of the first sample: the mean of 1, 2, 3
@@ -316,11 +312,12 @@ def test_channels_last():
     close(g.to(memory_format=torch.channels_last)(z, noise="const"), images)
 
 
-def test_autocast_gives_images_of_float32():
+def test_images_have_the_parameters_dtype():
     g = generator().float()
     with torch.autocast("cpu", torch.bfloat16):
         images = g(latents().float())
     assert images.dtype == torch.float32 and images.isfinite().all()
+    assert g.bfloat16()(latents().bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

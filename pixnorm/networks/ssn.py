@@ -259,6 +259,7 @@ class SSNGenerator(NoisyGenerator):
             if i % 2 == 0:  # the last layer of its resolution
                 colours = self.to_rgb[i // 2](x, w)
                 images = colours if images is None else F.blur2d(images, up=2, impl=self.impl) + colours
+        images = images.to(self.constant.dtype)
         return (images, w) if return_w else images
 
     def extra_repr(self) -> str:

@@ -32,7 +32,7 @@ class StyleGAN(StyleGenerator):
         impl: of our layers, see :class:`pixnorm.StyleLayer`; does not affect parameters, their names or values.
 
     Shape:
-        z (N, latent_dim) to (N, image_channels, resolution, resolution).
+        z (N, latent_dim) to (N, image_channels, resolution, resolution), in the parameters' dtype, under autocast, too.
 
     Raises:
         ValueError: an argument has a value that is not listed above.
@@ -126,6 +126,7 @@ class StyleGAN(StyleGenerator):
         if fades(fade):
             old = nn.functional.interpolate(self.to_rgb[str(size // 2)](before), scale_factor=2, mode="nearest")
             images = old.lerp(images, fade)
+        images = images.to(self.constant.dtype)
         return (images, w) if return_w else images
 
     def extra_repr(self) -> str:

@@ -95,6 +95,7 @@ class StyleGAN2(StyleGenerator):
             colours = to_rgb(x, w[:, last])
             images = colours if images is None else F.blur2d(images, up=2, impl=self.impl) + colours
             first = last
+        images = images.to(self.constant.dtype)
         return (images, w) if return_w else images
 
     def extra_repr(self) -> str:
