@@ -79,6 +79,7 @@ MODULES = {
         3,
     ),
     "StyleLayer": lambda impl: Given(pixnorm.nn.StyleLayer(4, 4, 3, 3, noise=False, impl=impl), 3),
+    "StyleNorm2d": lambda impl: Given(pixnorm.nn.StyleNorm2d(4, 3, noise=False, impl=impl), 3),
     "SpatiallyModulatedConv2d": lambda impl: Mapped(pixnorm.nn.SpatiallyModulatedConv2d(4, 4, 3, 3, impl=impl), 3),
     "SPADE2d": lambda impl: Given(pixnorm.SPADE2d(4, 3, 6, activation="leaky_relu", impl=impl), (3, 5, 4)),
 }

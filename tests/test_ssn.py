@@ -13,6 +13,7 @@ from pixnorm.networks import (
     resample_blocks,
 )
 from pixnorm.networks.ssn import INTERPOLATIONS, SpatialStyleBlock, interpolate_cells
+from pixnorm.networks.style2 import ToRGB
 from pixnorm.nn import StyleBlock
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS
 
@@ -318,6 +319,27 @@ def test_images_have_the_parameters_dtype():
         images = g(latents().float())
     assert images.dtype == torch.float32 and images.isfinite().all()
     assert g.bfloat16()(latents().bfloat16()).dtype == torch.bfloat16
+
+
+def test_layers_are_leaves_of_fx():
+    """A graph of them is their function at other sizes, too."""
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            g = generator()
+            self.layer, self.to_rgb, self.plain = g.layers[1], g.to_rgb[1], ToRGB(8, 3, 5).double()
+
+        def forward(self, x, w, noise):
+            x = self.layer(x, w, noise)
+            return self.to_rgb(x, w) + self.plain(x, w.mean((2, 3)))
+
+    network = Both()
+    traced = torch.fx.symbolic_trace(network)
+    for size in (4, 8):
+        x, noise = torch.randn(2, 8, size, size).double(), torch.randn(2, 1, 2 * size, 2 * size).double()
+        w = latents(dim=5)
+        close(traced(x, w, noise), network(x, w, noise))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pixnorm import functional as F
 from pixnorm.networks.style2 import path_gradient
 from pixnorm.networks.style_base import Noise, NoisyGenerator, check_one_of, resolutions, width
 from pixnorm.nn import MappingNetwork, NoiseInjection, SpatiallyModulatedConv2d
+from pixnorm.nn._leaf import traced
 from pixnorm.nn.equalized import HE
 from pixnorm.nn.style import rows_beside
 from pixnorm.ops.checks import check_option, check_shape
@@ -96,6 +97,8 @@ class SpatialStyleBlock(nn.Module):
 
     def forward(self, input: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
         """The layer's features."""
+        if (node := traced(self, input, w, noise)) is not None:
+            return node
         styles = _style_map(self.conv, input, w, self.interpolation)
         y, demod = self.conv(input, w, styles=styles, factors_apart=True)
         if self.conv.upsample == 2:
@@ -141,6 +144,8 @@ class SpatialToRGB(nn.Module):
 
     def forward(self, input: Tensor, w: Tensor) -> Tensor:
         """The colours."""
+        if (node := traced(self, input, w)) is not None:
+            return node
         colours = self.conv(input, w, styles=_style_map(self.conv, input, w, self.interpolation))
         return wide(colours) + wide(self.bias)[:, None, None]
 

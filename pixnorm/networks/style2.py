@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pixnorm import functional as F
 from pixnorm.networks.style_base import Noise, StyleGenerator, resolutions, width
 from pixnorm.nn import MappingNetwork, ModulatedConv2d, StyleBlock, StyleBlocks
+from pixnorm.nn._leaf import traced
 from pixnorm.ops.checks import check_shape
 from pixnorm.ops.common import wide
 
@@ -126,6 +127,8 @@ class ToRGB(nn.Module):
 
     def forward(self, input: Tensor, w: Tensor) -> Tensor:
         """The colours."""
+        if (node := traced(self, input, w)) is not None:
+            return node
         return wide(self.conv(input, w)) + wide(self.bias)[:, None, None]
 
 
