@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as tF
 
+from pixnorm.functional import blur2d
 from pixnorm.networks import (
     StyleGAN,
     StyleGAN2,
@@ -16,6 +17,7 @@ from pixnorm.networks import (
     path_gradient,
     path_lengths,
 )
+from pixnorm.ops.convolution import downsampled_convolution, upsampled_convolution
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 GENERATORS = {"1": StyleGAN, "2": StyleGAN2}
@@ -253,6 +255,29 @@ def test_discriminator_in_plain_pytorch(version, impl, n):
     expected = plain(d, images)
     assert expected.shape == (n, 1)
     close(d(images), expected)
+
+
+def plain_fir(x, before, after):
+    """NVlabs' filter [1, 3, 3, 1] between pads."""
+    taps = torch.tensor([1.0, 3, 3, 1], dtype=x.dtype) / 8
+    kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+    return tF.conv2d(tF.pad(x, (before, after, before, after)), kernel, groups=x.shape[1])
+
+
+def test_changes_of_resolution_are_nvlabs():
+    """But at the border: upsample_conv_2d, conv_downsample_2d and the 1x1 convolution of the shortcut, upsample_2d."""
+    x, weight = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    ours = blur2d(upsampled_convolution(x, weight, "same"))
+    theirs = 4 * plain_fir(tF.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2), 1, 1)
+    close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1])
+    assert (ours - theirs).abs().max() > 1e-3
+    ours, theirs = downsampled_convolution(blur2d(x), weight, None), tF.conv2d(plain_fir(x, 2, 2), weight, stride=2)
+    close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1])
+    assert (ours - theirs).abs().max() > 1e-3
+    close(blur2d(x, down=2), plain_fir(x, 1, 1)[..., ::2, ::2])
+    zeros = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
+    zeros[..., ::2, ::2] = x
+    close(blur2d(x, up=2), 4 * plain_fir(zeros, 2, 1))
 
 
 @versions
