@@ -24,6 +24,7 @@ from pixnorm.nn import (
     style_mixing,
     truncate,
 )
+from pixnorm.ops import convolution
 from pixnorm.ops import modulated_conv as ops
 from pixnorm.ops._dispatch import has_kernels
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS, assert_close_as_eager, available_impls, in_double
@@ -180,9 +181,39 @@ def test_sigma_by_a_second_convolution(impl, padding, mode, k):
     x, weight, _ = drawn(k=k)
     style_map = torch.randn_like(x)
     y = spatially_modulated_conv2d(x, weight, style_map, padding=padding, padding_mode=mode, impl=impl)
-    plain = ops.convolution(x * style_map, weight, padding, mode)
-    variance = ops.convolution(style_map**2, weight**2, padding, mode).mean((2, 3), keepdim=True)
+    plain = convolution.convolution(x * style_map, weight, padding, mode)
+    variance = convolution.convolution(style_map**2, weight**2, padding, mode).mean((2, 3), keepdim=True)
     close(y, plain / (variance + 1e-8).sqrt())
+
+
+@impls
+@pytest.mark.parametrize("padding, mode", PADDINGS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_upsampling_of_a_map(impl, padding, mode, k):
+    """The scaled input and the squares are both upsampled."""
+    x, weight, _ = drawn(k=k)
+    style_map = torch.randn_like(x)
+    options = {"padding": padding, "padding_mode": mode, "impl": impl}
+    y = spatially_modulated_conv2d(x, weight, style_map, upsample=2, **options)
+    large = [F.interpolate(t, scale_factor=2) for t in (x, style_map)]
+    close(y, spatially_modulated_conv2d(large[0], weight, large[1], **options))
+    y = spatially_modulated_conv2d(x, weight, style_map, upsample=2, demodulate=False, **options)
+    close(y, convolution.convolution(large[0] * large[1], weight, padding, mode))
+
+
+@impls
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_colours(impl, layout, n):
+    """Few 1x1 kernels, which are of each sample; all gradients."""
+    x, weight, styles = (t.requires_grad_() for t in drawn(n, o=3, k=1))
+    y = modulated_conv2d(LAYOUTS[layout](x), weight, styles, demodulate=False, impl=impl)
+    expected = F.conv2d(x * styles[..., None, None], weight)
+    close(y, expected)
+    grad = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad(of, (x, weight, styles), grad) for of in (y, expected))
+    for actual, of_plain in zip(found, wanted, strict=True):
+        close(actual, of_plain)
 
 
 @impls
@@ -207,7 +238,7 @@ def test_a_constant_map_is_a_style(impl, padding, mode, k):
     if mode == "zeros":
         expected = modulated_conv2d(x, weight, styles, padding=padding, impl=impl)
     else:
-        padded = F.pad(x, ops.paddings(weight, padding), mode=mode)
+        padded = F.pad(x, convolution.paddings(weight, padding), mode=mode)
         expected = modulated_conv2d(padded, weight, styles, padding="valid", impl=impl)
     close(y, expected)
 

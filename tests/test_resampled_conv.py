@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixnorm import functional as pF
 from pixnorm.nn import ConvAvgPool2d, GConv2d, UpsampleConv2d
+from pixnorm.ops import resampled_conv
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -30,7 +31,14 @@ def leaves(size=(3, 3), image=(7, 6), dtype=torch.float64, layout=DENSE_LAYOUTS[
     return x, weight, torch.randn(4, dtype=dtype).requires_grad_()
 
 
+@pytest.fixture(params=["pixels", "taps"])
+def sums(request, monkeypatch):
+    """What is added up, on any device."""
+    monkeypatch.setattr(resampled_conv, "sums_pixels", lambda x: request.param == "pixels")
+
+
 @functions
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("padding", ["same", "valid", 0, 1, (2, 0), (4, 5)])
 @pytest.mark.parametrize("size", [(3, 3), (1, 1), (5, 3), (2, 2), (4, 3)], ids=str)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)

@@ -79,6 +79,7 @@ MODULES = {
         3,
     ),
     "StyleLayer": lambda impl: Given(pixnorm.nn.StyleLayer(4, 4, 3, 3, noise=False, impl=impl), 3),
+    "StyleNorm2d": lambda impl: Given(pixnorm.nn.StyleNorm2d(4, 3, noise=False, impl=impl), 3),
     "SpatiallyModulatedConv2d": lambda impl: Mapped(pixnorm.nn.SpatiallyModulatedConv2d(4, 4, 3, 3, impl=impl), 3),
     "ChannelGate": lambda impl: pixnorm.ChannelGate(4, 2, impl=impl),
     "SpatialGate": lambda impl: pixnorm.SpatialGate(3, impl=impl),

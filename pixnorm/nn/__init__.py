@@ -19,8 +19,8 @@ from pixnorm.nn.style import (
     SpatiallyModulatedConv2d,
     StyleBlock,
     StyleBlocks,
-    StyleLayer,
 )
+from pixnorm.nn.style_layer import StyleLayer, StyleNorm2d
 
 __all__ = [
     "NORMS",
@@ -48,6 +48,7 @@ __all__ = [
     "StyleBlock",
     "StyleBlocks",
     "StyleLayer",
+    "StyleNorm2d",
     "UpsampleConv2d",
     "convert_batchnorm",
     "convert_conv",

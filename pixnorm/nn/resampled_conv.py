@@ -6,7 +6,7 @@ from pixnorm import functional as F
 from pixnorm.nn._leaf import traced
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_option
-from pixnorm.ops.resampled_conv import Padding
+from pixnorm.ops.convolution import Padding
 
 
 class _ResampledConv2d(nn.Conv2d):

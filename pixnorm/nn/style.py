@@ -1,5 +1,5 @@
-"""The layers of StyleGAN's synthesis networks (arXiv 1812.04948, 1912.04958) and of spatially modulated convolution
-(arXiv 2006.05394)."""
+"""The layers of StyleGAN 2's synthesis network (arXiv 1912.04958), and spatially modulated convolution (arXiv
+2006.05394). Those of StyleGAN 1 are in ``style_layer.py``."""
 
 from itertools import pairwise
 from math import prod
@@ -14,20 +14,20 @@ from pixnorm.nn.equalized import HE, EqualizedConv2d, EqualizedLinear
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_image, check_option, check_shape
 from pixnorm.ops.common import ACTIVATIONS, HALF
-from pixnorm.ops.modulated_conv import PADDING_MODES, modulated
-from pixnorm.ops.resampled_conv import Padding
+from pixnorm.ops.convolution import PADDING_MODES, Padding
+from pixnorm.ops.modulated_conv import modulated, spatially_modulated
 
 
-def _check_w(w: Tensor, x: Tensor, style_dim: int) -> None:
+def check_w(w: Tensor, x: Tensor, style_dim: int) -> None:
     check_shape("w", w, (x.shape[0], style_dim), x)
 
 
-def _check_noise(layer: "NoiseInjection | None", noise: Tensor | None) -> None:
+def check_noise(layer: "NoiseInjection | None", noise: Tensor | None) -> None:
     if layer is None and noise is not None:
         raise ValueError("noise was given to a layer without noise")
 
 
-def _rows(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def rows_beside(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Rows in one dtype that the ops take beside x: linear layers give another one under autocast."""
     dtypes = {t.dtype for t in tensors if t is not None}
     dtype = x.dtype if dtypes == {x.dtype} or x.dtype not in HALF else torch.float32
@@ -81,7 +81,7 @@ class NoiseInjection(nn.Module):
         if (node := traced(self, input, noise)) is not None:
             return node
         check_image(input)
-        (strength,) = _rows(input, self.strength)
+        (strength,) = rows_beside(input, self.strength)
         noise = self.drawn(input, noise)
         return F.style_epilogue(input, noise=noise, noise_strength=strength, activation=None, impl=self.impl)
 
@@ -200,9 +200,9 @@ class ModulatedConv2d(_ModulatedConv):
             return node
         self._check(input)
         if styles is None:
-            _check_w(w, input, self.style_dim)
+            check_w(w, input, self.style_dim)
             styles = self.styles(w)
-        (styles,) = _rows(input, styles)
+        (styles,) = rows_beside(input, styles)
         if factors_apart:
             return modulated(input, self._scaled_weight(), styles, **self._options, scaled=scaled)
         if scaled:
@@ -221,7 +221,7 @@ class SpatiallyModulatedConv2d(_ModulatedConv):
     Args:
         in_channels, out_channels, kernel_size, style_dim, demodulate, padding, eps, impl, device, dtype: as in
             :class:`ModulatedConv2d`.
-        padding_mode: as in ``nn.Conv2d``.
+        padding_mode, upsample: as in :func:`pixnorm.functional.spatially_modulated_conv2d`.
 
     Shape:
         x (N, I, H, W) and w (N, style_dim, H, W) to (N, O, H', W').
@@ -245,33 +245,44 @@ class SpatiallyModulatedConv2d(_ModulatedConv):
         impl: str = "auto",
         device=None,
         dtype=None,
+        *,
+        upsample: int = 1,
     ):
         where = {"device": device, "dtype": dtype}
         super().__init__(in_channels, out_channels, kernel_size, style_dim, demodulate, padding, eps, impl, **where)
         check_option("padding_mode", padding_mode, PADDING_MODES)
-        self.padding_mode = padding_mode
+        check_option("upsample", upsample, (1, 2))
+        self.padding_mode, self.upsample = padding_mode, upsample
         self.affine = EqualizedConv2d(style_dim, in_channels, 1, gain=1.0, bias_init=1.0, **where)
 
-    def forward(self, input: Tensor, w: Tensor) -> Tensor:
-        """Convolve with the styles of a map of w."""
+    def styles(self, w: Tensor) -> Tensor:
+        """(N, I, H, W)."""
+        return self.affine(w)
+
+    def forward(
+        self, input: Tensor, w: Tensor, *, styles: Tensor | None = None, factors_apart: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Convolve with the styles of a map of w.
+
+        Args:
+            styles: (N, I, H, W), if they are known already; w is not used then.
+            factors_apart: as in :class:`ModulatedConv2d`.
+        """
         if (node := traced(self, input, w)) is not None:
             return node
         self._check(input)
         n, _, height, width = input.shape
-        check_shape("w", w, (n, self.style_dim, height, width), input)
-        return F.spatially_modulated_conv2d(
-            input,
-            self._scaled_weight(),
-            self.affine(w).to(input.dtype),
-            demodulate=self.demodulate,
-            padding=self.padding,
-            padding_mode=self.padding_mode,
-            eps=self.eps,
-            impl=self.impl,
-        )
+        if styles is None:
+            check_shape("w", w, (n, self.style_dim, height, width), input)
+            styles = self.styles(w)
+        check_shape("styles", styles, input.shape, input)
+        names = ("demodulate", "upsample", "padding", "padding_mode", "eps", "impl")
+        options = {name: getattr(self, name) for name in names}
+        convolve = spatially_modulated if factors_apart else F.spatially_modulated_conv2d
+        return convolve(input, self._scaled_weight(), styles.to(input.dtype), **options)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, padding_mode={self.padding_mode!r}"
+        return f"{super().extra_repr()}, padding_mode={self.padding_mode!r}, upsample={self.upsample}"
 
 
 class StyleBlock(nn.Module):
@@ -344,13 +355,13 @@ class StyleBlock(nn.Module):
         """
         if (node := traced(self, input, w, noise)) is not None:
             return node
-        _check_noise(self.noise, noise)
+        check_noise(self.noise, noise)
         conv = self.conv
         y, demod = conv(input, w, styles=styles, scaled=scaled, factors_apart=True)
         if conv.upsample == 2:
             y = F.blur2d(y, impl=conv.impl)
         noise, strength = NoiseInjection.of(self.noise, y, noise)
-        demod, strength, bias, next_styles = _rows(y, demod, strength, self.bias, next_styles)
+        demod, strength, bias, next_styles = rows_beside(y, demod, strength, self.bias, next_styles)
         return F.style_epilogue(
             y,
             demod=demod,
@@ -415,86 +426,3 @@ class StyleBlocks(nn.Module):
             after = styles[i + 1] if i + 1 < count else None
             x = block(x, w[:, i], noises[i], styles=styles[i], next_styles=after, scaled=i > 0)
         return x
-
-
-class StyleLayer(nn.Module):
-    r"""A layer of StyleGAN 1 (arXiv 1812.04948): convolution, noise, bias, leaky ReLU, AdaIN. Upsampling is nearest,
-    before the convolution, and followed by a blur.
-
-    All after the convolution is one op, :func:`pixnorm.functional.style_norm`.
-
-    Args:
-        in_channels, out_channels, kernel_size: as in ``nn.Conv2d``; the padding keeps the size.
-        style_dim: the length of w.
-        upsample: 1 or 2.
-        noise: whether there is noise.
-        negative_slope, eps, impl: as in :func:`pixnorm.functional.style_norm`.
-        device, dtype: of the parameters.
-
-    Shape:
-        x (N, I, H, W), w (N, style_dim) and noise (N, 1, H', W'), (1, 1, H', W') or None, which draws it anew, to
-        (N, O, H', W') with H' = H * upsample.
-
-    Parameters ``conv``, an :class:`EqualizedConv2d`, ``noise`` with a strength for each channel, ``bias`` (O), 0 at
-    first, and ``affine``, an :class:`EqualizedLinear` that gives scales, then shifts.
-
-    Raises:
-        ValueError: an argument has a value that is not listed above, or w or noise do not fit.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        style_dim: int,
-        upsample: int = 1,
-        noise: bool = True,
-        negative_slope: float = 0.2,
-        eps: float = 1e-8,
-        impl: str = "auto",
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        check_option("upsample", upsample, (1, 2))
-        check_option("impl", impl, IMPLS)
-        where = {"device": device, "dtype": dtype}
-        self.conv = EqualizedConv2d(in_channels, out_channels, kernel_size, padding="same", bias=False, **where)
-        self.noise = NoiseInjection(out_channels, impl, **where) if noise else None
-        self.bias = nn.Parameter(torch.zeros(out_channels, **where))
-        self.affine = EqualizedLinear(style_dim, 2 * out_channels, gain=1.0, **where)
-        self.style_dim, self.upsample = style_dim, upsample
-        self.negative_slope, self.eps, self.impl = negative_slope, eps, impl
-
-    def reset_parameters(self) -> None:
-        """The bias starts at 0; the layers inside have methods of their own."""
-        nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The layer's features."""
-        if (node := traced(self, input, w, noise)) is not None:
-            return node
-        check_image(input)
-        _check_w(w, input, self.style_dim)
-        _check_noise(self.noise, noise)
-        if self.upsample == 2:
-            x = F.blur2d(F.upsample_conv2d(input, self.conv.scaled()[0], padding="same"), impl=self.impl)
-        else:
-            x = self.conv(input)
-        noise, strength = NoiseInjection.of(self.noise, x, noise)
-        scale, shift, strength, bias = _rows(x, *self.affine(w).chunk(2, 1), strength, self.bias)
-        return F.style_norm(
-            x,
-            scale,
-            shift,
-            noise=noise,
-            noise_strength=strength,
-            bias=bias,
-            negative_slope=self.negative_slope,
-            eps=self.eps,
-            impl=self.impl,
-        )
-
-    def extra_repr(self) -> str:
-        return f"upsample={self.upsample}, negative_slope={self.negative_slope}, eps={self.eps}, impl={self.impl!r}"

@@ -24,24 +24,11 @@ be rounded, so they are of taps. Milliseconds on one core with AVX-512 in float3
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_image, check_option
 from pixnorm.ops.common import HALF, onlooker, public, under_autocast, wide
-
-Padding = int | tuple[int, int] | str
-
-
-def paddings(weight: Tensor, padding: Padding) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom), as ``F.pad`` takes them."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":  # of an even number, the smaller half comes first
-        (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in weight.shape[2:])
-        return left, right, top, bottom
-    vertical, horizontal = _pair(padding)
-    return horizontal, horizontal, vertical, vertical
+from pixnorm.ops.convolution import Padding, paddings
 
 
 def upsample_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Padding = 0) -> Tensor:
@@ -65,7 +52,8 @@ def _sums_of_taps(weight: Tensor) -> Tensor:
     return sums_of_neighbours(F.pad(wide(weight), (1, 1, 1, 1))).to(weight.dtype)
 
 
-def _sums_pixels(x: Tensor) -> bool:
+def sums_pixels(x: Tensor) -> bool:
+    """Whether the sums are of pixels, not of taps."""
     return x.device.type == "cpu" and x.dtype not in HALF and not under_autocast(x.device)
 
 
@@ -97,7 +85,7 @@ def upsample_conv2d(
     if impl == "reference" or refused or left != right or top != bottom or top >= kh or left >= kw:
         return upsample_conv2d_reference(x, weight, bias, padding=padding)
     flipped = weight.flip(2, 3)
-    if _sums_pixels(x) and top < kh - 1 and left < kw - 1:
+    if sums_pixels(x) and top < kh - 1 and left < kw - 1:
         cropped = kh - 2 - top, kw - 2 - left
         bias = None if bias is None else bias / 4
         return sums_of_neighbours(F.conv_transpose2d(x, flipped.transpose(0, 1), bias, stride=2, padding=cropped))
@@ -130,7 +118,7 @@ def conv_avg_pool2d(
     left, right, top, bottom = paddings(weight, padding)
     if impl == "reference" or left != right or top != bottom:
         return conv_avg_pool2d_reference(x, weight, bias, padding=padding)
-    if _sums_pixels(x):
+    if sums_pixels(x):
         return F.conv2d(sums_of_neighbours(F.pad(x, (left, right, top, bottom))), weight / 4, bias, stride=2)
     return F.conv2d(x, _sums_of_taps(weight) / 4, bias, stride=2, padding=(top, left))
 

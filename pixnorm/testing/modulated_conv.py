@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pixnorm.functional import spatially_modulated_conv2d
-from pixnorm.ops.modulated_conv import convolution, ops_of, spatially_modulated_conv2d_reference, tap_counts
+from pixnorm.ops.convolution import convolution
+from pixnorm.ops.modulated_conv import ops_of, spatially_modulated_conv2d_reference, tap_counts
+from pixnorm.ops.resampled_conv import upsample_conv2d
 from pixnorm.ops.style import epilogue_ops_of
 from pixnorm.testing.harness import Case, OpSpec, Traffic, random
 
@@ -43,12 +45,15 @@ def _saved_bytes(case: Case, dtype: torch.dtype) -> int:
 def _kernel_calls(impl: str, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[Any, tuple]]:
     forward, backward = ops_of(impl)
     x, weight, style_map = (tensors[name] for name in ("x", "weight", "style_map"))
-    counts = tap_counts(x, weight, options.get("padding", "same"), options.get("padding_mode", "zeros"))
+    defaults = {"padding": "same", "padding_mode": "zeros", "upsample": 1}
+    padding, mode, upsample = (options.get(name, default) for name, default in defaults.items())
+    counts = tap_counts(x, weight, padding, mode, upsample)
     yield forward, (x, style_map, *counts)
     y, sums = forward(x, style_map, *counts)
     yield backward, (torch.ones_like(y), torch.ones_like(sums), x, style_map, *counts)
     if options.get("demodulate", True):
-        y = convolution(y, weight, options.get("padding", "same"), options.get("padding_mode", "zeros"))
+        up = upsample == 2
+        y = upsample_conv2d(y, weight, padding=padding) if up else convolution(y, weight, padding, mode)
         arguments = y, y.new_ones(y.shape[:2]), None, None, None, None, None, 1.0
         yield from zip(epilogue_ops_of(impl), (arguments, (torch.ones_like(y), *arguments)), strict=True)
 
@@ -73,6 +78,7 @@ def _cases() -> tuple[Case, ...]:
         "those beside them, too": {"padding_mode": "reflect"},
         "more padding than taps": {"padding": (3, 2)},
         "eps reaches the kernel": {"eps": 0.25},
+        "copies at the border are seen once or twice": {"upsample": 2},
         "not divided": {"demodulate": False},
     }
     cases += [Case(odd, why, chosen) for why, chosen in options.items()]
