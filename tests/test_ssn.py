@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as tF
+from test_style_network import close, nearest, plain_blur
 
 from pixnorm.networks import (
     SSNGenerator,
@@ -23,10 +24,6 @@ interpolations = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 grids = pytest.mark.parametrize("grid", [4, 8])
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = {"latent_dim": 6, "style_dim": 5, "mapping_layers": 2, "channels_base": 64, "channels_max": 8}
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def generator(resolution=8, **options):
@@ -52,15 +49,6 @@ def test_as_many_parameters_as_stylegan_2(resolution):
     with torch.device("meta"):
         counts = [sum(p.numel() for p in kind(resolution).parameters()) for kind in (SSNGenerator, StyleGAN2)]
     assert counts[0] == counts[1]
-
-
-def nearest(x):
-    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-
-def plain_blur(x):
-    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=x.dtype) / 16
-    return tF.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
 
 
 def plain_cells(w, size, mode):
