@@ -38,6 +38,11 @@ MEASURED = {
     "SPADE": Measured(1.3, gpu_batch=8),
     "SPADE's discriminator": Measured(gpu_batch=8),
     "SPADE's encoder": Measured(gpu_batch=8),
+    "StyleGAN": Measured(1.3),
+    "StyleGAN 2": Measured(1.3, compiled=True),
+    "SSN": Measured(1.3),
+    "StyleGAN's discriminator": Measured(),
+    "StyleGAN 2's discriminator": Measured(),
 }
 
 

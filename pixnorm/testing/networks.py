@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnorm.networks import Discriminator, Generator, SPADEDiscriminator, SPADEEncoder, SPADEGenerator
+from pixnorm.networks import (
+    Discriminator,
+    Generator,
+    SPADEDiscriminator,
+    SPADEEncoder,
+    SPADEGenerator,
+    SSNGenerator,
+    StyleGAN,
+    StyleGAN2,
+    StyleGAN2Discriminator,
+    StyleGANDiscriminator,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +78,7 @@ def _latents(network: nn.Module, n: int) -> tuple[Tensor, ...]:
 
 def _images(network: nn.Module, n: int) -> tuple[Tensor, ...]:
     x = torch.rand(n, 3, network.resolution, network.resolution) * 2 - 1
-    return (x, torch.randint(network.num_classes, (n,))) if network.num_classes else (x,)
+    return (x, torch.randint(network.num_classes, (n,))) if getattr(network, "num_classes", 0) else (x,)
 
 
 def _sngan(name: str, batch: int = 16, published: Mapping[str, Any] | None = None, **options: Any) -> NetworkSpec:
@@ -119,4 +130,28 @@ SPADE = (
     NetworkSpec("SPADE's encoder", SPADEEncoder, _faces, {}, {"width": 2, "latent_dim": 4}, {"width": 16}, batch=4),
 )
 
-NETWORKS = {spec.name: spec for spec in (*SNGAN, *SPADE)}
+# ---- StyleGAN ----
+
+
+def _style_latents(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    return (torch.randn(n, network.latent_dim),)
+
+
+def _cells(network: nn.Module, n: int) -> tuple[Tensor, ...]:
+    return (torch.randn(n, network.latent_dim, network.grid, network.grid),)
+
+
+_TINY = {"resolution": 8, "channels_max": 8}
+_TINY_GENERATOR = _TINY | {"latent_dim": 6, "style_dim": 5, "mapping_layers": 2}
+_OF_64 = {"resolution": 64, "channels_max": 128}  # reduced, for a CPU
+_LAST = {"progressive": False}  # every parameter gets a gradient
+
+STYLE = (
+    NetworkSpec("StyleGAN", StyleGAN, _style_latents, _LAST, _TINY_GENERATOR, _OF_64, batch=8),
+    NetworkSpec("StyleGAN 2", StyleGAN2, _style_latents, {}, _TINY_GENERATOR, _OF_64, batch=8),
+    NetworkSpec("SSN", SSNGenerator, _cells, {"grid": 4}, _TINY_GENERATOR, _OF_64, batch=8),
+    NetworkSpec("StyleGAN's discriminator", StyleGANDiscriminator, _images, _LAST, _TINY, _OF_64, 8, False),
+    NetworkSpec("StyleGAN 2's discriminator", StyleGAN2Discriminator, _images, {}, _TINY, _OF_64, 8, False),
+)
+
+NETWORKS = {spec.name: spec for spec in (*SNGAN, *SPADE, *STYLE)}
