@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.goals import MODES_OF
+from benchmarks.networks import figures, saved
 from benchmarks.ops import OPS
 from benchmarks.records import Records, layouts_of, names_of
 from benchmarks.registry import (
@@ -46,6 +47,7 @@ def draw(records: Records, path: Path) -> None:
     """Write the picture."""
     matplotlib.use("agg")
     rows = [row for op in OPS.values() for row in _rows(records, op) if row]
+    rows += [[(1, partial(_networks, records, **group))] for group in records.groups("network", "precision")]
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(13, 1 + 3.6 * len(rows)), layout="constrained")
         for part, row in zip(figure.subfigures(len(rows), squeeze=False).flat, rows, strict=True):
@@ -237,6 +239,22 @@ def _shares(records: Records, op: Op, axis: Axes) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title("Kernels that move 64 MB and more: bandwidth, % of a copy's")
     axis.legend(ncols=3, loc="lower left")
+
+
+def _networks(records: Records, axis: Axes, precision: str) -> None:
+    """Of each network, the speed-up over eager mode and what remains of the memory for backward."""
+    clock = "wall" if records.on_cpu else "device"
+    groups = records.groups("network", "batch", "network", clock=clock, precision=precision)
+    series: dict[str, list[float | None]] = {"over eager": [], "over torch.compile": [], "memory kept, over eager": []}
+    for group in groups:
+        name, where = group["network"], {"precision": precision, "batch": group["batch"]}
+        kept = [saved(records, name, impl, **where) for impl in ("auto", "eager")]
+        found = (*figures(records, name, clock=clock, **where), kept[0] / kept[1] if all(kept) else None)
+        for values, value in zip(series.values(), found, strict=True):
+            values.append(value)
+    bars(axis, [group["network"] for group in groups], series, [BLUE, PALE, TEAL], "%.2f")
+    _goal(axis, 1)
+    axis.set_title(f"Networks, training step in {PRECISIONS[precision].title}: speed-up, {clock} time")
 
 
 def _small(records: Records, op: Op, axis: Axes) -> None:
