@@ -45,6 +45,7 @@ from pixnorm.ops.common import (
     public,
     reference_grads,
     through_reference,
+    triton_ops,
     wide,
     without_autocast,
 )
@@ -219,7 +220,9 @@ def ops_of(impl: str) -> GateOps:
     """The ops of an impl."""
     if impl != "triton":
         return _NATIVE
-    return GateOps(*(getattr(torch.ops.pixnorm, f"{op._opname}_triton").default for op in _NATIVE))
+    forward, backward = triton_ops("gate")
+    (_, pool), (_, reduce) = triton_ops("gate", "pool"), triton_ops("gate", "reduce")
+    return GateOps(pool, forward, reduce, backward)
 
 
 # ---- channel gate ----
