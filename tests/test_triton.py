@@ -31,6 +31,7 @@ from pixnorm.ops import modulated_conv as modulated_conv_module
 from pixnorm.ops import spn as spn_module
 from pixnorm.ops import style as style_module
 from pixnorm.testing import CONDITIONAL_SPN, GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
+from pixnorm.testing.gate import CHANNEL_GATE, SPATIAL_GATE
 from pixnorm.testing.style import BARE, ONE_NOISE, STYLE_EPILOGUE, STYLE_NORM
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -301,6 +302,26 @@ def test_the_compiler_sees_the_kernel_of_the_blur(pretended_gpu, options, size, 
     y, graphs = traced(function, {"x": torch.randn(2, 3, 5, 6)}, ("x",), dynamic)
     assert y.shape == (2, 3, *size)
     check_graphs(graphs, "blur2d_", (["blur2d"], ["blur2d"]))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "spec, forward, backward",
+    [
+        (CHANNEL_GATE, ["gate_pool", "gate_fwd"], ["gate_reduce", "gate_bwd"]),
+        (
+            SPATIAL_GATE,
+            ["gate_pool", "convolution", "statistics", "modulate_fwd", "gate_fwd"],
+            ["gate_reduce", *(f"modulate_{name}" for name in BACKWARD), "convolution", "convolution", "gate_bwd"],
+        ),
+    ],
+    ids=str,
+)
+def test_the_compiler_sees_the_kernels_of_gates(pretended_gpu, spec, forward, backward, dynamic):
+    tensors = spec.inputs(Case((2, 8, 4, 6), ""))
+    _, graphs = traced(spec.call("triton"), tensors, spec.differentiable, dynamic)
+    check_graphs(graphs, "gate", (forward, backward))
 
 
 def traced(function, tensors, differentiable, dynamic):

@@ -103,12 +103,12 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """A generator of 64x64 features: residual blocks, and nearest upsampling before each."""
+    """A generator of 32x32 images: residual blocks, and nearest upsampling before each."""
 
     def __init__(self, impl: str):
         super().__init__()
         self.linear = nn.Linear(LATENT, CHANNELS * 16)
-        self.blocks = nn.ModuleList(Block(CHANNELS, impl) for _ in range(4))
+        self.blocks = nn.ModuleList(Block(CHANNELS, impl) for _ in range(3))
         self.colours = nn.Conv2d(CHANNELS, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ BENCHMARK = Op(
         title="gates",
         build=_generator,
         latent_dim=LATENT,
-        calls=[((1, CHANNELS, side, side), head) for side in (8, 16, 32, 64) for head in (CHANNEL, SPATIAL)],
+        calls=[((1, CHANNELS, side, side), head) for side in (8, 16, 32) for head in (CHANNEL, SPATIAL)],
         goal={"cpu": 1, "cuda": 1},
     ),
     goals=Goals(speed_ups=(SpeedUp(IMPLS, PEERS, lambda *of: 1.5, lambda *of: 1),)),
