@@ -31,6 +31,7 @@ from pixnorm.ops import modulated_conv as modulated_conv_module
 from pixnorm.ops import spn as spn_module
 from pixnorm.ops import style as style_module
 from pixnorm.testing import CONDITIONAL_SPN, GCONV_MIX, MODULATE, MODULATE_MAPS, SPN, Case
+from pixnorm.testing.gate import CHANNEL_GATE, SPATIAL_GATE
 from pixnorm.testing.style import BARE, ONE_NOISE, STYLE_EPILOGUE, STYLE_NORM
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -99,6 +100,12 @@ WRITTEN = {
     "gconv_mix_bwd_input": "grad_u partials",
     "gconv_mix_bwd_weight": "weights biases",
     "blur2d": "y",
+    "gate_pool": "pooled index sums tops places",
+    "gate_pool_finish": "pooled index",
+    "gate_fwd": "y",
+    "gate_reduce": "grad sums",
+    "gate_reduce_finish": "grad",
+    "gate_bwd": "dx",
     "label_conv_fwd": "y",
     "spatial_scale_fwd": "y sums",
     "spatial_scale_bwd": "dx ds",
@@ -297,6 +304,26 @@ def test_the_compiler_sees_the_kernel_of_the_blur(pretended_gpu, options, size, 
     check_graphs(graphs, "blur2d_", (["blur2d"], ["blur2d"]))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "spec, forward, backward",
+    [
+        (CHANNEL_GATE, ["gate_pool", "gate_fwd"], ["gate_reduce", "gate_bwd"]),
+        (
+            SPATIAL_GATE,
+            ["gate_pool", "convolution", "statistics", "modulate_fwd", "gate_fwd"],
+            ["gate_reduce", *(f"modulate_{name}" for name in BACKWARD), "convolution", "convolution", "gate_bwd"],
+        ),
+    ],
+    ids=str,
+)
+def test_the_compiler_sees_the_kernels_of_gates(pretended_gpu, spec, forward, backward, dynamic):
+    tensors = spec.inputs(Case((2, 8, 4, 6), ""))
+    _, graphs = traced(spec.call("triton"), tensors, spec.differentiable, dynamic)
+    check_graphs(graphs, "gate", (forward, backward))
+
+
 def traced(function, tensors, differentiable, dynamic):
     """The output, and the graphs of forward and backward."""
     torch.compiler.reset()
@@ -357,6 +384,10 @@ def test_pytorch_finds_the_kernels_of_the_ops():
         "gconv_mix_bwd_triton": ["gconv_mix_bwd_input", "gconv_mix_bwd_weight"],
         "blur2d_fwd_triton": ["blur2d"],
         "blur2d_bwd_triton": ["blur2d"],
+        "gate_pool_triton": ["gate_pool", "gate_pool_finish"],
+        "gate_fwd_triton": ["gate_fwd"],
+        "gate_reduce_triton": ["gate_reduce", "gate_reduce_finish"],
+        "gate_bwd_triton": ["gate_bwd"],
         "spatial_scale_fwd_triton": ["spatial_scale_fwd"],
         "spatial_scale_bwd_triton": ["spatial_scale_bwd"],
         "label_conv_fwd_triton": ["label_conv_fwd"],

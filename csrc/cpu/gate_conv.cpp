@@ -93,7 +93,7 @@ Tensor gate_conv_fwd(const Tensor& given, const Tensor& given_weight) {
   });
 }
 
-std::tuple<Tensor, Tensor> gate_conv_bwd(const Tensor& grad_z, const Tensor& given, const Tensor& given_weight) {
+std::tuple<Tensor, Tensor> gate_conv_grad(const Tensor& grad_z, const Tensor& given, const Tensor& given_weight) {
   const Convolution conv(given, given_weight);
   check_sizes(grad_z, "grad_z", {conv.n, 1, conv.h, conv.w});
   check_same_dtype(grad_z, "grad_z", given);
@@ -137,5 +137,5 @@ std::tuple<Tensor, Tensor> gate_conv_bwd(const Tensor& grad_z, const Tensor& giv
 
 STABLE_TORCH_LIBRARY_IMPL(pixnorm, CPU, m) {
   m.impl("gate_conv_fwd", TORCH_BOX(&pixnorm::gate::gate_conv_fwd));
-  m.impl("gate_conv_bwd", TORCH_BOX(&pixnorm::gate::gate_conv_bwd));
+  m.impl("gate_conv_grad", TORCH_BOX(&pixnorm::gate::gate_conv_grad));
 }

@@ -148,53 +148,91 @@ void gate_columns(const gate::Tile<T>& tile, int64_t first, acc_t<T>* scratch, c
 
 // ---- rows ----
 
-template <class A, int kDistance, int... j>
-PIXNORM_INLINE void gate_fold(GateTotal<A, Vec<A>>& total, std::integer_sequence<int, j...> lanes) {
-  const auto top = __builtin_shufflevector(total.top, total.top, (j ^ kDistance)...);
-  const auto place = __builtin_shufflevector(total.place, total.place, (j ^ kDistance)...);
-  total.keep_first(top, place);
-  if constexpr (kDistance > 1) gate_fold<A, kDistance / 2>(total, lanes);
+// Lane j of the first: the total of all lanes of totals[j]; as sum_each, whose bits the sums have.
+template <class A, bool kPool, int kDistance = kLanes<A> / 2>
+PIXNORM_INLINE void gate_total_each(GateTotal<A, Vec<A>> (&totals)[kLanes<A>]) {
+  if constexpr (kDistance > 0) {
+    constexpr std::make_integer_sequence<int, kLanes<A>> lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kDistance; ++i) {
+      auto &total = totals[i], &other = totals[i + kDistance];
+      exchange<kDistance>(total.sum, other.sum, lanes);
+      total.sum += other.sum;
+      if constexpr (kPool) {
+        exchange<kDistance>(total.top, other.top, lanes);
+        exchange<kDistance>(total.place, other.place, lanes);
+        total.keep_first(other.top, other.place);
+      }
+    }
+    gate_total_each<A, kPool, kDistance / 2>(totals);
+  }
 }
 
-// `first` is the number of the tile's first column.
-template <class T, bool kPool>
-void gate_rows(const gate::Tile<T>& tile, int64_t first, acc_t<T>*, const gate::Found<acc_t<T>>& found) {
+// A row from `row` on; `tail` is of the elements that fill no vector. Long rows have totals of several ways, as
+// additions wait for each other; of short ones the processor has several rows in hand.
+template <class T, bool kPool, int kWays>
+PIXNORM_INLINE GateTotal<acc_t<T>, Vec<acc_t<T>>> gate_row(const gate::Tile<T>& tile, int64_t row,
+                                                           GateTotal<acc_t<T>, acc_t<T>>& tail) {
   using A = acc_t<T>;
   using B = bits_t<A>;
   using V = Vec<A>;
   using Total = GateTotal<A, V>;
-  using I = typename Total::I;
   constexpr int n = kLanes<A>;
-  I lanes;
+  typename Total::I lanes;
   for (int i = 0; i < n; ++i) lanes[i] = i;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const int64_t row = r * tile.stride;
-    Total totals[kGateWays] = {Total::none(), Total::none(), Total::none(), Total::none()};
-    int64_t c = 0;
-    for (; c + kGateWays * n <= tile.columns; c += kGateWays * n) {
+  Total totals[kWays];
+  for (Total& total : totals) total = Total::none();
+  int64_t c = 0;
+  for (; c + kWays * n <= tile.columns; c += kWays * n) {
 #pragma GCC unroll 4
-      for (int way = 0; way < kGateWays; ++way) {
-        const int64_t at = c + way * n;
-        totals[way].template add<kPool>(gate_element<T, kPool, V>(tile, row + at), lanes + static_cast<B>(at));
+    for (int way = 0; way < kWays; ++way) {
+      const int64_t at = c + way * n;
+      totals[way].template add<kPool>(gate_element<T, kPool, V>(tile, row + at), lanes + static_cast<B>(at));
+    }
+  }
+  for (; c + n <= tile.columns; c += n) {
+    totals[0].template add<kPool>(gate_element<T, kPool, V>(tile, row + c), lanes + static_cast<B>(c));
+  }
+  tail = GateTotal<A, A>::none();
+  for (; c < tile.columns; ++c) {
+    tail.template add<kPool>(gate_element<T, kPool, A>(tile, row + c), static_cast<B>(c));
+  }
+  for (int way = 1; way < kWays; ++way) {
+    totals[0].sum += totals[way].sum;
+    if constexpr (kPool) totals[0].keep_first(totals[way].top, totals[way].place);
+  }
+  return totals[0];
+}
+
+// `first` is the number of the tile's first column. Lanes are added up for as many rows at once as there are lanes: of
+// short rows that takes as long as the rest.
+template <class T, bool kPool>
+void gate_rows(const gate::Tile<T>& tile, int64_t first, acc_t<T>*, const gate::Found<acc_t<T>>& found) {
+  using A = acc_t<T>;
+  using Total = GateTotal<A, Vec<A>>;
+  constexpr int n = kLanes<A>, kLong = 16 * n;
+  for (int64_t r0 = 0; r0 < tile.rows; r0 += n) {
+    const int64_t live = tile.rows - r0 < n ? tile.rows - r0 : n;
+    Total of_rows[n];
+    GateTotal<A, A> tails[n];
+    for (int64_t r = 0; r < live; ++r) {
+      const int64_t row = (r0 + r) * tile.stride;
+      of_rows[r] = tile.columns < kLong ? gate_row<T, kPool, 1>(tile, row, tails[r])
+                                        : gate_row<T, kPool, kGateWays>(tile, row, tails[r]);
+    }
+    for (int64_t r = live; r < n; ++r) of_rows[r] = Total::none();
+    gate_total_each<A, kPool>(of_rows);
+    for (int64_t r = 0; r < live; ++r) {
+      auto& tail = tails[r];
+      found.sum[r0 + r] = of_rows[0].sum[r] + tail.sum;
+      if constexpr (kPool) {
+        tail.keep_first(of_rows[0].top[r], of_rows[0].place[r]);
+        found.top[r0 + r] = tail.top;
+        found.place[r0 + r] = static_cast<int32_t>(first + tail.place);
+        if (found.sum[r0 + r] == found.sum[r0 + r]) continue;
+        const T* const row = tile.x + (r0 + r) * tile.stride;
+        gate_first_nan(row, tile.columns, 1, first, found.top[r0 + r], found.place[r0 + r]);
       }
-    }
-    for (; c + n <= tile.columns; c += n) {
-      totals[0].template add<kPool>(gate_element<T, kPool, V>(tile, row + c), lanes + static_cast<B>(c));
-    }
-    auto tail = GateTotal<A, A>::none();
-    for (; c < tile.columns; ++c) {
-      tail.template add<kPool>(gate_element<T, kPool, A>(tile, row + c), static_cast<B>(c));
-    }
-    const V sum = (totals[0].sum + totals[1].sum) + (totals[2].sum + totals[3].sum);
-    found.sum[r] = sum_lanes<A>(sum) + tail.sum;
-    if constexpr (kPool) {
-      for (int way = 1; way < kGateWays; ++way) totals[0].keep_first(totals[way].top, totals[way].place);
-      gate_fold<A, n / 2>(totals[0], std::make_integer_sequence<int, n>{});
-      tail.keep_first(totals[0].top[0], totals[0].place[0]);
-      found.top[r] = tail.top;
-      found.place[r] = static_cast<int32_t>(first + tail.place);
-      if (found.sum[r] == found.sum[r]) continue;
-      gate_first_nan(tile.x + row, tile.columns, 1, first, found.top[r], found.place[r]);
     }
   }
 }

@@ -93,9 +93,10 @@ void sum_rows(const A* from, int64_t rows, int64_t columns, double factor, const
   for (int64_t j = 0; j < columns; ++j) out[j] = static_cast<A>(factor * sums[j]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_perceptron_bwd(const Tensor& grad, const Tensor& pooled,
-                                                                       const Tensor& fc1_weight, const Tensor& fc1_bias,
-                                                                       const Tensor& fc2_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_perceptron_grad(const Tensor& grad, const Tensor& pooled,
+                                                                        const Tensor& fc1_weight,
+                                                                        const Tensor& fc1_bias,
+                                                                        const Tensor& fc2_weight) {
   return dispatch_floating(pooled.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> {
     using A = acc_t<typename decltype(type)::type>;
     STD_TORCH_CHECK(pooled.scalar_type() == dtype_of<A>, "pixnorm: expected float32 or float64");
@@ -136,5 +137,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_perceptron_bwd(const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(pixnorm, CPU, m) {
   m.impl("gate_perceptron_fwd", TORCH_BOX(&pixnorm::gate::gate_perceptron_fwd));
-  m.impl("gate_perceptron_bwd", TORCH_BOX(&pixnorm::gate::gate_perceptron_bwd));
+  m.impl("gate_perceptron_grad", TORCH_BOX(&pixnorm::gate::gate_perceptron_grad));
 }

@@ -45,6 +45,7 @@ from pixnorm.ops.common import (
     public,
     reference_grads,
     through_reference,
+    triton_ops,
     wide,
     without_autocast,
 )
@@ -144,7 +145,7 @@ def gate_perceptron_fwd_fake(pooled, *parameters):
     return pooled.new_empty((pooled.shape[0], pooled.shape[2]))
 
 
-def gate_perceptron_bwd_fake(grad_logits, pooled, fc1_weight, fc1_bias, fc2_weight):
+def gate_perceptron_grad_fake(grad_logits, pooled, fc1_weight, fc1_bias, fc2_weight):
     fc2_bias = pooled[0, 0] if pooled.shape[0] else fc1_weight[0]
     return tuple(_contiguous_like(t) for t in (pooled, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
 
@@ -154,7 +155,7 @@ def gate_conv_fwd_fake(pooled, weight):
     return pooled.new_empty((n, 1, h, w))
 
 
-def gate_conv_bwd_fake(grad_z, pooled, weight):
+def gate_conv_grad_fake(grad_z, pooled, weight):
     return _contiguous_like(pooled), _contiguous_like(weight)
 
 
@@ -197,10 +198,10 @@ gate_perceptron_fwd = _define(
     gate_perceptron_fwd_fake,
     flops=lambda pooled, fc1, *args, **kwargs: 6 * pooled[0] * prod(fc1),
 )
-gate_perceptron_bwd = _define(
-    f"gate_perceptron_bwd(Tensor grad_logits, {_PERCEPTRON}) -> (Tensor grad_pooled, Tensor grad_fc1_weight, "
+gate_perceptron_grad = _define(
+    f"gate_perceptron_grad(Tensor grad_logits, {_PERCEPTRON}) -> (Tensor grad_pooled, Tensor grad_fc1_weight, "
     "Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias)",
-    gate_perceptron_bwd_fake,
+    gate_perceptron_grad_fake,
     flops=lambda grad, pooled, fc1, *args, **kwargs: 16 * pooled[0] * prod(fc1),
 )
 gate_conv_fwd = _define(
@@ -208,9 +209,9 @@ gate_conv_fwd = _define(
     gate_conv_fwd_fake,
     flops=lambda pooled, weight, **kwargs: prod(pooled) * prod(weight),
 )
-gate_conv_bwd = _define(
-    "gate_conv_bwd(Tensor grad_z, Tensor pooled, Tensor weight) -> (Tensor grad_pooled, Tensor grad_weight)",
-    gate_conv_bwd_fake,
+gate_conv_grad = _define(
+    "gate_conv_grad(Tensor grad_z, Tensor pooled, Tensor weight) -> (Tensor grad_pooled, Tensor grad_weight)",
+    gate_conv_grad_fake,
     flops=lambda grad_z, pooled, weight, **kwargs: 2 * prod(pooled) * prod(weight),
 )
 
@@ -219,7 +220,9 @@ def ops_of(impl: str) -> GateOps:
     """The ops of an impl."""
     if impl != "triton":
         return _NATIVE
-    return GateOps(*(getattr(torch.ops.pixnorm, f"{op._opname}_triton").default for op in _NATIVE))
+    forward, backward = triton_ops("gate")
+    (_, pool), (_, reduce) = triton_ops("gate", "pool"), triton_ops("gate", "reduce")
+    return GateOps(pool, forward, reduce, backward)
 
 
 # ---- channel gate ----
@@ -249,7 +252,7 @@ class ChannelGateFunction(torch.autograd.Function):
         grad_logits = ops.reduce(grad_y, dense(x, x), logits, False)
         layers = _as_sums(pooled, *parameters)[:3]
         with without_autocast(x.device):
-            backward = _perceptron_backward if ctx.impl == "triton" else gate_perceptron_bwd
+            backward = _perceptron_backward if ctx.impl == "triton" else gate_perceptron_grad
             grad_pooled, *grads = backward(grad_logits, pooled, *layers)
         grad_x = ops.backward(grad_y, logits, grad_pooled, index, False)
         return None, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
@@ -322,7 +325,7 @@ class SpatialGateFunction(torch.autograd.Function):
             weight, *affine = _as_sums(pooled, *parameters)
             grad = ops.reduce(grad_y, dense(x, x), logits, True)
             grad, *of_affine = norm_ops_of(impl)[1](grad, z, *affine, *used, eps, False, 0.0, 1, None, training)
-            backward = _convolution_backward if impl == "triton" else gate_conv_bwd
+            backward = _convolution_backward if impl == "triton" else gate_conv_grad
             grad_pooled, *grads = *backward(grad, pooled, weight), *of_affine
         grad_x = ops.backward(grad_y, logits, grad_pooled, index, True)
         return *(None,) * 4, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))

@@ -11,10 +11,10 @@ from pixnorm.ops.gate import (
     CHANNEL_PARAMETERS,
     SPATIAL_PARAMETERS,
     channel_gate_reference,
-    gate_conv_bwd,
     gate_conv_fwd,
-    gate_perceptron_bwd,
+    gate_conv_grad,
     gate_perceptron_fwd,
+    gate_perceptron_grad,
     ops_of,
     spatial_gate_reference,
 )
@@ -88,7 +88,7 @@ def _kernel_calls(
         if impl == "native":
             names = SPATIAL_PARAMETERS[:1] if spatial else CHANNEL_PARAMETERS
             layers = [tensors[name].to(pooled.dtype) for name in names]
-            small = (gate_conv_fwd, gate_conv_bwd) if spatial else (gate_perceptron_fwd, gate_perceptron_bwd)
+            small = (gate_conv_fwd, gate_conv_grad) if spatial else (gate_perceptron_fwd, gate_perceptron_grad)
             yield small[0], (pooled, *layers)
             yield small[1], (logits, pooled, *layers[:3])
 
@@ -131,7 +131,7 @@ CHANNEL_GATE = OpSpec(
     saved_bytes=_saved_bytes(False),
     kernel_calls=_kernel_calls(False),
     composite=True,
-    helpers=(("gate_pool", "gate_perceptron_fwd"), ("gate_reduce", "gate_perceptron_bwd")),
+    helpers=(("gate_pool", "gate_perceptron_fwd"), ("gate_reduce", "gate_perceptron_grad")),
     float32_parameters=True,
 )
 SPATIAL_GATE = OpSpec(
@@ -153,7 +153,7 @@ SPATIAL_GATE = OpSpec(
     saved_bytes=_saved_bytes(True),
     kernel_calls=_kernel_calls(True),
     composite=True,
-    helpers=(("gate_pool", "gate_conv_fwd", "modulate_fwd"), ("gate_reduce", "gate_conv_bwd", "modulate_bwd")),
+    helpers=(("gate_pool", "gate_conv_fwd", "modulate_fwd"), ("gate_reduce", "gate_conv_grad", "modulate_bwd")),
     options={"training": (True, False)},
     inference={"training": False},
     float32_parameters=True,
