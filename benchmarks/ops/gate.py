@@ -69,7 +69,7 @@ class GateConfiguration(Configuration):
     def selection(cls) -> list[Wanted]:
         """Float32 and bfloat16 in both layouts, on the GPUs in turn; float64."""
         usual = [cls(*of) for of in product(("float", "BFloat16"), (False, True), (False, True))]
-        found = [Wanted(of, TRITON_GPUS[i % len(TRITON_GPUS)]) for i, of in enumerate(usual)]
+        found = [Wanted(of, TRITON_GPUS[(i + i // 4) % len(TRITON_GPUS)]) for i, of in enumerate(usual)]
         return [*found, Wanted(cls("double"), TRITON_GPUS[0]), Wanted(cls("double", True), TRITON_GPUS[1])]
 
     @classmethod
