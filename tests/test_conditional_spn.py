@@ -391,3 +391,14 @@ def test_standard_convolutions():
         for name in KERNELS:
             getattr(layer, name).copy_(torch.eye(16, dtype=x.dtype)[:, :, None, None] * getattr(depthwise, name))
     torch.testing.assert_close(layer(x), depthwise(x), **CLOSE)
+
+
+def test_exported_for_any_batch():
+    """Of fewer and of more samples than classes."""
+    layer = make("auto", 4).eval()
+    x, y = torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.tensor([2, 0])
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(layer, (x, y), dynamic_shapes=({0: batch}, {0: batch})).module()
+    for n in (2, 7):
+        x, y = torch.randn(n, 4, 6, 5, dtype=torch.float64), torch.arange(n) % 3
+        torch.testing.assert_close(exported(x, y), layer(x, y))

@@ -106,6 +106,15 @@ def test_layers_agree(which):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("kernel_size", [1, 5])
+def test_other_kernels_are_convolutions(kernel_size):
+    labels, classes = MAPS["segments"]
+    assert LabelPatches.of(labels, classes)
+    layer = pixnorm.SPADE2d(C, classes, HIDDEN, kernel_size, dtype=torch.float64)
+    x, one_hot = torch.randn(2, C, *labels.shape[1:]).double(), F.one_hot(labels, classes).movedim(3, 1).double()
+    torch.testing.assert_close(layer(x, labels), layer(x, one_hot))
+
+
 def test_gradients_in_float32():
     """A label on most pixels, and gradients of one sign: sums of many numbers, whose errors would add up."""
     labels = torch.zeros((4, 128, 128), dtype=torch.int64)
@@ -153,6 +162,8 @@ def test_where_convolutions_are_used():
     assert places < _label_patches.MOST_PLACES and not LabelPatches.of(some, 5)
     labels, classes = MAPS["segments"]
     assert LabelPatches.of(labels, classes)
+    # A row is computed for each label, too, whether it occurs or not.
+    assert not LabelPatches.of(labels, int(_label_patches.MOST_PATCHES * labels.numel()))
     assert not LabelPatches.of(labels, classes, "reference")
     assert not LabelPatches.of(F.one_hot(labels, classes).movedim(3, 1).float(), classes)
     assert not LabelPatches.of(labels[:0], classes)

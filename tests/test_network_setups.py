@@ -4,6 +4,7 @@ gradients, checkpoints."""
 import copy
 import io
 import os
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_gradients_of_gradients(net):
         assert (mine is None) == (other is None)
         if mine is not None:
             close(mine, other, rtol=1e-7, atol=1e-8 * scale.item())
+
+
+@networks
+def test_samples_through_vmap(net):
+    """In eval mode each sample passes alone, as for gradients per sample."""
+    _, ours, inputs = twins(net)
+    if hasattr(ours.eval(), "noise"):
+        ours.noise = "const"
+
+    def alone(*sample):
+        return tensors_of(ours(*[t[None] for t in sample]))
+
+    with warnings.catch_warnings(action="ignore"):  # of the way through the reference
+        together = torch.func.vmap(alone, randomness="different")(*inputs)
+    assert all(tensor.shape[:2] == (4, 1) for tensor in together)
+    if net.independent:
+        close([tensor[:, 0] for tensor in together], tensors_of(run(ours, inputs)))
 
 
 @networks

@@ -83,6 +83,31 @@ def test_half_precision(function, dtype):
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_taps_are_rounded_once(dtype):
+    kernels = torch.randn(64, 8, 3, 3, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
+    exact = F.conv2d(kernels.double().view(-1, 1, 3, 3), torch.ones(1, 1, 2, 2, device="cpu").double(), padding=1)
+    assert torch.equal(resampled_conv._sums_of_taps(kernels), exact.view(64, 8, 4, 4).to(dtype))
+
+
+def test_pixels_are_not_added_up_in_half_precision():
+    x = torch.zeros(1, 1, 2, 2, device="cpu")
+    assert resampled_conv.sums_pixels(x) and not resampled_conv.sums_pixels(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not resampled_conv.sums_pixels(x)
+
+
+@functions
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("size, image, padding", [((3, 3), (1, 4), 0), ((3, 5), (4, 1), 1), ((3, 3), (6, 6), (0, -1))])
+def test_what_the_convolution_refuses(function, size, image, padding):
+    """Images smaller than the kernels, and a negative padding."""
+    tensors = leaves(size, image)
+    for call in (DEFINITIONS[function], function):
+        with pytest.raises(RuntimeError):
+            call(*tensors, padding=padding)
+
+
 @functions
 def test_under_autocast_and_transforms(function):
     x, weight, bias = leaves(dtype=torch.float32)
@@ -147,6 +172,9 @@ def test_wrong_input(function):
             function(*args)
     with pytest.raises(ValueError, match="impl must be one of"):
         function(x, weight, bias, impl="fast")
+    for padding in ("full", (1, 2, 3)):
+        with pytest.raises(ValueError, match="padding must be one or two numbers, 'same' or 'valid', got "):
+            function(x, weight, bias, padding=padding)
     for layer in LAYERS:
         with pytest.raises(ValueError, match="impl must be one of"):
             layer(3, 4, 3, impl="fast")

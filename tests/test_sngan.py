@@ -1,6 +1,8 @@
 """The SNGANs at all resolutions: sizes, operations, the definitions of blocks and discriminators, gates, activations,
 spectral norm. The generator for 32 pixels has tests of its own in test_networks.py."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -366,6 +368,10 @@ def test_wrong_input_of_a_discriminator():
     for wrong, message in (
         (None, "a discriminator of 3 classes got no classes"),
         (y.float(), "y must be 2 classes of"),
+        (y + 3, r"y must be in \[0, 3\), got classes from 3 to 3"),
+        (y - 1, r"y must be in \[0, 3\), got classes from -1 to -1"),
     ):
+        before = copy.deepcopy(conditional.state_dict())
         with pytest.raises(ValueError, match=message):
             conditional(images, wrong)
+        assert all(torch.equal(value, before[name]) for name, value in conditional.state_dict().items())

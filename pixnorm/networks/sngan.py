@@ -22,7 +22,7 @@ from pixnorm.nn import (
     UpsampleConv2d,
 )
 from pixnorm.ops._dispatch import IMPLS
-from pixnorm.ops.checks import check_option
+from pixnorm.ops.checks import check_classes, check_option
 
 # What each norm takes besides the features: the latent vector z, the class y.
 NORMS = {"bn": "", "fused_bn": "", "spn": "", "bigbn": "z", "eager_cbn": "y", "cbn": "y", "ccbn": "yz", "cspn": "yz"}
@@ -293,8 +293,11 @@ def check_classes_given(network: nn.Module, title: str, n: int, y: Tensor | None
     """A class for each sample, if the network has classes."""
     if (y is None) == bool(network.num_classes):
         raise ValueError(f"a {title} of {network.num_classes} classes got {'no ' if y is None else ''}classes")
-    if y is not None and (y.shape != (n,) or y.dtype != torch.int64):
+    if y is None:
+        return
+    if y.shape != (n,) or y.dtype != torch.int64:
         raise ValueError(f"y must be {n} classes of int64, got {tuple(y.shape)} of {y.dtype}")
+    check_classes(y, n, network.num_classes)  # here, as spectral norm moves its vectors before an embedding would look
 
 
 def scaled(size: int, widest: int, wanted: int | None) -> int:

@@ -201,7 +201,7 @@ def _distinct(ids: Tensor, outside: int, uniform: int, most: float | None = None
     if bound**3 >= LIMIT:
         pairs = torch.unique(pairs, return_inverse=True)[1]
     values, inverse = torch.unique(pairs * bound + bottom, return_inverse=True)
-    if most is not None and len(values) > most * ids.numel():
+    if most is not None and uniform + len(values) > most * ids.numel():
         return None
     place = torch.empty_like(values).index_copy_(0, inverse, places)  # any of them
     image, pixel = place // (h * w), place % (h * w)

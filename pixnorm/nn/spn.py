@@ -12,7 +12,7 @@ from pixnorm.nn._norm import Norm2d
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_classes, check_eps, check_option
 from pixnorm.ops.class_parameters import class_parameters
-from pixnorm.ops.common import ACTIVATIONS, onlooker, rows_of_classes
+from pixnorm.ops.common import ACTIVATIONS, exporting, onlooker, rows_of_classes
 from pixnorm.ops.modulate import rows_for
 
 KERNELS = ("gamma_weight", "gamma_weight_inv", "beta_weight", "beta_weight_inv")
@@ -336,7 +336,8 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
         """Each sample's group, and the groups' parameters: the mask's scale and shift and four kernels.
 
         Groups are the classes that are in the batch. Where looking would synchronise with a GPU or break a graph, they
-        are all classes; or the samples, if they are fewer. For y in floating point they are the samples.
+        are all classes; or the samples, if they are fewer, or if their number is not yet known (``torch.export``). For
+        y in floating point they are the samples.
         """
         tables = self.mask_weight, self.mask_bias, self.kernel_scale, self.kernel_shift
         if y.dim() == 2:
@@ -345,7 +346,7 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
             index = classes = torch.arange(y.shape[0], device=y.device)
         elif y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None:
             classes, index = y.unique(return_inverse=True)
-        elif y.shape[0] >= self.num_classes:
+        elif not exporting() and y.shape[0] >= self.num_classes:
             classes, index = torch.arange(self.num_classes, device=y.device), y
         else:
             classes, index = y, torch.arange(y.shape[0], device=y.device)

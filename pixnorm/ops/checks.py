@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pixnorm.ops.common import FLOAT, HALF
+from pixnorm.ops.common import FLOAT, HALF, onlooker
 
 
 def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -97,8 +97,9 @@ def check_classes(y: Tensor, batch: int, num_classes: int) -> None:
     if not (one_hot or (y.dim() == 1 and y.dtype == torch.int64)) or y.shape[0] != batch:
         wanted = f"({batch},) of torch.int64, or one-hot ({batch}, {num_classes})"
         raise ValueError(f"y must be {wanted}, got {tuple(y.shape)} of {y.dtype}")
-    # On a GPU, asking would wait for it; there indexing itself fails on the device.
-    if not one_hot and y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+    # On a GPU, asking would wait for it; there indexing itself fails on the device. vmap cannot ask.
+    looks = y.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None
+    if not one_hot and looks and y.numel():
         low, high = y.aminmax()
         if low < 0 or high >= num_classes:
             raise ValueError(f"y must be in [0, {num_classes}), got classes from {low} to {high}")

@@ -101,9 +101,15 @@ def onlooker() -> str | None:
     return None
 
 
+@constant_in_graphs
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_channels_last(x: Tensor) -> bool:
-    """Tensors that are dense in both formats (C == 1) count as contiguous."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Tensors that are dense in both formats (C == 1) count as contiguous; so do all in a transform of torch.func, as
+    vmap cannot say."""
+    return not x.is_contiguous() and not _transformed() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

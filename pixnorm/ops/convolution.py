@@ -17,6 +17,8 @@ def paddings(weight: Tensor, padding: Padding) -> tuple[int, int, int, int]:
     if padding == "same":  # of an even number, the smaller half comes first
         (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in weight.shape[2:])
         return left, right, top, bottom
+    if isinstance(padding, str) or len(_pair(padding)) != 2:
+        raise ValueError(f"padding must be one or two numbers, 'same' or 'valid', got {padding!r}")
     vertical, horizontal = _pair(padding)
     return horizontal, horizontal, vertical, vertical
 

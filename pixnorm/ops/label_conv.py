@@ -15,6 +15,7 @@ from pixnorm.ops.checks import check_device, check_floating, check_option, check
 from pixnorm.ops.common import (
     activate,
     like_parameter,
+    onlooker,
     public,
     reference_grads,
     slope_of,
@@ -158,12 +159,14 @@ def label_conv2d(
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Labels are in [0, classes), or the ignored one; looked at on the CPU alone (on a GPU it would wait for it).
+    """Labels are in [0, classes), or the ignored one; looked at on the CPU alone (on a GPU it would wait for it), and
+    not for tracers and transforms.
 
     Raises:
         ValueError: they are not.
     """
-    if labels.device.type != "cpu" or not labels.numel() or torch.compiler.is_compiling():
+    looks = labels.device.type == "cpu" and not torch.compiler.is_compiling() and onlooker() is None
+    if not looks or not labels.numel():
         return
     if ignore_index is not None:
         labels = labels[labels != ignore_index]

@@ -82,7 +82,10 @@ def upsample_conv2d(
     # The legacy ONNX exporter knows no transposed convolution with computed kernels; in float16 on the CPU PyTorch's
     # adds up rounded products.
     refused = onlooker() is not None or (x.dtype == torch.float16 and x.device.type == "cpu")
-    if impl == "reference" or refused or left != right or top != bottom or top >= kh or left >= kw:
+    # A transposed convolution takes a negative padding, and makes nothing of an image that is smaller than the kernels;
+    # the convolution raises an error.
+    fits = 0 <= top < kh and 0 <= left < kw and 2 * (x.shape[2] + top) >= kh and 2 * (x.shape[3] + left) >= kw
+    if impl == "reference" or refused or left != right or top != bottom or not fits:
         return upsample_conv2d_reference(x, weight, bias, padding=padding)
     flipped = weight.flip(2, 3)
     if sums_pixels(x) and top < kh - 1 and left < kw - 1:
@@ -116,7 +119,7 @@ def conv_avg_pool2d(
     """
     _check(x, weight, impl)
     left, right, top, bottom = paddings(weight, padding)
-    if impl == "reference" or left != right or top != bottom:
+    if impl == "reference" or left != right or top != bottom or min(top, left) < 0:  # F.pad would crop
         return conv_avg_pool2d_reference(x, weight, bias, padding=padding)
     if sums_pixels(x):
         return F.conv2d(sums_of_neighbours(F.pad(x, (left, right, top, bottom))), weight / 4, bias, stride=2)
