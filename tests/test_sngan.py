@@ -234,6 +234,25 @@ def test_glu_has_twice_the_channels_where_it_is_fed():
     assert [tuple(conv.weight.shape[:2]) for conv in (block.conv1, block.conv2)] == [(512, 256)] * 2
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: made(Generator, 64, "fused_bn", 16, 64),
+        lambda: made(Discriminator, 32, 10, 64, spectral_norm=False),
+        lambda: made(Discriminator, 64, 0, 64, spectral_norm=False),
+    ],
+)
+def test_initial_weights(make):
+    """Glorot uniform, with gain √2 for the 3x3 convolutions of the blocks."""
+    for name, weight in make().named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif weight.dim() > 1:
+            gain = 2**0.5 if "block" in name and weight[0, 0].numel() == 9 else 1
+            limit = gain * (6 / (weight[0, 0].numel() * sum(weight.shape[:2]))) ** 0.5
+            assert 0.85 * limit < weight.abs().max() <= limit, name
+
+
 # ---- spectral norm
 
 

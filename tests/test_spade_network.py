@@ -326,6 +326,31 @@ def test_instance_norm_is_pytorch(impl):
     assert not layer.state_dict()
 
 
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+@pytest.mark.parametrize("n", [1, 2])
+@impls
+def test_gradients_of_instance_norm_in_any_layout(n, activation, impl):
+    """PyTorch's is wrong for one sample and a gradient in channels_last. The second derivative of ours is the
+    reference's."""
+    x, w = numbers(n, 3, 6, 5), numbers(n, 3, 6, 5).sin()
+    layer = InstanceNorm2d(3, activation=activation, impl=impl)
+    found = []
+    for last in (False, True):
+        leaf = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+        y = layer(leaf)
+        grad = torch.autograd.grad(y, leaf, w.contiguous(memory_format=torch.channels_last), create_graph=True)[0]
+        second = torch.autograd.grad(grad, leaf, w.contiguous(memory_format=torch.channels_last))[0]
+        found.append((y.detach(), grad.detach(), second))
+    leaf = x.clone().requires_grad_()
+    centred = leaf - leaf.mean((2, 3), keepdim=True)
+    y = centred / (centred.square().mean((2, 3), keepdim=True) + layer.eps).sqrt()
+    y = y if activation is None else F.leaky_relu(y, 0.2)
+    grad = torch.autograd.grad(y, leaf, w, create_graph=True)[0]
+    expected = y.detach(), grad.detach(), torch.autograd.grad(grad, leaf, w)[0]
+    for ours in found:
+        torch.testing.assert_close(ours, expected)
+
+
 # --- wrong input
 
 

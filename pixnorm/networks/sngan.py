@@ -318,10 +318,10 @@ def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 def normalize_spectrally(network: nn.Module) -> None:
-    """Spectral norm on the weights of convolutions, fully connected layers and embeddings, of gates and of the layers
-    of SPN excepted. One power iteration in each forward pass in training."""
-    for name, module in list(network.named_modules()):
-        if "gate" in name or not isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding | GConv2d):
+    """Spectral norm on the weights of convolutions, fully connected layers and embeddings. Gates and the layers of SPN
+    consist of none of these, and have none. One power iteration in each forward pass in training."""
+    for module in list(network.modules()):
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding | GConv2d):
             continue
         for weight in ("weight", "scale_weight", "mix_weight") if isinstance(module, GConv2d) else ("weight",):
             parametrizations.spectral_norm(module, weight)

@@ -128,6 +128,17 @@ def dense_like(x: Tensor, scale: int = 1, dtype: torch.dtype | None = None) -> T
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
+def instance_norm(x: Tensor, eps: float) -> Tensor:
+    """``F.instance_norm``; for one sample batch norm, which then is the same.
+
+    PyTorch's instance norm has a wrong gradient there, on the CPU, if that of its output is in channels_last (torch
+    2.13).
+    """
+    if x.shape[0] == 1:
+        return F.batch_norm(x, None, None, None, None, True, 0.0, eps)
+    return F.instance_norm(x, eps=eps)
+
+
 def fake_gradient(of: Tensor | None, x: Tensor) -> Tensor:
     """An empty gradient of an argument beside x: maps keep their layout; without the argument it has no elements."""
     if of is None:

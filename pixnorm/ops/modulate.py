@@ -32,6 +32,7 @@ from pixnorm.ops.common import (
     dense,
     dense_like,
     fake_gradient,
+    instance_norm,
     like_parameter,
     public,
     reference_grads,
@@ -64,8 +65,7 @@ def modulated_norm_reference(
     if upsample == 2:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if statistics == "instance":
-        # For one sample in channels_last, PyTorch's gradient on the CPU is wrong (torch 2.13).
-        x_hat = dense(F.instance_norm(x.contiguous() if x.shape[0] == 1 else x, eps=eps), x)
+        x_hat = dense(instance_norm(x, eps), x)
     else:
         x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     if gamma is not None:

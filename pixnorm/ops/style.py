@@ -15,7 +15,6 @@ with the mean and the biased variance of each sample and channel over H, W.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixnorm.ops._dispatch import choose, define_op
@@ -36,6 +35,7 @@ from pixnorm.ops.common import (
     dense,
     dense_like,
     fake_gradient,
+    instance_norm,
     like_parameter,
     public,
     reference_grads,
@@ -92,8 +92,7 @@ def style_norm_reference(
 ) -> Tensor:
     """StyleGAN 1's epilogue in plain PyTorch: the specification. Arguments as in :func:`style_norm`."""
     v = activate(_add_bias(_add_noise(x, None, noise, noise_strength), bias), "leaky_relu", negative_slope)
-    # For one sample in channels_last, PyTorch's gradient on the CPU is wrong (torch 2.13).
-    v_hat = dense(F.instance_norm(v.contiguous() if x.shape[0] == 1 else v, eps=eps), x)
+    v_hat = dense(instance_norm(v, eps), x)
     return ((1 + scale)[..., None, None] * v_hat + shift[..., None, None]).to(x.dtype)
 
 
