@@ -339,3 +339,23 @@ def test_rejected_input_leaves_the_buffers_as_they_are(impl):
     with pytest.raises(ValueError):
         layer(torch.ones(1, 4, 1, 1))
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "name, shapes, message",
+    [
+        ("conv_fwd", ((1, 2, 4, 0), (1, 2, 3, 3)), "at least one pixel"),
+        ("conv_grad", ((1, 1, 0, 4), (1, 2, 0, 4), (1, 2, 3, 3)), "at least one pixel"),
+        ("conv_grad", ((1, 1, 4, 5), (1, 2, 4, 5), (1, 2, 3, 4)), "an odd kernel"),
+        ("conv_grad", ((1, 1, 4, 4), (1, 2, 4, 5), (1, 2, 3, 3)), "grad_z has the wrong shape"),
+        ("perceptron_fwd", ((2, 2, 6), (3, 6, 0), (3,), (6, 3), (6,)), "fc1_weight has the wrong shape"),
+        ("perceptron_fwd", ((2, 2, 0), (3, 0), (3,), (0, 3), (0,)), "at least one channel and one hidden unit"),
+        ("perceptron_grad", ((2, 6), (2, 2, 6), (0, 6), (0,), (6, 0)), "at least one channel and one hidden unit"),
+        ("perceptron_grad", ((2, 5), (2, 2, 6), (3, 6), (3,), (6, 3)), "grad_logits has the wrong shape"),
+    ],
+)
+def test_small_layers_check_their_arguments(name, shapes, message):
+    """Direct calls of the ops."""
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.pixnorm, f"gate_{name}")(*(torch.ones(shape) for shape in shapes))

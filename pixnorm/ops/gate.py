@@ -146,8 +146,8 @@ def gate_perceptron_fwd_fake(pooled, *parameters):
 
 
 def gate_perceptron_grad_fake(grad_logits, pooled, fc1_weight, fc1_bias, fc2_weight):
-    fc2_bias = pooled[0, 0] if pooled.shape[0] else fc1_weight[0]
-    return tuple(_contiguous_like(t) for t in (pooled, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    layers = tuple(_contiguous_like(t) for t in (pooled, fc1_weight, fc1_bias, fc2_weight))
+    return *layers, pooled.new_empty((pooled.shape[2],))
 
 
 def gate_conv_fwd_fake(pooled, weight):
