@@ -54,7 +54,8 @@ def assert_close_as_eager(
     """Assert that results are about as accurate as those of plain PyTorch in the same dtype.
 
     Rounding errors of a tensor of very few elements can differ by more than ``FACTOR`` by chance. So if the first draw
-    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far.
+    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far: no draw
+    may exceed it by a factor of ten, but for a single number, which may happen to be a small sum of large ones.
 
     Args:
         draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
@@ -66,9 +67,9 @@ def assert_close_as_eager(
             assert actual.dtype == eager[0].dtype, f"{name}: {actual.dtype}, plain PyTorch gives {eager[0].dtype}"
             assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(exact.shape)}"
             seen.setdefault(name, []).append(excess(actual, eager, exact, dtype))
-        worst = max(seen, key=lambda name: seen[name][-1])
-        assert seen[worst][-1] <= 10, f"{worst}: the error is {seen[worst][-1]:.3g} times what is allowed"
-        if seed == 0 and seen[worst][0] <= 1:
+            too_far = exact.numel() != 1 and seen[name][-1] > 10
+            assert not too_far, f"{name}: the error is {seen[name][-1]:.3g} times what is allowed"
+        if seed == 0 and max(values[0] for values in seen.values()) <= 1:
             return
     for name, values in seen.items():
         median = statistics.median(values)
