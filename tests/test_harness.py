@@ -274,3 +274,10 @@ def test_a_single_number_may_be_small_by_chance_but_not_in_most_draws():
         assert_close_as_eager(draws(once, 2), torch.float32)
     with pytest.raises(AssertionError, match="median of 9 draws"):
         assert_close_as_eager(draws(lambda seed: 400, 1), torch.float32)
+
+
+@pytest.mark.parametrize("error, times", [(torch.nan, "inf"), (torch.inf, "inf"), (8000, "2e\\+03")])
+def test_a_single_number_is_never_far_off(error, times):
+    """Not even in a few draws of several, as with memory that some calls leave uninitialised."""
+    with pytest.raises(AssertionError, match=f"result: the error is {times} times"):
+        assert_close_as_eager(draws(lambda seed: error if seed == 5 else 5, 1), torch.float32)
