@@ -199,6 +199,20 @@ def test_nan_and_infinity_pass(kernel, which, layout, at, value):
         assert value is not torch.nan or ours.isnan().any()
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("width", [1, 2, 5, 16, 17, 33])
+def test_infinity_concerns_the_taps_that_see_it(width):
+    """The others' gradients are finite, as plain PyTorch's: no tap sees beyond the border."""
+    pooled, grad = torch.randn(1, 2, 4, width), torch.randn(1, 1, 4, width)
+    pooled[0, 0, 1, width // 2], pooled[0, 1, 3, width - 1] = torch.inf, torch.nan
+    weight = torch.randn(1, 2, 7, 7)
+    _, ours = torch.ops.pixnorm.gate_conv_grad(grad, pooled, weight)
+    expected = F.conv2d(F.pad(pooled, (3, 3, 3, 3)).transpose(0, 1), grad).transpose(0, 1)
+    seen = F.conv2d(F.pad(1 - pooled.isfinite().float(), (3, 3, 3, 3)).transpose(0, 1), torch.ones_like(grad))
+    assert torch.equal(~ours.isfinite(), seen.transpose(0, 1) > 0)
+    torch.testing.assert_close(ours[ours.isfinite()], expected[ours.isfinite()], rtol=1e-4, atol=1e-4)
+
+
 @layouts
 @pytest.mark.parametrize("spatial", [False, True])
 def test_maxima_below_zero_and_their_places(kernel, layout, spatial):
