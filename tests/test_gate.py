@@ -199,6 +199,20 @@ def test_nan_and_infinity_pass(kernel, which, layout, at, value):
         assert value is not torch.nan or ours.isnan().any()
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("width", [1, 2, 5, 16, 17, 33])
+def test_infinity_concerns_the_taps_that_see_it(width):
+    """The others' gradients are finite, as plain PyTorch's: no tap sees beyond the border."""
+    pooled, grad = torch.randn(1, 2, 4, width), torch.randn(1, 1, 4, width)
+    pooled[0, 0, 1, width // 2], pooled[0, 1, 3, width - 1] = torch.inf, torch.nan
+    weight = torch.randn(1, 2, 7, 7)
+    _, ours = torch.ops.pixnorm.gate_conv_grad(grad, pooled, weight)
+    expected = F.conv2d(F.pad(pooled, (3, 3, 3, 3)).transpose(0, 1), grad).transpose(0, 1)
+    seen = F.conv2d(F.pad(1 - pooled.isfinite().float(), (3, 3, 3, 3)).transpose(0, 1), torch.ones_like(grad))
+    assert torch.equal(~ours.isfinite(), seen.transpose(0, 1) > 0)
+    torch.testing.assert_close(ours[ours.isfinite()], expected[ours.isfinite()], rtol=1e-4, atol=1e-4)
+
+
 @layouts
 @pytest.mark.parametrize("spatial", [False, True])
 def test_maxima_below_zero_and_their_places(kernel, layout, spatial):
@@ -339,3 +353,23 @@ def test_rejected_input_leaves_the_buffers_as_they_are(impl):
     with pytest.raises(ValueError):
         layer(torch.ones(1, 4, 1, 1))
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "name, shapes, message",
+    [
+        ("conv_fwd", ((1, 2, 4, 0), (1, 2, 3, 3)), "at least one pixel"),
+        ("conv_grad", ((1, 1, 0, 4), (1, 2, 0, 4), (1, 2, 3, 3)), "at least one pixel"),
+        ("conv_grad", ((1, 1, 4, 5), (1, 2, 4, 5), (1, 2, 3, 4)), "an odd kernel"),
+        ("conv_grad", ((1, 1, 4, 4), (1, 2, 4, 5), (1, 2, 3, 3)), "grad_z has the wrong shape"),
+        ("perceptron_fwd", ((2, 2, 6), (3, 6, 0), (3,), (6, 3), (6,)), "fc1_weight has the wrong shape"),
+        ("perceptron_fwd", ((2, 2, 0), (3, 0), (3,), (0, 3), (0,)), "at least one channel and one hidden unit"),
+        ("perceptron_grad", ((2, 6), (2, 2, 6), (0, 6), (0,), (6, 0)), "at least one channel and one hidden unit"),
+        ("perceptron_grad", ((2, 5), (2, 2, 6), (3, 6), (3,), (6, 3)), "grad_logits has the wrong shape"),
+    ],
+)
+def test_small_layers_check_their_arguments(name, shapes, message):
+    """Direct calls of the ops."""
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.pixnorm, f"gate_{name}")(*(torch.ones(shape) for shape in shapes))

@@ -199,10 +199,13 @@ def test_checkpointing_and_autocast():
     assert errors[0] <= 2 * errors[1]
 
 
-def test_patches_of_another_map():
+@pytest.mark.parametrize(
+    "rows, more, given", [(39, 0, r"5 labels in a map of shape \(2, 39, 48\)"), (40, 1, "6 labels in a map")]
+)
+def test_patches_of_another_map(rows, more, given):
     labels, classes = MAPS["segments"]
     layer, x = layers(classes)[0], torch.ones(2, C, 40, 48, dtype=torch.float64)
-    patches = LabelPatches.of(labels[:, 1:], classes)
-    with pytest.raises(ValueError, match=r"of a label map of shape \(2, 39, 48\), for one of shape \(2, 40, 48\)"):
+    patches = LabelPatches.of(labels[:, :rows], classes + more)
+    with pytest.raises(ValueError, match=rf"of {given}.*, for 5 in one of shape \(2, 40, 48\)"):
         layer(x, labels, patches)
     assert layer.num_batches_tracked == 0

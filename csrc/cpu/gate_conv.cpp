@@ -32,6 +32,7 @@ struct Convolution {
     check_sizes(weight, "weight", {1, 2, kh, kw});
     check_sizes(pooled, "pooled", {n, 2, h, w});
     check_same_dtype(weight, "weight", pooled);
+    STD_TORCH_CHECK(h * w > 0, "pixnorm: expected at least one pixel");
     bands = ceil_div(h, kRows);
     constexpr int64_t kLongest = 64;  // elements that a kernel takes at a time
     pitch = ceil_div(w, kLongest) * kLongest + kw;

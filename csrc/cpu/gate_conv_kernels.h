@@ -32,19 +32,27 @@ void gate_correlate(const A* padded, int64_t pitch, int64_t from, const A* weigh
   }
 }
 
-// kTaps neighbouring taps of a row of the kernel: sums over rows of grad (rows, pitch), zero beyond the width, times
-// those of a padded plane.
+// kTaps neighbouring taps of a row of the kernel: sums over rows of grad (rows, pitch) times those of a padded plane.
+// Beyond the width grad is zero, and the plane counts as zero, too: infinity there belongs to other taps.
 template <class A, int kTaps>
 PIXNORM_INLINE void gate_tap_sums(const A* grad, const A* padded, int64_t pitch, int64_t rows, int64_t width, A* to) {
   constexpr int n = kLanes<A>;
+  const int64_t whole = width / n * n;
+  typename Lanes<bits_t<A>, n>::type lanes;
+  for (int i = 0; i < n; ++i) lanes[i] = i;
+  const auto inside = lanes < static_cast<bits_t<A>>(width - whole);
   Vec<A> sums[kTaps] = {};
   for (int64_t h = 0; h < rows; ++h) {
     const A *const d = grad + h * pitch, *const p = padded + h * pitch;
-    for (int64_t w = 0; w < width; w += n) {
+    for (int64_t w = 0; w < whole; w += n) {
       const Vec<A> of = load(d + w);
 #pragma GCC unroll 4
       for (int x = 0; x < kTaps; ++x) sums[x] += of * load(p + w + x);
     }
+    if (whole == width) continue;
+    const Vec<A> of = load(d + whole);
+#pragma GCC unroll 4
+    for (int x = 0; x < kTaps; ++x) sums[x] += of * (inside ? load(p + whole + x) : Vec<A>{});
   }
   for (int x = 0; x < kTaps; ++x) to[x] = sum_lanes<A>(sums[x]);
 }

@@ -28,7 +28,9 @@ struct Layers {
         fc1(dense(fc1_weight)),
         fc2(dense(fc2_weight)),
         hidden(2 * n * r) {
+    STD_TORCH_CHECK(c > 0 && r > 0, "pixnorm: expected at least one channel and one hidden unit");
     check_sizes(given, "pooled", {n, 2, c});
+    check_sizes(fc1_weight, "fc1_weight", {r, c});
     check_sizes(fc1_bias, "fc1_bias", {r});
     check_sizes(fc2_weight, "fc2_weight", {c, r});
     for (const Tensor* t : {&fc1_weight, &fc1_bias, &fc2_weight}) check_same_dtype(*t, "a parameter", given);

@@ -118,9 +118,11 @@ class SPADE2d(ModulatedNorm2d):
             check_labels(resized, self.label_channels)
             if patches is None:
                 patches = LabelPatches.of(resized, self.label_channels, self.impl)
-            elif patches and patches.index.shape != resized.shape:
-                shapes = f"{tuple(patches.index.shape)}, for one of shape {tuple(resized.shape)}"
-                raise ValueError(f"the patches are of a label map of shape {shapes}")
+            elif patches and (patches.index.shape, patches.label_channels) != (resized.shape, self.label_channels):
+                raise ValueError(
+                    f"the patches are of {patches.label_channels} labels in a map of shape "
+                    f"{tuple(patches.index.shape)}, for {self.label_channels} in one of shape {tuple(resized.shape)}"
+                )
             if patches and self.kernel_size == 3:
                 hidden = patches.hidden(*shared)
                 return [patches.map(hidden, *half, like=x) for half in halves]

@@ -146,8 +146,8 @@ def gate_perceptron_fwd_fake(pooled, *parameters):
 
 
 def gate_perceptron_grad_fake(grad_logits, pooled, fc1_weight, fc1_bias, fc2_weight):
-    fc2_bias = pooled[0, 0] if pooled.shape[0] else fc1_weight[0]
-    return tuple(_contiguous_like(t) for t in (pooled, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    shapes = pooled.shape, fc1_weight.shape, fc1_bias.shape, fc2_weight.shape, (pooled.shape[2],)
+    return tuple(pooled.new_empty(shape) for shape in shapes)
 
 
 def gate_conv_fwd_fake(pooled, weight):
@@ -156,11 +156,7 @@ def gate_conv_fwd_fake(pooled, weight):
 
 
 def gate_conv_grad_fake(grad_z, pooled, weight):
-    return _contiguous_like(pooled), _contiguous_like(weight)
-
-
-def _contiguous_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return pooled.new_empty(pooled.shape), pooled.new_empty(weight.shape)
 
 
 def _define(schema, fake, **options):

@@ -25,6 +25,8 @@ from pixnorm.ops._dispatch import has_kernels, native_devices, triton_obstacle
 # float64 is compared with itself: that detects any step computed in float32.
 FACTOR = 2.0
 TOLERANCES = {torch.float64: 2.0**22, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+# By how much a single draw may exceed the tolerance: a tensor, and a single number.
+FARTHEST, FARTHEST_NUMBER = 10, 1000
 
 
 def excess(actual: Tensor, eager: Sequence[Tensor], exact: Tensor, dtype: torch.dtype) -> float:
@@ -54,7 +56,9 @@ def assert_close_as_eager(
     """Assert that results are about as accurate as those of plain PyTorch in the same dtype.
 
     Rounding errors of a tensor of very few elements can differ by more than ``FACTOR`` by chance. So if the first draw
-    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far.
+    exceeds the tolerance, the median over several decides. A wrong kernel is wrong in all of them, and by far: no draw
+    may exceed it by a factor of ten. A single number may happen to be a small sum of large ones (for one draw of the
+    gates' tests, of 114 that are 205 times larger in total), so it may by a factor of a thousand; none may be NaN.
 
     Args:
         draw: seed -> (name, actual, eager, exact) of each result, as for :func:`excess`.
@@ -66,9 +70,9 @@ def assert_close_as_eager(
             assert actual.dtype == eager[0].dtype, f"{name}: {actual.dtype}, plain PyTorch gives {eager[0].dtype}"
             assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, expected {tuple(exact.shape)}"
             seen.setdefault(name, []).append(excess(actual, eager, exact, dtype))
-        worst = max(seen, key=lambda name: seen[name][-1])
-        assert seen[worst][-1] <= 10, f"{worst}: the error is {seen[worst][-1]:.3g} times what is allowed"
-        if seed == 0 and seen[worst][0] <= 1:
+            farthest = FARTHEST_NUMBER if exact.numel() == 1 else FARTHEST
+            assert seen[name][-1] <= farthest, f"{name}: the error is {seen[name][-1]:.3g} times what is allowed"
+        if seed == 0 and max(values[0] for values in seen.values()) <= 1:
             return
     for name, values in seen.items():
         median = statistics.median(values)
