@@ -60,10 +60,16 @@ SPATIAL_PARAMETERS = ("weight", "bn_weight", "bn_bias")
 def _pooled(x: Tensor, spatial: bool) -> Tensor:
     """Maximum and mean over channels, (N, 2, H, W), or over pixels, (N, 2, C), in the dtype of sums.
 
-    As ``max_pool2d``, unlike ``amax``, ``max`` gives the gradient to the first maximum only.
+    Unlike ``amax``, both maxima give the gradient to the first of equal ones only.
     """
-    flat, dim = (x, 1) if spatial else (x.flatten(2), 2)
-    return torch.stack([wide(flat.max(dim).values), wide(flat).mean(dim)], 1)
+    if spatial:
+        maximum = x.max(1).values
+    elif torch.are_deterministic_algorithms_enabled():
+        maximum = x.flatten(2).max(2).values
+    else:  # up to three times as fast
+        maximum = F.adaptive_max_pool2d(x, 1)[..., 0, 0]
+    mean = wide(x).mean(1 if spatial else (2, 3))
+    return torch.stack([wide(maximum), mean], 1)
 
 
 def _perceptron(pooled: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
