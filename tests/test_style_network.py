@@ -284,6 +284,11 @@ def test_probability_of_mixing(mixing):
     assert abs(share - mixing) <= 4 * (mixing * (1 - mixing) / 2000) ** 0.5
 
 
+def test_one_layer_is_not_mixed():
+    g, z = generator(mixing=1.0), latents(3)
+    close(g.styles(z, layers=1), g.styles(z)[:, :1])
+
+
 # ---- noise
 
 
@@ -343,6 +348,24 @@ def test_draws_can_be_repeated(version):
     with_global = copy.deepcopy(g)(z)
     torch.manual_seed(3)
     assert torch.equal(copy.deepcopy(g)(z), with_global)
+
+
+@versions
+def test_draws_for_any_batch(version):
+    """Noise and what is mixed, compiled with a symbol for the number of samples."""
+    torch.compiler.reset()
+    g = generator(version)
+
+    def draws(z):
+        return g.styles(z), *g.noises("random", z)
+
+    compiled = torch.compile(draws, fullgraph=True, dynamic=True, backend="eager")
+    for n in (4, 3):
+        z, found = latents(n), []
+        for draw in (compiled, draws):
+            torch.manual_seed(1)
+            found.append(draw(z))
+        close(*found)
 
 
 def test_noise_requires_gradients():
