@@ -396,6 +396,13 @@ def test_limits_of_fading(impl):
     assert (d(images, fade=0.0) - d(images)).abs().max() > 1e-3
 
 
+def test_a_weight_on_another_device_is_not_looked_at():
+    """A graph, or a GPU that has not computed it yet, need not know the number."""
+    with torch.device("meta"):
+        images = generator("1")(latents(), fade=torch.empty((), dtype=torch.float64))
+    assert images.shape == (3, 3, 8, 8)
+
+
 def test_mixing_of_a_growing_network():
     """The cut is between layers that are in use: at 4x4 there are two."""
     g = generator("1", mixing=1.0)
@@ -510,6 +517,10 @@ def test_errors_of_options(build, words):
         (lambda g: g(latents(), noise="some"), "noise must be one of 'random', 'const', 'none', got 'some'"),
         (lambda g: g(latents(), noise=[None]), "expected noise for 4 layers, got 1"),
         (lambda g: g(latents(), noise=[None, torch.zeros(3, 1, 8, 8), None, None]), r"noise\[1\] must have shape"),
+        (
+            lambda g: g(latents(), noise=[torch.zeros(2, 1, 4, 4), None, None, None]),
+            r"noise\[0\] must have shape",
+        ),
         (lambda g: g(latents(), resolution=16), "resolution must be at most the network's, 8, got 16"),
         (lambda g: g(latents(), fade=1.5), r"fade must be in \[0, 1\], got 1.5"),
         (lambda g: g(latents(), resolution=4, fade=0.5), "nothing precedes 4x4, so fade must be 1, got 0.5"),
