@@ -58,9 +58,10 @@ def close(actual, expected):
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("upsample", [1, 2])
 @pytest.mark.parametrize("padding", ["same", "valid", 1, (0, 2)])
-def test_each_sample_is_convolved_with_kernels_of_its_own(impl, n, upsample, padding):
+@pytest.mark.parametrize("k", [1, 3])  # few 1x1 kernels are a case of their own, where nothing is padded or upsampled
+def test_each_sample_is_convolved_with_kernels_of_its_own(impl, n, upsample, padding, k):
     """w s / sigma, by one convolution for each sample, and by a grouped one."""
-    x, weight, styles = drawn(n)
+    x, weight, styles = drawn(n, k=k)
     y = modulated_conv2d(x, weight, styles, upsample=upsample, padding=padding, impl=impl)
     large = F.interpolate(x, scale_factor=2) if upsample == 2 else x
     own = weight * styles[:, None, :, None, None]

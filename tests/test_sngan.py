@@ -14,7 +14,7 @@ from pixnorm import SPN2d
 from pixnorm.networks import Discriminator, Generator
 from pixnorm.networks.sngan import UpBlock
 from pixnorm.networks.sngan_discriminator import DownBlock
-from pixnorm.nn import BatchNorm2d, ConditionalBatchNorm2d, ConditionalSPN2d
+from pixnorm.nn import BatchNorm2d, ChannelGate, ConditionalBatchNorm2d, ConditionalSPN2d, SpatialGate
 from pixnorm.testing import random
 
 # float64 through a network: a few thousand roundings of 1e-16, amplified by the normalisations.
@@ -224,6 +224,14 @@ def test_size_of_gates():
     with torch.device("meta"):
         plain, channel, spatial = (size(Generator(attention=attention)) for attention in (None, "ca", "sa"))
     assert channel - plain == 6 * 8_464 == 50_784 and spatial - plain == 3 * (98 + 2)
+
+
+def test_where_gates_are():
+    """Of channels after both convolutions, of pixels after the second."""
+    kinds = {"ca": [ChannelGate, ChannelGate], "sa": [nn.Identity, SpatialGate], None: [nn.Identity] * 2}
+    for attention, expected in kinds.items():
+        block = UpBlock(8, 8, "bn", attention=attention)
+        assert [type(block.gate1), type(block.gate2)] == expected, attention
 
 
 def test_glu_has_twice_the_channels_where_it_is_fed():

@@ -16,6 +16,7 @@ from pixnorm.networks import (
 from pixnorm.networks.ssn import INTERPOLATIONS, SpatialStyleBlock, interpolate_cells
 from pixnorm.networks.style2 import ToRGB
 from pixnorm.nn import StyleBlock
+from pixnorm.ops.common import HALF
 from pixnorm.testing import DENSE_LAYOUTS, LAYOUTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -224,6 +225,19 @@ def test_resampled_cells():
     assert abs(resample_blocks(torch.zeros(1, 512, 4, 4), torch.ones(1, 4, 4).bool()).std().item() - 1) < 0.05
 
 
+def test_cells_are_drawn_for_any_batch():
+    """Compiled with a symbol for the number of samples."""
+    torch.compiler.reset()
+    compiled = torch.compile(resample_blocks, fullgraph=True, dynamic=True, backend="eager")
+    mask = torch.eye(4, dtype=torch.bool)[None]
+    for n in (4, 3):
+        z, found = latents(n), []
+        for draw in (compiled, resample_blocks):
+            torch.manual_seed(1)
+            found.append(draw(z, mask))
+        close(*found)
+
+
 def test_distortion_by_hand():
     """Two blocks per side, of two pixels; the difference is 1, 2, 3, 4 in the blocks."""
     change = nearest(torch.tensor([[[[1.0, 2.0], [3.0, -4.0]]]], dtype=torch.float64))
@@ -237,6 +251,17 @@ def test_distortion_by_hand():
     assert distortion_loss(images, images + change, everything) == 0
     inside = images + change * mask[:1].double().repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
     assert distortion_loss(images, inside, mask[:1]) == 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_distortion_in_half_precision(dtype):
+    """256x256 pixels are more than float16 can count."""
+    images, mask = torch.full((2, 3, 256, 256), 0.3, dtype=dtype), torch.zeros(1, 3, 3, dtype=torch.bool)
+    images, mask = images[..., :255, :255].requires_grad_(), mask.index_fill(1, torch.tensor([1]), True)
+    loss = distortion_loss(images, -images.detach(), mask, weight=1.0)
+    torch.testing.assert_close(loss, 2 * images[0, 0, 0, 0].float())
+    (grad,) = torch.autograd.grad(loss * 2**16, images)
+    assert grad.isfinite().all() and (grad[:, :, 0] > 0).all() and (grad[:, :, 100] == 0).all()
 
 
 def test_gradient_of_the_distortion():

@@ -284,6 +284,11 @@ def test_probability_of_mixing(mixing):
     assert abs(share - mixing) <= 4 * (mixing * (1 - mixing) / 2000) ** 0.5
 
 
+def test_one_layer_is_not_mixed():
+    g, z = generator(mixing=1.0), latents(3)
+    close(g.styles(z, layers=1), g.styles(z)[:, :1])
+
+
 # ---- noise
 
 
@@ -345,6 +350,24 @@ def test_draws_can_be_repeated(version):
     assert torch.equal(copy.deepcopy(g)(z), with_global)
 
 
+@versions
+def test_draws_for_any_batch(version):
+    """Noise and what is mixed, compiled with a symbol for the number of samples."""
+    torch.compiler.reset()
+    g = generator(version)
+
+    def draws(z):
+        return g.styles(z), *g.noises("random", z)
+
+    compiled = torch.compile(draws, fullgraph=True, dynamic=True, backend="eager")
+    for n in (4, 3):
+        z, found = latents(n), []
+        for draw in (compiled, draws):
+            torch.manual_seed(1)
+            found.append(draw(z))
+        close(*found)
+
+
 def test_noise_requires_gradients():
     """As in a projector."""
     g = generator("2").eval()
@@ -371,6 +394,13 @@ def test_limits_of_fading(impl):
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     close(d(images, fade=0.0), d(tF.avg_pool2d(images, 2), resolution=8))
     assert (d(images, fade=0.0) - d(images)).abs().max() > 1e-3
+
+
+def test_a_weight_on_another_device_is_not_looked_at():
+    """A graph, or a GPU that has not computed it yet, need not know the number."""
+    with torch.device("meta"):
+        images = generator("1")(latents(), fade=torch.empty((), dtype=torch.float64))
+    assert images.shape == (3, 3, 8, 8)
 
 
 def test_mixing_of_a_growing_network():
@@ -487,6 +517,10 @@ def test_errors_of_options(build, words):
         (lambda g: g(latents(), noise="some"), "noise must be one of 'random', 'const', 'none', got 'some'"),
         (lambda g: g(latents(), noise=[None]), "expected noise for 4 layers, got 1"),
         (lambda g: g(latents(), noise=[None, torch.zeros(3, 1, 8, 8), None, None]), r"noise\[1\] must have shape"),
+        (
+            lambda g: g(latents(), noise=[torch.zeros(2, 1, 4, 4), None, None, None]),
+            r"noise\[0\] must have shape",
+        ),
         (lambda g: g(latents(), resolution=16), "resolution must be at most the network's, 8, got 16"),
         (lambda g: g(latents(), fade=1.5), r"fade must be in \[0, 1\], got 1.5"),
         (lambda g: g(latents(), resolution=4, fade=0.5), "nothing precedes 4x4, so fade must be 1, got 0.5"),

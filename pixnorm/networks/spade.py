@@ -15,6 +15,7 @@ from pixnorm.nn import InstanceNorm2d, SPADE2d
 from pixnorm.nn._label_patches import LabelPatches
 from pixnorm.nn.spade import check_label_map, resized_map
 from pixnorm.ops.checks import check_image, check_option, check_shape
+from pixnorm.ops.common import drawing
 from pixnorm.ops.label_conv import check_labels
 
 # Doublings of the resolution, by NVlabs' option num_upsampling_layers.
@@ -272,5 +273,5 @@ class SPADEEncoder(nn.Module):
         """
         if mu.shape != logvar.shape:
             raise ValueError(f"mu and logvar must have one shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}")
-        eps = torch.randn(mu.shape, generator=generator, device=mu.device, dtype=mu.dtype)
+        eps = torch.randn(mu.shape, **drawing(generator), device=mu.device, dtype=mu.dtype)
         return mu + eps * torch.exp(0.5 * logvar)

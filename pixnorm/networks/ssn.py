@@ -19,7 +19,7 @@ from pixnorm.nn._leaf import traced
 from pixnorm.nn.equalized import HE
 from pixnorm.nn.style import rows_beside
 from pixnorm.ops.checks import check_option, check_shape
-from pixnorm.ops.common import dense, is_channels_last, wide
+from pixnorm.ops.common import dense, drawing, is_channels_last, wide
 
 INTERPOLATIONS = ("bilinear", "nearest")
 
@@ -296,7 +296,7 @@ def resample_blocks(z: Tensor, mask: Tensor, generator: torch.Generator | None =
         raise ValueError(f"z must have shape (N, latent_dim, h, w), got {tuple(z.shape)}")
     _check_mask(mask, z)
     check_shape("mask", mask, (mask.shape[0], *z.shape[2:]), z, "z")
-    drawn = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+    drawn = torch.randn(z.shape, **drawing(generator), dtype=z.dtype, device=z.device)
     return torch.where(mask[:, None], drawn, z)
 
 
@@ -313,7 +313,7 @@ def distortion_loss(images: Tensor, resampled: Tensor, mask: Tensor, weight: flo
         weight: of the loss.
 
     Returns:
-        A scalar.
+        A scalar, in float32 for half precision.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -326,9 +326,10 @@ def distortion_loss(images: Tensor, resampled: Tensor, mask: Tensor, weight: flo
     h, w = mask.shape[1:]
     if height % h or width % w:
         raise ValueError(f"mask {tuple(mask.shape)} does not divide images of shape {tuple(images.shape)}")
-    kept = (~mask).to(images.dtype)
+    distances = wide(images - resampled).abs()  # a sum of pixels is beyond float16
+    kept = (~mask).to(distances.dtype)
     # Sums over blocks first: the mask is never enlarged.
-    of_blocks = (images - resampled).abs().sum(1).unflatten(2, (w, -1)).unflatten(1, (h, -1)).sum((2, 4))
+    of_blocks = distances.sum(1).unflatten(2, (w, -1)).unflatten(1, (h, -1)).sum((2, 4))
     pixels = kept.sum((1, 2)) * (channels * (height // h) * (width // w))
     return weight * ((of_blocks * kept).sum((1, 2)) / pixels.clamp(min=1)).mean()
 
@@ -370,7 +371,7 @@ def path_length_regularizer(
         found = f"{tuple(z.shape)} for images of shape {tuple(images.shape)}"
         raise ValueError(f"z must have shape (N, D, h, w), with sizes that divide those of images, got {found}")
     if noise is None:
-        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
+        noise = torch.randn(images.shape, **drawing(generator), dtype=images.dtype, device=images.device)
     gradient = far * path_gradient(images, z, noise)
     if near != far:
         h, w = z.shape[2:]

@@ -11,7 +11,7 @@ from pixnorm.networks.style_base import Noise, StyleGenerator, resolutions, widt
 from pixnorm.nn import MappingNetwork, ModulatedConv2d, StyleBlock, StyleBlocks
 from pixnorm.nn._leaf import traced
 from pixnorm.ops.checks import check_shape
-from pixnorm.ops.common import wide
+from pixnorm.ops.common import drawing, wide
 
 
 class StyleGAN2(StyleGenerator):
@@ -154,7 +154,7 @@ def path_gradient(
         found = f"{tuple(images.shape)} and {tuple(w.shape)}"
         raise ValueError(f"expected images (N, C, H, W) and w of as many samples, got {found}")
     if noise is None:
-        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
+        noise = torch.randn(images.shape, **drawing(generator), dtype=images.dtype, device=images.device)
     check_shape("noise", noise, images.shape, images, "images")
     pixels = images.shape[2] * images.shape[3]
     (gradient,) = torch.autograd.grad((images * noise).sum() * pixels**-0.5, w, create_graph=True)

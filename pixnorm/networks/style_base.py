@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pixnorm.nn import MappingNetwork, style_mixing, truncate
 from pixnorm.ops.checks import check_option, check_shape
-from pixnorm.ops.common import dense
+from pixnorm.ops.common import dense, drawing
 
 NOISES = ("random", "const", "none")
 Noise = str | Sequence[Tensor | None] | None
@@ -101,7 +101,7 @@ class NoisyGenerator(nn.Module):
         n, where = like.shape[0], {"dtype": like.dtype, "device": like.device}
 
         def draw(size: int) -> Tensor:
-            return torch.randn((n, 1, size, size), generator=generator, **where)
+            return torch.randn((n, 1, size, size), **drawing(generator), **where)
 
         noise = self.noise if noise is None else noise
         if isinstance(noise, str):
@@ -166,10 +166,10 @@ class StyleGenerator(NoisyGenerator):
         self._check_z(z)
         n, layers = z.shape[0], self.num_layers if layers is None else layers
         if self.training and self.mixing > 0:
-            draws = {"generator": generator, "device": z.device}
+            draws = {**drawing(generator), "device": z.device}
             others = torch.randn(z.shape, dtype=z.dtype, **draws)
             both = self.mapping(torch.cat([z, others]))[:, None].expand(-1, layers, -1)
-            cut = torch.randint(1, layers, (n,), **draws)
+            cut = torch.randint(1, max(layers, 2), (n,), **draws)  # one layer has nothing to mix
             mixed = torch.rand((n,), **draws) < self.mixing
             w = style_mixing(both[:n], both[n:], torch.where(mixed, cut, layers))
         else:

@@ -197,6 +197,12 @@ def products_allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def drawing(generator: torch.Generator | None) -> dict[str, torch.Generator]:
+    """The option of PyTorch's functions that draw; left out without a generator, as with one, even None, they do not
+    take symbolic sizes (``torch.compile`` and ``torch.export`` for any batch)."""
+    return {} if generator is None else {"generator": generator}
+
+
 def wide(t: Tensor) -> Tensor:
     """In the dtype of sums; squares in half precision may overflow."""
     return t.float() if t.dtype in HALF else t
