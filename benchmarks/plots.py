@@ -252,7 +252,7 @@ def _networks(records: Records, axis: Axes, precision: str) -> None:
         found = (*figures(records, name, clock=clock, **where), kept[0] / kept[1] if all(kept) else None)
         for values, value in zip(series.values(), found, strict=True):
             values.append(value)
-    bars(axis, [fill(group["network"], 12) for group in groups], series, [BLUE, PALE, TEAL], "%.2f")
+    bars(axis, [fill(group["network"], 13) for group in groups], series, [BLUE, PALE, TEAL], "%.2f")
     _goal(axis, 1)
     axis.set_title(f"Networks, training step in {PRECISIONS[precision].title}: speed-up, {clock} time")
 
