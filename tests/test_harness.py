@@ -29,7 +29,7 @@ from pixnorm.ops.common import (
     slope_of,
     through_reference,
 )
-from pixnorm.testing import Case, OpSpec, Traffic, assert_close_as_eager, evaluate, in_double, random
+from pixnorm.testing import Case, OpSpec, Traffic, assert_close_as_eager, evaluate, excess, in_double, random
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:pixnorm.*on the reference")]
 
@@ -281,3 +281,11 @@ def test_a_single_number_is_never_far_off(error, times):
     """Not even in a few draws of several, as with memory that some calls leave uninitialised."""
     with pytest.raises(AssertionError, match=f"result: the error is {times} times"):
         assert_close_as_eager(draws(lambda seed: error if seed == 5 else 5, 1), torch.float32)
+
+
+def test_an_overflow_counts_where_plain_pytorch_has_none():
+    exact, inf = torch.ones(3, dtype=torch.float64), torch.tensor([1, float("inf"), 1])
+    assert excess(inf, [inf], exact, torch.float16) == 1
+    assert excess(exact.float(), [inf], exact, torch.float16) == 0
+    assert excess(inf, [exact.float()], exact, torch.float16) == float("inf")
+    assert excess(torch.full((3,), float("nan")), [inf], exact, torch.float16) == float("inf")
