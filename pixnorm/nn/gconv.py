@@ -13,7 +13,8 @@ from pixnorm.nn._leaf import traced
 from pixnorm.ops._dispatch import IMPLS
 from pixnorm.ops.checks import check_option
 from pixnorm.ops.common import exporting
-from pixnorm.ops.gconv import PADDING_MODES, check_upsample
+from pixnorm.ops.convolution import PADDING_MODES
+from pixnorm.ops.gconv import check_upsample
 
 
 class _Current(threading.local):

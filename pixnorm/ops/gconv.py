@@ -45,9 +45,8 @@ from pixnorm.ops.common import (
     under_autocast,
     without_autocast,
 )
+from pixnorm.ops.convolution import PADDING_MODES
 from pixnorm.ops.resampled_conv import upsample_conv2d
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def gconv_mix_reference(u: Tensor, s: Tensor, mix_weight: Tensor, bias: Tensor | None = None) -> Tensor:
