@@ -81,6 +81,8 @@ MODULES = {
     "StyleLayer": lambda impl: Given(pixnorm.nn.StyleLayer(4, 4, 3, 3, noise=False, impl=impl), 3),
     "StyleNorm2d": lambda impl: Given(pixnorm.nn.StyleNorm2d(4, 3, noise=False, impl=impl), 3),
     "SpatiallyModulatedConv2d": lambda impl: Mapped(pixnorm.nn.SpatiallyModulatedConv2d(4, 4, 3, 3, impl=impl), 3),
+    "UpsampleConv2d": lambda impl: pixnorm.nn.UpsampleConv2d(4, 4, 3, padding=1, impl=impl),
+    "ConvAvgPool2d": lambda impl: pixnorm.nn.ConvAvgPool2d(4, 4, 3, padding=1, impl=impl),
     "ChannelGate": lambda impl: pixnorm.ChannelGate(4, 2, impl=impl),
     "SpatialGate": lambda impl: pixnorm.SpatialGate(3, impl=impl),
     "InstanceNorm2d": lambda impl: nn.Sequential(pixnorm.nn.InstanceNorm2d(4, impl=impl), nn.Conv2d(4, 4, 1)),
