@@ -100,8 +100,18 @@ class Stack:
 
 
 # The versions of the GPU machines, with the oldest supported torch (`dependencies` in pyproject.toml).
-OLDEST = Stack("oldest", "3.12", ("torch==2.11.0", "triton==3.6.0", "numpy==2.5.2", "setuptools==81.0.0"))
-STACKS = (OLDEST, Stack("newest", "3.13", ("torch==2.14.1", "triton==3.8.0")))
+OLDEST = Stack(
+    "oldest",
+    "3.12",
+    (
+        "torch==2.11.0",
+        "torchvision==0.26.0",
+        "triton==3.6.0",
+        "numpy==2.5.2",
+        "setuptools==81.0.0",
+    ),
+)
+STACKS = (OLDEST, Stack("newest", "3.13", ("torch==2.14.1", "torchvision==0.29.1", "triton==3.8.0")))
 
 
 def _project(requirement: str) -> str:
