@@ -1,15 +1,10 @@
-"""What the commands share: errors of one line, imports of the packages that extras install, devices and processes."""
+"""What the commands share: errors of one line, imports of the packages that the extras install."""
 
 import importlib
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple, TypeVar
-
-import torch
-import torch.distributed
+from typing import TypeVar
 
 Result = TypeVar("Result")
 
@@ -48,45 +43,3 @@ def run(main: Callable[..., Result], *arguments: object) -> Result:
             module = sys.modules[module].__spec__.name
         print(f"{module.replace('.', '-')}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-class Processes(NamedTuple):
-    """This process, the number of all, and the device that this one uses."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def share(self, total: int) -> range:
-        """Which of ``total`` things are this process's."""
-        return range(self.rank, total, self.world)
-
-
-@contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
-    """The process group of torchrun, or this process alone.
-
-    Args:
-        device: "auto" is CUDA where there is a GPU. Under torchrun each process takes the GPU of its local rank.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this PyTorch was built without CUDA
-        raise UsageError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    if "RANK" not in os.environ:
-        yield Processes(0, 1, chosen)
-        return
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)  # objects are gathered through the current device
-    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), chosen)
-    finally:
-        torch.distributed.destroy_process_group()
