@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pixnorm.training.seeds import seed_of
+
 
 class Batches(Sampler[list[int]]):
     """Indices of the batches of one process, from a given batch on.
@@ -36,7 +38,7 @@ class Batches(Sampler[list[int]]):
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.length)
         if epoch not in self._epochs:
-            rng = torch.Generator().manual_seed(self.seed + (epoch << 32))
+            rng = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
             self._epochs[epoch] = torch.randperm(self.length, generator=rng)
             for old in [known for known in self._epochs if known < epoch - self.batch // self.length - 1]:
                 del self._epochs[old]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pixnorm.training import checkpoint
 from pixnorm.training.cli import UsageError
 from pixnorm.training.data import unscale_images
+from pixnorm.training.seeds import seed_of
 from pixnorm.training.systems import System, build_system
 
 
@@ -41,7 +42,7 @@ class Sampler:
             conditions: classes (n,), or label maps (n, R, R); classes are drawn if there are none.
         """
         like = next(self.generator.parameters())
-        rng = torch.Generator(like.device).manual_seed(seed + (index << 32))
+        rng = torch.Generator(like.device).manual_seed(seed_of(seed, "batch", index))
         conditions = tuple(t.to(like.device) for t in conditions)
         return unscale_images(self.system.sample(self.generator, n, rng, like, conditions, **self.options))
 

@@ -26,7 +26,7 @@ class Settings:
         deterministic: PyTorch's deterministic algorithms, on GPUs slower.
         accumulate: parts that a batch is divided into, to save memory; batch statistics are those of a part.
         sync_statistics: statistics of norms over all processes.
-        workers: processes that read data; by default 4, or none if the data is in memory.
+        workers: processes that read data; by default up to 4, or none if the data is in memory.
         resume: continue the run in the folder, if there is one.
         checkpoint_every: steps.
         keep: the newest checkpoints that stay; 0: all.

@@ -1,6 +1,7 @@
 """The training loop: alternating steps of discriminator and generator, checkpoints, samples, scores, logs."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from pixnorm.training.perceptual import VGGLoss
 from pixnorm.training.processes import Processes
 from pixnorm.training.recipes import Recipe
 from pixnorm.training.sampling import Sampler, grid
+from pixnorm.training.seeds import seed_of
 from pixnorm.training.settings import BITS, DTYPES, Settings, check
 from pixnorm.training.systems import Losses, build_system
 
@@ -58,7 +60,7 @@ class Trainer:
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), recipe.lr_d, betas, recipe.adam_eps)
         self.step, self.seconds = 0, 0.0
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        torch.manual_seed(settings.seed + ((1 + processes.rank) << 32))  # what is drawn differs between processes
+        torch.manual_seed(seed_of(settings.seed, "rank", processes.rank))  # what is drawn differs between processes
         self._resume()
         self._wrap()
         self.batches = self._batches()
@@ -89,7 +91,7 @@ class Trainer:
         recipe, settings, of = self.recipe, self.settings, self.processes
         workers = settings.workers
         if workers is None:
-            workers = 0 if self.data.in_memory else 4
+            workers = 0 if self.data.in_memory else min(4, os.cpu_count() or 1)
         start = self.step * recipe.d_steps
         order = Batches(len(self.data), recipe.batch_d, settings.seed, start, of.rank, of.world)
         return iter(loader(self.data, order, workers, self.device))
@@ -273,7 +275,7 @@ class Trainer:
         if len(contents["rng"]) == self.processes.world:
             checkpoint.set_rng_state(contents["rng"][self.processes.rank], self.device)
         else:  # as many new ones as there are processes
-            torch.manual_seed(self.settings.seed + self.step + ((1 + self.processes.rank) << 32))
+            torch.manual_seed(seed_of(self.settings.seed, "rank", self.processes.rank, self.step))
 
     @contextlib.contextmanager
     def sampler(self) -> Iterator[Sampler]:
