@@ -95,6 +95,11 @@ class ImageDataset(Dataset[tuple[Tensor, ...]]):
                 )
         return read_map(self._maps[index], self.resolution, self.label_channels)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are; if not, they are read from files when asked for."""
+        return isinstance(self._images, Tensor)
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """uint8 (n, 3, R, R): these images, without their labels."""
         if isinstance(self._images, Tensor):

@@ -1,0 +1,358 @@
+"""The training loop: alternating steps of discriminator and generator, checkpoints, samples, scores, logs."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pixnorm
+from pixnorm.training import checkpoint
+from pixnorm.training.averaging import averaged, update_average
+from pixnorm.training.batches import Batches, loader
+from pixnorm.training.cli import UsageError
+from pixnorm.training.data import ImageDataset, scale_images
+from pixnorm.training.logs import Log
+from pixnorm.training.perceptual import VGGLoss
+from pixnorm.training.processes import Processes
+from pixnorm.training.recipes import Recipe
+from pixnorm.training.sampling import Sampler, grid
+from pixnorm.training.seeds import seed_of
+from pixnorm.training.settings import BITS, DTYPES, Settings, check
+from pixnorm.training.systems import Losses, build_system
+
+
+class Trainer:
+    """A run of a recipe.
+
+    Args:
+        recipe: what to train.
+        data: the real images.
+        settings: how.
+        processes: of the run.
+
+    Raises:
+        UsageError: the recipe, the data and the settings do not go together; nothing has been written then.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageDataset, settings: Settings, processes: Processes):
+        self.recipe, self.data, self.settings, self.processes = recipe, data, settings, processes
+        check(recipe, data, settings, processes)
+        self.dtype, self.device = DTYPES[settings.dtype], processes.device
+        self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        torch.manual_seed(settings.seed)
+        try:
+            self.system = build_system(recipe, data.num_classes, data.label_channels, settings.impl)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if recipe.vgg:
+            perceptual = VGGLoss(settings.vgg_weights).to(self.device, self.dtype)
+            self.system.perceptual = perceptual
+        self.generator, self.discriminator = (self._placed(net) for net in self._networks())
+        self.average = averaged(self.generator, recipe.ema) if recipe.ema else None
+        betas = recipe.beta1, recipe.beta2
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), recipe.lr_g, betas, recipe.adam_eps)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), recipe.lr_d, betas, recipe.adam_eps)
+        self.step, self.seconds = 0, 0.0
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        torch.manual_seed(seed_of(settings.seed, "rank", processes.rank))  # what is drawn differs between processes
+        self._resume()
+        self._wrap()
+        self.batches = self._batches()
+
+    # --- setting up
+
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        nets = self.system.generator, self.system.discriminator
+        if self.processes.world > 1 and self.settings.sync_statistics:
+            nets = tuple(pixnorm.convert_sync(net).model for net in nets)
+        return nets
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device, self.dtype).to(memory_format=self.format)
+
+    def _wrap(self) -> None:
+        """The modules that are called in the steps of each network, where gradients are averaged over processes."""
+        self.wrapped_g, self.wrapped_d = self.generator, self.discriminator
+        if self.settings.compile:
+            self.generator.compile(dynamic=False)
+            if self.system.compiles:  # else its loss is differentiated twice, which a compiled graph cannot be
+                self.discriminator.compile(dynamic=False)
+        if self.processes.world > 1:
+            self.wrapped_g = DistributedDataParallel(self.generator)
+            self.wrapped_d = DistributedDataParallel(self.discriminator)
+
+    def _batches(self) -> Iterator[Sequence[Tensor]]:
+        recipe, settings, of = self.recipe, self.settings, self.processes
+        workers = settings.workers
+        if workers is None:
+            workers = 0 if self.data.in_memory else min(4, os.cpu_count() or 1)
+        start = self.step * recipe.d_steps
+        order = Batches(len(self.data), recipe.batch_d, settings.seed, start, of.rank, of.world)
+        return iter(loader(self.data, order, workers, self.device))
+
+    # --- steps
+
+    def train(self) -> None:
+        """The steps that are left, with all that happens between them.
+
+        Raises:
+            UsageError: a loss was not finite; the message names the last good checkpoint.
+        """
+        settings, of = self.settings, self.processes
+        score = self._scorer()
+        log = Log(settings.out, self.step, settings.tensorboard) if of.first else None
+        bar = self._progress()
+        sums: dict[str, Tensor] = {}
+        counted, started = 0, time.monotonic()
+        while self.step < self.recipe.steps:
+            for name, value in self.train_step().items():
+                sums[name] = sums.get(name, 0.0) + value
+            counted += 1
+            if self.device.type == "cpu":
+                self.check_finite()
+            done = self.step == self.recipe.steps
+            if self.step % settings.log_every == 0 or done:
+                self.check_finite()  # waits for a GPU
+                now = time.monotonic()
+                self.seconds += now - started
+                values = self._averaged(sums, counted)
+                values["images_per_second"] = counted * self.recipe.batch_g / max(now - started, 1e-9)
+                if log:
+                    log.write(self.step, {**values, "seconds": self.seconds})
+                    bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss_d", "loss_g")})
+                sums, counted, started = {}, 0, time.monotonic()
+            bar.update()
+            waited = time.monotonic()
+            if settings.sample_every and (self.step % settings.sample_every == 0 or done) and log:
+                log.image(self.step, self._samples())
+            if settings.score_every and (self.step % settings.score_every == 0 or done):
+                if log:
+                    log.write(self.step, {**score(), "seconds": self.seconds + waited - started}, "scores.jsonl")
+                of.wait()
+            if self.step % settings.checkpoint_every == 0 or done:
+                self.save()
+            started += time.monotonic() - waited  # the time of training alone
+        bar.close()
+        if log:
+            log.close()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One step of the generator, and before it the discriminator's; returns their losses, as tensors."""
+        recipe = self.recipe
+        factor = recipe.rate_factor(self.step)
+        for optimizer, rate in ((self.optimizer_g, recipe.lr_g), (self.optimizer_d, recipe.lr_d)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+        found: dict[str, Tensor] = {}
+        for _ in range(recipe.d_steps):
+            real = self._placed_images(next(self.batches))
+            losses = self._descend(self.optimizer_d, self.wrapped_d, real, self._discriminator_loss)
+            found = {f"{name}_d": value for name, value in losses.items()}
+        self.discriminator.requires_grad_(False)
+        losses = self._descend(self.optimizer_g, self.wrapped_g, real, self._generator_loss)
+        self.discriminator.requires_grad_(True)
+        found |= {f"{name}_g": value for name, value in losses.items()}
+        if self.average is not None:
+            update_average(self.average, self.generator)
+        self.step += 1
+        return found
+
+    def _discriminator_loss(self, real: Sequence[Tensor]) -> Losses:
+        return self.system.discriminator_loss(self.generator, self.wrapped_d, real)
+
+    def _generator_loss(self, real: Sequence[Tensor]) -> Losses:
+        n = self.recipe.batch_g // (self.processes.world * self.settings.accumulate)
+        return self.system.generator_loss(self.wrapped_g, self.discriminator, real, n)
+
+    def _descend(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module, real: Sequence[Tensor], loss_of) -> Losses:
+        """One step of an optimiser, on the mean of the losses of the parts of a batch."""
+        optimizer.zero_grad()
+        parts = self.settings.accumulate
+        means: Losses = {}
+        for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in real), strict=True)):
+            last = i == parts - 1 or not isinstance(wrapped, DistributedDataParallel)
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+                    losses = loss_of(part)
+                (losses["loss"] / parts).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() / parts
+        self.bad |= ~means["loss"].isfinite()
+        optimizer.step()
+        return means
+
+    def _placed_images(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Real images, scaled, with what is beside them."""
+        images, *others = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        images = scale_images(images).to(self.dtype).contiguous(memory_format=self.format)
+        return images, *others
+
+    # --- between steps
+
+    def check_finite(self) -> None:
+        """Raise a UsageError, in all processes, if a loss in any of them was not finite."""
+        bad = self.bad.float()
+        if self.processes.sum(bad).item():
+            last = checkpoint.newest(self.settings.out)
+            where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise UsageError(f"a loss is NaN or infinite after step {self.step}: {where}")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the weights are not finite."""
+        self.bad |= ~torch.stack([p.detach().abs().max() for p in self._weights()]).isfinite().all()
+        self.check_finite()
+        states = self.processes.gather(checkpoint.rng_state(self.device))
+        if not self.processes.first:
+            return
+        contents = {
+            "format": checkpoint.FORMAT,
+            "version": pixnorm.__version__,
+            "recipe": asdict(self.recipe),
+            "run": self._run(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer_g": self.optimizer_g.state_dict(),
+            "optimizer_d": self.optimizer_d.state_dict(),
+            "rng": states,
+        }
+        self.settings.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(checkpoint.path_of(self.settings.out, self.step), contents)
+        if self.settings.keep:
+            checkpoint.prune(self.settings.out, self.settings.keep)
+
+    def _weights(self) -> Iterator[Tensor]:
+        for network in (self.generator, self.discriminator):
+            yield from (p for p in network.parameters() if p.numel())
+
+    def _run(self) -> dict[str, Any]:
+        """What a checkpoint tells of the run besides its recipe."""
+        data, of = self.data, self.processes
+        about = {
+            "data": data.name,
+            "images": len(data),
+            "num_classes": data.num_classes,
+            "label_channels": data.label_channels,
+            "seed": self.settings.seed,
+        }
+        return {**about, "world": of.world, **{name: getattr(self.settings, name) for name in BITS}}
+
+    def _resume(self) -> None:
+        newest = checkpoint.newest(self.settings.out)
+        if newest is None:
+            return
+        if not self.settings.resume:
+            raise UsageError(f"{self.settings.out} has a run, up to {newest.name}: --resume continues it")
+        contents = checkpoint.load(newest, self.device)
+        then, now = contents["run"], self._run()
+        others = {*BITS, "world"}
+        recipes = checkpoint.differences(asdict(checkpoint.recipe_of(contents)), asdict(self.recipe))
+        essential = recipes + [
+            text
+            for name in now.keys() - others
+            for text in checkpoint.differences({name: then.get(name)}, {name: now[name]})
+        ]
+        if essential:
+            raise UsageError(f"{newest} is of another run: {', '.join(sorted(essential))}")
+        changed = checkpoint.differences({name: then.get(name) for name in others}, {n: now[n] for n in others})
+        if changed and self.processes.first:
+            print(f"pixnorm-train: continues with other bits: {', '.join(sorted(changed))}")
+        self.generator.load_state_dict(contents["generator"])
+        self.discriminator.load_state_dict(contents["discriminator"])
+        if self.average is not None:
+            self.average.load_state_dict(contents["average"])
+        self.optimizer_g.load_state_dict(contents["optimizer_g"])
+        self.optimizer_d.load_state_dict(contents["optimizer_d"])
+        self.step, self.seconds = contents["step"], contents["seconds"]
+        if len(contents["rng"]) == self.processes.world:
+            checkpoint.set_rng_state(contents["rng"][self.processes.rank], self.device)
+        else:  # as many new ones as there are processes
+            torch.manual_seed(seed_of(self.settings.seed, "rank", self.processes.rank, self.step))
+
+    @contextlib.contextmanager
+    def sampler(self) -> Iterator[Sampler]:
+        """Of the averaged generator, or of the generator, which is in eval mode meanwhile."""
+        generator = self.generator if self.average is None else self.average.module
+        training = generator.training
+        generator.eval()
+        psi = {"psi": 1.0} if self.recipe.family.startswith("stylegan") else {}
+        try:
+            yield Sampler(self.system, generator, **psi)
+        finally:
+            generator.train(training)
+
+    def _maps(self, n: int) -> list[Tensor]:
+        """The first label maps of the data, for SPADE."""
+        if not self.data.label_channels:
+            return []
+        return [self.data[i % len(self.data)][1] for i in range(n)]
+
+    def _samples(self, n: int = 64) -> Tensor:
+        """A grid of images, of the same latent vectors each time; in conditional models a column has one class."""
+        maps = self._maps(n)
+        if maps:
+            conditions = (torch.stack(maps),)
+        elif self.system.num_classes:
+            conditions = (torch.arange(n) % min(self.system.num_classes, 8),)
+        else:
+            conditions = ()
+        with self.sampler() as sampler:
+            return grid(sampler.draw(n, self.settings.seed, 0, conditions), 8)
+
+    def _scorer(self):
+        """A function that scores the generator as it is; the features of the real images are computed once, here."""
+        if not self.settings.score_every or not self.processes.first:
+            return None
+        from pixnorm.training.features import feature_network
+        from pixnorm.training.metrics import real_statistics, score
+
+        settings = self.settings
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            network = feature_network(
+                settings.score_network,
+                self.data,
+                weights=settings.inception_weights,
+                cache=settings.out.parent / "networks",
+                device=self.device,
+            )
+            real = real_statistics(image_batches(self.data, settings.score_samples), network)
+
+        def scores() -> dict[str, float]:
+            maps = self._maps(settings.score_samples)
+            with self.sampler() as sampler:
+                images = sampler.batches(settings.score_samples, 250, settings.seed + 1, maps=maps or None)
+                return score(images, real, network)
+
+        return scores
+
+    def _averaged(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Means over steps and processes."""
+        names = sorted(sums)
+        values = torch.stack([sums[name].double() for name in names]) / (count * self.processes.world)
+        return dict(zip(names, self.processes.sum(values).tolist(), strict=True))
+
+    def _progress(self):
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.recipe.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.processes.first,
+        )
+
+
+def image_batches(data: ImageDataset, total: int, batch: int = 250) -> Iterator[Tensor]:
+    """The images of the data in turn, uint8, at most ``total``."""
+    total = min(total, len(data))
+    for first in range(0, total, batch):
+        yield torch.stack([data[i][0] for i in range(first, min(first + batch, total))])
