@@ -62,9 +62,7 @@ def train(recipe: Recipe, data: str, settings: Settings, *, maps: Path | None = 
     Raises:
         UsageError: the arguments do not go together, the data cannot be read, or a loss became NaN.
     """
-    images = load_dataset(
-        data, resolution=recipe.resolution, labels=recipe.conditional, maps=None if maps is None else str(maps)
-    )
+    images = load_dataset(data, resolution=recipe.resolution, maps=None if maps is None else str(maps))
     try:
         of = processes.start(device)
     except ValueError as error:

@@ -38,11 +38,6 @@ class Processes:
         dist.all_gather_object(found, value)
         return found
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
-
 
 def start(device: str = "auto") -> Processes:
     """Join the processes of torchrun, if it started this one.

@@ -7,6 +7,7 @@ import torch
 
 from pixnorm.training.cli import UsageError
 from pixnorm.training.data import ImageDataset
+from pixnorm.training.features import check_features
 from pixnorm.training.processes import Processes
 from pixnorm.training.recipes import Recipe
 
@@ -91,8 +92,8 @@ def check(recipe: Recipe, data: ImageDataset, settings: Settings, processes: Pro
         raise UsageError(
             "the recipe has VGG's loss: --vgg-weights FILE (torchvision's vgg19), or --vgg 0 to go without"
         )
-    if settings.score_every and settings.score_network == "inception" and settings.inception_weights is None:
-        raise UsageError("--score-network inception needs --inception-weights FILE")
+    if settings.score_every:
+        check_features(settings.score_network, data, weights=settings.inception_weights)
     parts = processes.world * settings.accumulate
     for name in ("batch_d", "batch_g"):
         if getattr(recipe, name) % parts:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -131,10 +131,10 @@ class Trainer:
             waited = time.monotonic()
             if settings.sample_every and (self.step % settings.sample_every == 0 or done) and log:
                 log.image(self.step, self._samples())
-            if settings.score_every and (self.step % settings.score_every == 0 or done):
+            if score and (self.step % settings.score_every == 0 or done):
+                found = score()
                 if log:
-                    log.write(self.step, {**score(), "seconds": self.seconds + waited - started}, "scores.jsonl")
-                of.wait()
+                    log.write(self.step, {**found, "seconds": self.seconds + waited - started}, "scores.jsonl")
             if self.step % settings.checkpoint_every == 0 or done:
                 self.save()
             started += time.monotonic() - waited  # the time of training alone
@@ -307,29 +307,31 @@ class Trainer:
         with self.sampler() as sampler:
             return grid(sampler.draw(n, self.settings.seed, 0, conditions), 8)
 
-    def _scorer(self):
-        """A function that scores the generator as it is; the features of the real images are computed once, here."""
-        if not self.settings.score_every or not self.processes.first:
+    def _scorer(self) -> Callable[[], dict[str, float]] | None:
+        """A function that scores the generator as it is; all processes call it. The features of the real images are
+        computed once, here."""
+        settings, of = self.settings, self.processes
+        if not settings.score_every:
             return None
-        from pixnorm.training.features import feature_network
+        from pixnorm.training.features import default_cache, feature_network
         from pixnorm.training.metrics import real_statistics, score
 
-        settings = self.settings
+        total = settings.score_samples
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            weights, cache = settings.inception_weights, default_cache()
             network = feature_network(
-                settings.score_network,
-                self.data,
-                weights=settings.inception_weights,
-                cache=settings.out.parent / "networks",
-                device=self.device,
+                settings.score_network, self.data, weights=weights, cache=cache, device=self.device
             )
-            real = real_statistics(image_batches(self.data, settings.score_samples), network)
+            # Not the first: those of a folder would be of its first class.
+            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
+            chosen = order[:total].tolist()[of.rank :: of.world]
+            real = real_statistics(self.data.image_batches(chosen), network)
 
         def scores() -> dict[str, float]:
-            maps = self._maps(settings.score_samples)
             with self.sampler() as sampler:
-                images = sampler.batches(settings.score_samples, 250, settings.seed + 1, maps=maps or None)
-                return score(images, real, network)
+                maps = self._maps(total) or None
+                batches = sampler.batches(total, 125, settings.seed + 1, maps=maps, rank=of.rank, world=of.world)
+                return score(batches, real, network)
 
         return scores
 
@@ -349,10 +351,3 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.processes.first,
         )
-
-
-def image_batches(data: ImageDataset, total: int, batch: int = 250) -> Iterator[Tensor]:
-    """The images of the data in turn, uint8, at most ``total``."""
-    total = min(total, len(data))
-    for first in range(0, total, batch):
-        yield torch.stack([data[i][0] for i in range(first, min(first + batch, total))])
