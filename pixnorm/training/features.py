@@ -7,13 +7,13 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnorm.training import checkpoint
 from pixnorm.training.cli import UsageError, extra
 from pixnorm.training.data import ImageDataset
 from pixnorm.training.processes import Processes
@@ -234,9 +234,7 @@ def _trained(dataset: ImageDataset, size: int, cache: Path | None, device: torch
     trained = {"fingerprint": fingerprint, **_train(dataset, size, device)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            torch.save(trained, file)
-        os.replace(file.name, path)
+        checkpoint.save(path, trained)
     except OSError as error:
         raise UsageError(f"the trained classifier cannot be written to {path}: {error}") from error
     return trained
