@@ -38,20 +38,25 @@ class Moments:
             features = features.detach().to(self.mean)
             mean = features.mean(dim=0)
             centred = features - mean
-            self._add(len(features), mean, centred.T @ centred)
+            self._scatter.addmm_(centred.T, centred)
+            self._join(len(features), mean)
 
     def merge(self, other: "Moments") -> None:
         """Add what ``other`` has seen."""
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"moments of {len(other.mean)} features do not go with those of {len(self.mean)}")
         if other.count:
-            self._add(other.count, other.mean.to(self.mean), other._scatter.to(self.mean))
+            self._scatter += other._scatter.to(self.mean)
+            self._join(other.count, other.mean.to(self.mean))
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979."""
+    def _join(self, count: int, mean: Tensor) -> None:
+        """Once two scatters are added, the scatter of their two means, and the mean of all.
+
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979.
+        """
         total = self.count + count
         difference = mean - self.mean
-        self._scatter += scatter + torch.outer(difference, difference) * (self.count * count / total)
+        self._scatter.addmm_(difference[:, None], difference[None], alpha=self.count * count / total)
         self.mean += difference * (count / total)
         self.count = total
 
@@ -124,7 +129,8 @@ def _squared_distances(a: Tensor, b: Tensor, rows: int = 1024) -> Iterable[Tenso
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """Squared distance of each point to its k-th nearest neighbour; the nearest of all is the point itself."""
-    return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in _squared_distances(points, points)])
+    nearest = (rows.topk(k + 1, dim=1, largest=False).values for rows in _squared_distances(points, points))
+    return torch.cat([distances[:, -1] for distances in nearest])
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
