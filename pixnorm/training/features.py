@@ -255,8 +255,11 @@ def _train(dataset: ImageDataset, size: int, device: torch.device) -> dict:
     steps = min(1000, 20 * per_epoch)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    progress = extra("tqdm").trange(
+        steps, desc=f"classifier of {dataset.name}", disable=None
+    )  # None: on terminals only
     with torch.enable_grad():
-        for step in range(steps):
+        for step in progress:
             if step % per_epoch == 0:
                 order = used[torch.randperm(len(used), generator=generator)]
             chosen = order[step % per_epoch * BATCH :][:BATCH]
