@@ -26,6 +26,7 @@ from pixnorm.training.metrics import (
     real_statistics,
     score,
 )
+from pixnorm.training.processes import Processes
 
 pytestmark = pytest.mark.cpu
 
@@ -250,10 +251,11 @@ def test_wrong_scores():
 def _score_in_a_process(rank: int, where: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+    processes = Processes(rank, 2, torch.device("cpu"))
     real, fake = random_images(61, 0), random_images(2, 1)  # the second process has none
-    known = real_statistics(real[rank::2].split(8), Pixels())
-    scores = score([] if rank else [fake], known, Pixels(), neighbours=1)
-    network = feature_network("classifier", labelled(rank))
+    known = real_statistics(real[rank::2].split(8), Pixels(), processes=processes)
+    scores = score([] if rank else [fake], known, Pixels(), neighbours=1, processes=processes)
+    network = feature_network("classifier", labelled(rank), processes=processes)
     torch.save((scores, known.moments.covariance, network.state_dict()), f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -7,16 +7,16 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnorm.training import checkpoint
 from pixnorm.training.cli import UsageError, extra
 from pixnorm.training.data import ImageDataset
+from pixnorm.training.processes import Processes
 
 NETWORKS = ("classifier", "random", "inception")
 INCEPTION_URL = (
@@ -128,6 +128,7 @@ def feature_network(
     weights: Path | None = None,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
+    processes: Processes | None = None,
 ) -> FeatureNetwork:
     """The network with this name, one of :data:`NETWORKS`.
 
@@ -140,8 +141,8 @@ def feature_network(
         dataset: the classifier's; for ``random``, its resolution matters alone (32 without a data set).
         weights: a file with InceptionV3's.
         cache: a folder for trained classifiers.
-        device: where the network is trained and used. In a distributed run the first process trains or reads it, and
-            all call this.
+        device: where the network is trained and used.
+        processes: those that all call this: the first trains the classifier or reads it, for all.
 
     Raises:
         UsageError: what is needed is missing.
@@ -153,15 +154,14 @@ def feature_network(
     size = next((size for size in SIZES if resolution <= size), SIZES[-1])
     if name == "random":
         return _ConvFeatures("random", _random_body(size)).to(device)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    trained: list[dict | None] = [None]
-    if not distributed or torch.distributed.get_rank() == 0:
-        trained = [_trained(dataset, size, cache, torch.device(device))]
-    if distributed:
-        torch.distributed.broadcast_object_list(trained)
+    trained = None
+    if processes is None or processes.first:
+        trained = _trained(dataset, size, cache, torch.device(device))
+    if processes is not None:
+        trained = processes.gather(trained)[0]
     body = _Body(size)
-    body.load_state_dict(trained[0]["body"])
-    return _ConvFeatures(f"classifier({dataset.name})", body, trained[0]["accuracy"]).to(device)
+    body.load_state_dict(trained["body"])
+    return _ConvFeatures(f"classifier({dataset.name})", body, trained["accuracy"]).to(device)
 
 
 def check_features(name: str, dataset: ImageDataset | None, *, weights: Path | None = None) -> None:
@@ -234,9 +234,7 @@ def _trained(dataset: ImageDataset, size: int, cache: Path | None, device: torch
     trained = {"fingerprint": fingerprint, **_train(dataset, size, device)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            torch.save(trained, file)
-        os.replace(file.name, path)
+        checkpoint.save(path, trained)
     except OSError as error:
         raise UsageError(f"the trained classifier cannot be written to {path}: {error}") from error
     return trained
@@ -257,8 +255,11 @@ def _train(dataset: ImageDataset, size: int, device: torch.device) -> dict:
     steps = min(1000, 20 * per_epoch)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    progress = extra("tqdm").trange(
+        steps, desc=f"classifier of {dataset.name}", disable=None
+    )  # None: on terminals only
     with torch.enable_grad():
-        for step in range(steps):
+        for step in progress:
             if step % per_epoch == 0:
                 order = used[torch.randperm(len(used), generator=generator)]
             chosen = order[step % per_epoch * BATCH :][:BATCH]

@@ -3,18 +3,16 @@ mean intersection over union of label maps. All arithmetic on features is in flo
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from pixnorm.training.cli import UsageError, extra
 from pixnorm.training.features import FeatureNetwork
+from pixnorm.training.processes import Processes
 
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Moments:
@@ -40,36 +38,36 @@ class Moments:
             features = features.detach().to(self.mean)
             mean = features.mean(dim=0)
             centred = features - mean
-            self._add(len(features), mean, centred.T @ centred)
+            self._scatter.addmm_(centred.T, centred)
+            self._join(len(features), mean)
 
     def merge(self, other: "Moments") -> None:
         """Add what ``other`` has seen."""
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"moments of {len(other.mean)} features do not go with those of {len(self.mean)}")
         if other.count:
-            self._add(other.count, other.mean.to(self.mean), other._scatter.to(self.mean))
+            self._scatter += other._scatter.to(self.mean)
+            self._join(other.count, other.mean.to(self.mean))
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979."""
+    def _join(self, count: int, mean: Tensor) -> None:
+        """Once two scatters are added, the scatter of their two means, and the mean of all.
+
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979.
+        """
         total = self.count + count
         difference = mean - self.mean
-        self._scatter += scatter + torch.outer(difference, difference) * (self.count * count / total)
+        self._scatter.addmm_(difference[:, None], difference[None], alpha=self.count * count / total)
         self.mean += difference * (count / total)
         self.count = total
 
-    def reduce(self) -> None:
+    def reduce(self, processes: Processes) -> None:
         """Add what the other processes have seen, if there are any. All of them must call it."""
-        if _processes() == 1:
+        if processes.world == 1:
             return
-        reduce = torch.distributed.all_reduce
-        count = self.mean.new_tensor(self.count)
-        mean = self.mean * self.count
-        reduce(count)
-        reduce(mean)
-        mean /= count.clamp(min=1)
+        count = processes.sum(self.mean.new_tensor(self.count))
+        mean = processes.sum(self.mean * self.count) / count.clamp(min=1)
         difference = self.mean - mean
-        self._scatter += torch.outer(difference, difference) * self.count
-        reduce(self._scatter)
+        processes.sum(self._scatter.add_(torch.outer(difference, difference), alpha=self.count))
         self.mean, self.count = mean, int(count)
 
     @property
@@ -131,7 +129,8 @@ def _squared_distances(a: Tensor, b: Tensor, rows: int = 1024) -> Iterable[Tenso
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """Squared distance of each point to its k-th nearest neighbour; the nearest of all is the point itself."""
-    return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in _squared_distances(points, points)])
+    nearest = (rows.topk(k + 1, dim=1, largest=False).values for rows in _squared_distances(points, points))
+    return torch.cat([distances[:, -1] for distances in nearest])
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
@@ -245,22 +244,18 @@ class _Sample:
     def _keep(self, rows: Tensor, numbers: Tensor) -> None:
         self._rows, self._numbers = [rows], [numbers]
 
-    def reduce(self) -> None:
+    def reduce(self, processes: Processes) -> None:
         """The sample becomes one of all processes' rows."""
         rows, numbers = self._smallest()
-        self._keep(gathered(rows), gathered(numbers))
+        self._keep(_gathered(rows, processes), _gathered(numbers, processes))
 
     def rows(self) -> Tensor:
         return self._smallest()[0]
 
 
-def gathered(rows: Tensor) -> Tensor:
+def _gathered(rows: Tensor, processes: Processes) -> Tensor:
     """The rows of all processes, in the order of their ranks."""
-    if _processes() == 1:
-        return rows
-    parts: list[Tensor] = [rows] * _processes()
-    torch.distributed.all_gather_object(parts, rows.cpu())
-    return torch.cat(parts).to(rows.device)
+    return rows if processes.world == 1 else torch.cat(processes.gather(rows.cpu())).to(rows.device)
 
 
 @dataclass(frozen=True)
@@ -283,35 +278,39 @@ def _statistics(
     network: FeatureNetwork,
     samples: int,
     seed: int,
+    processes: Processes,
     each: Callable[[Tensor], object] | None = None,
 ) -> RealStatistics:
-    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    none = torch.empty(0, network.features, device=device)  # gives a process without images the right shapes
     moments, sample = Moments(network.features, device), _Sample(samples, seed)
-    sample.update(torch.empty(0, network.features, device=device))  # so that a process without images has a shape
-    for images in batches:
-        features = network(images.to(device, non_blocking=True))
+    for features in chain([none], (network(images.to(device, non_blocking=True)) for images in batches)):
         moments.update(features)
         sample.update(features)
         if each is not None:
             each(features)
-    moments.reduce()
-    sample.reduce()
+    moments.reduce(processes)
+    sample.reduce(processes)
     if moments.count < 2:
         raise UsageError(f"scores need two images or more, got {moments.count}")
     return RealStatistics(network.name, moments, sample.rows())
 
 
-def _seed(seed: int, made: bool) -> int:
+def _seed(seed: int, processes: Processes, made: bool) -> int:
     """Another one for each process, for real and for generated images."""
-    processes = _processes()
-    return 2 * (seed * processes + (torch.distributed.get_rank() if processes > 1 else 0)) + made
+    return 2 * (seed * processes.world + processes.rank) + made
 
 
 def real_statistics(
-    batches: Iterable[Tensor], network: FeatureNetwork, *, prdc_samples: int = 10_000, seed: int = 0
+    batches: Iterable[Tensor],
+    network: FeatureNetwork,
+    *,
+    prdc_samples: int = 10_000,
+    seed: int = 0,
+    processes: Processes = ALONE,
 ) -> RealStatistics:
-    """Of real images, uint8 (n, 3, H, W) at a time; each process of a distributed run passes its share of them."""
-    return _statistics(batches, network, prdc_samples, _seed(seed, made=False))
+    """Of real images, uint8 (n, 3, H, W) at a time; each of the processes passes its share of them."""
+    return _statistics(batches, network, prdc_samples, _seed(seed, processes, made=False), processes)
 
 
 def score(
@@ -322,6 +321,7 @@ def score(
     neighbours: int = 5,
     prdc_samples: int = 10_000,
     seed: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Scores of generated images.
 
@@ -330,20 +330,21 @@ def score(
     ``density`` and ``coverage`` (:func:`prdc`) are of as many real as generated images, at most ``prdc_samples``.
 
     Args:
-        fake: uint8 (n, 3, H, W) at a time; each process of a distributed run passes its share. All get the same scores.
+        fake: uint8 (n, 3, H, W) at a time.
         real: the same, or what :func:`real_statistics` has made of it with this network.
         neighbours: k of :func:`prdc`.
         seed: for the choice of images for :func:`prdc`.
+        processes: those that all call this, each with its share of the images; all get the scores of all images.
     """
     if not isinstance(real, RealStatistics):
-        real = real_statistics(real, network, prdc_samples=prdc_samples, seed=seed)
+        real = real_statistics(real, network, prdc_samples=prdc_samples, seed=seed, processes=processes)
     if real.network != network.name:
         raise ValueError(f"the real images' statistics are of {real.network}'s features, not of {network.name}'s")
     logits: list[Tensor] = []
     each = (lambda features: logits.append(network.logits(features))) if network.is_inception else None
-    made = _statistics(fake, network, prdc_samples, _seed(seed, made=True), each)
+    made = _statistics(fake, network, prdc_samples, _seed(seed, processes, made=True), processes, each)
     scores = {"FID" if network.is_inception else f"FD-{network.name}": frechet_distance(real.moments, made.moments)}
     if network.is_inception:
-        scores["IS"], scores["IS-std"] = inception_score(gathered(torch.cat(logits)))
+        scores["IS"], scores["IS-std"] = inception_score(_gathered(torch.cat(logits), processes))
     count = min(len(real.sample), len(made.sample))
     return scores | prdc(real.sample[:count], made.sample[:count], neighbours)
