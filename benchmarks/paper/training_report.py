@@ -149,8 +149,8 @@ def markdown(found: Demonstration) -> str:
         "![curves and images](training.png)",
         "## Scores at the end, and time",
         _summary(found),
-        f"Means over seeds, in brackets the least and the greatest. Time: median of {rounds} steps of each, in turn, on "
-        f"{torch.get_num_threads()} threads; of the whole step, generator and discriminator.",
+        f"Means over seeds, in brackets the least and the greatest. Time: median of {rounds} steps of each, in turn, "
+        f"on {torch.get_num_threads()} threads; of the whole step, generator and discriminator.",
         "## The same training, fused and plain",
         _pairs(found),
         "float64: the largest difference of a loss and of a weight after 20 steps from one seed, over the largest "

@@ -320,18 +320,18 @@ class Trainer:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             weights, cache = settings.inception_weights, default_cache()
             network = feature_network(
-                settings.score_network, self.data, weights=weights, cache=cache, device=self.device
+                settings.score_network, self.data, weights=weights, cache=cache, device=self.device, processes=of
             )
             # Not the first: those of a folder would be of its first class.
             order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
             chosen = order[:total].tolist()[of.rank :: of.world]
-            real = real_statistics(self.data.image_batches(chosen), network)
+            real = real_statistics(self.data.image_batches(chosen), network, processes=of)
 
         def scores() -> dict[str, float]:
             with self.sampler() as sampler:
                 maps = self._maps(total) or None
                 batches = sampler.batches(total, 125, settings.seed + 1, maps=maps, rank=of.rank, world=of.world)
-                return score(batches, real, network)
+                return score(batches, real, network, processes=of)
 
         return scores
 
