@@ -20,11 +20,11 @@ PY := $(PYTHON)
 endif
 BUILT := build/$(subst /,-,$(PY)).built
 
-.PHONY: help build test compat bench gmm masks kernels gpu gpu-bundle lint format clean
+.PHONY: help build test compat bench gmm masks train-demo kernels gpu gpu-bundle lint format clean
 .PHONY: $(if $(wildcard pixnorm/_C.*),,$(BUILT))  # without an extension, the stamp is wrong
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=$(PYTHON)  VENV=$(VENV) (empty: use PYTHON as it is)  RESULTS=$(RESULTS)"
 
 build: $(BUILT)  ## compile the kernels that have changed
@@ -43,6 +43,9 @@ gmm: build  ## train the GConv paper's toy example, eight Gaussians, with plain 
 
 masks: build  ## train a small generator on digits for a minute, and draw the SPN paper's Fig. 2, its masks
 	$(PY) -m benchmarks.paper.masks --results $(RESULTS)
+
+train-demo: build  ## train small generators with each norm, fused and plain, in an hour; goes on where it was stopped
+	$(PY) -m benchmarks.paper.training --results $(RESULTS)
 
 kernels: $(READY)  ## compile the kernels for GPUs (none needed) and check their machine code
 	$(PY) -m benchmarks.kernels

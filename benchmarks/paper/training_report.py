@@ -120,13 +120,13 @@ class Demonstration:
 
 
 def write(demonstration: Demonstration, folder: Path) -> None:
-    """training.md, training.json and training.png, each whole or not at all."""
+    """training.md, training.json, training.png and gallery.png."""
     texts = {"training.md": markdown(demonstration), "training.json": raw_numbers(demonstration)}
     for name, text in texts.items():
         partial_file = folder / f".{name}"
         partial_file.write_text(text)
         os.replace(partial_file, folder / name)
-    draw(demonstration, folder / "training.png")
+    draw(demonstration, folder)
 
 
 def markdown(found: Demonstration) -> str:
@@ -146,7 +146,8 @@ def markdown(found: Demonstration) -> str:
         f"images it has not seen), {found.score_samples} generated images against as many real ones. It is no FID, and "
         'only distances on this page can be compared. `eager` is the same network with `impl="reference"`, plain '
         "PyTorch, and PyTorch's own batch norm.",
-        "![curves and images](training.png)",
+        "![curves](training.png)",
+        "![images](gallery.png)",
         "## Scores at the end, and time",
         _summary(found),
         f"Means over seeds, in brackets the least and the greatest. Time: median of {rounds} steps of each, in turn, "
@@ -235,26 +236,24 @@ def raw_numbers(found: Demonstration) -> str:
     return json_by_line(head, "scores", entries)
 
 
-def draw(found: Demonstration, path: Path) -> None:
-    """Three panels of curves, one of fused against plain over time, and images of each kind."""
+def draw(found: Demonstration, folder: Path) -> None:
+    """training.png: three panels of curves, and of fused against plain over time; gallery.png: images of each kind."""
     matplotlib.use("agg")
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(13, 9.5), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-        axes = upper.subplots(2, 3)
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout="constrained")
         panels = [partial(_curves, found, title, kinds) for title, kinds in PANELS]
         panels += [partial(_over_time, found, kind) for kind in found.pairs if kind != "BN"]
-        for panel, axis in zip(panels, axes.flat, strict=False):
+        for panel, axis in zip(panels, axes.flat, strict=True):
             panel(axis)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
-        pictures = lower.subplots(1, len(found.images))
-        for (kind, images), axis in zip(found.images.items(), pictures, strict=True):
+        figure.suptitle(f"Fréchet distance over training on {found.data}; bands: all seeds", x=0.01, ha="left")
+        figure.savefig(folder / "training.png", dpi=110)
+        plt.close(figure)
+        figure, axes = plt.subplots(1, len(found.images), figsize=(13, 2.6), layout="constrained")
+        for (kind, images), axis in zip(found.images.items(), axes, strict=True):
             axis.imshow(grid(images, 4).permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[], title=kind)
             axis.spines[:].set_visible(False)
-        figure.suptitle(f"Fréchet distance over training on {found.data}; bands: all seeds", x=0.01, ha="left")
-        figure.savefig(path, dpi=110)
+        figure.savefig(folder / "gallery.png", dpi=110)
         plt.close(figure)
 
 

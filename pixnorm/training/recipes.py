@@ -6,6 +6,7 @@ Every value can be overridden: on the command line, or by ``dataclasses.replace`
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pixnorm.training.cli import UsageError
 from pixnorm.training.losses import LOSSES
 
 FAMILIES = ("sngan", "spade", "stylegan", "stylegan2")
@@ -76,18 +77,18 @@ class Recipe:
     label_channels: int = 0
 
     def __post_init__(self):
-        """Raises ValueError for values that no run can have."""
+        """Raises UsageError for values that no run can have."""
         _one_of("family", self.family, FAMILIES)
         _one_of("loss", self.loss, LOSSES)
         for name in ("resolution", "latent_dim", "d_steps", "batch_d", "batch_g", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("r1", "feature_matching", "vgg", "kl", "lr_g", "lr_d", "decay_steps", "label_channels"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise UsageError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def rate_factor(self, step: int) -> float:
         """What the learning rates are multiplied with in step 0, 1, ...: min(1, (steps - step) / decay_steps)."""
@@ -96,7 +97,7 @@ class Recipe:
 
 def _one_of(name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 _CIFAR = Recipe("arXiv 2201.10725, section 4.1; networks of Table 1, learning rate decay over the whole run")
