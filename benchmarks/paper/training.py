@@ -1,5 +1,5 @@
 """``python -m benchmarks.paper.training --results DIR`` trains small generators with each norm and each convolution,
-fused and in plain PyTorch, on Fashion-MNIST or, where it is not there, on digits: DIR/training.md, .json, .png and gallery.png.
+fused and in plain PyTorch, on Fashion-MNIST (else on digits), and writes DIR/training.md, .json, .png and gallery.png.
 
 Replacing eager layers should change nothing but time. Runs are those of ``pixnorm-train``, in a folder of their own,
 one process for each core; what is finished there is not done again, and what was interrupted goes on.
