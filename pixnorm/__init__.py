@@ -21,6 +21,7 @@ from pixnorm.nn import (
     StyleLayer,
     convert_batchnorm,
     convert_conv,
+    convert_sync,
     update_statistics,
 )
 from pixnorm.ops._dispatch import backends, load_extensions
@@ -47,6 +48,7 @@ __all__ = [
     "backends",
     "convert_batchnorm",
     "convert_conv",
+    "convert_sync",
     "functional",
     "nn",
     "update_statistics",

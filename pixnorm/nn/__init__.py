@@ -3,7 +3,7 @@
 from pixnorm.nn.adain import AdaIN2d
 from pixnorm.nn.batchnorm import BatchNorm2d, ConditionalBatchNorm2d, LatentBatchNorm2d
 from pixnorm.nn.conditional_conv import ConditionalConv2d
-from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv
+from pixnorm.nn.convert import Conversion, convert_batchnorm, convert_conv, convert_sync
 from pixnorm.nn.equalized import EqualizedConv2d, EqualizedLinear
 from pixnorm.nn.gate import ChannelGate, SpatialGate
 from pixnorm.nn.gconv import GConv2d, GLinear, latent
@@ -52,6 +52,7 @@ __all__ = [
     "UpsampleConv2d",
     "convert_batchnorm",
     "convert_conv",
+    "convert_sync",
     "latent",
     "pixel_norm",
     "self_latent_mask",

@@ -26,6 +26,7 @@ class ModulatedNorm2d(Norm2d):
         gamma_offset: added to the scale.
         statistics: ``"batch"``, or ``"instance"``, which has no buffers.
         device, dtype: of the buffers.
+        process_group: as in ``Norm2d``; nothing to exchange with instances.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class ModulatedNorm2d(Norm2d):
         statistics: str = "batch",
         device=None,
         dtype=None,
+        process_group=None,
     ):
-        super().__init__(num_features, eps, momentum, track_running_stats and statistics == "batch")
+        super().__init__(num_features, eps, momentum, track_running_stats and statistics == "batch", process_group)
         check_eps(eps, training=False)
         check_option("statistics", statistics, ("batch", "instance"))
         check_option("upsample", upsample, (1, 2))
@@ -57,6 +59,10 @@ class ModulatedNorm2d(Norm2d):
         self.gamma_offset = gamma_offset
         self.statistics = statistics
         self._register_statistics({"": num_features}, device, dtype)
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        return self.statistics == "batch"
 
     def _modulated(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         buffers, options = self._statistics()
@@ -86,7 +92,8 @@ class ModulatedNorm2d(Norm2d):
             **({"activation": self.activation} if self.activation else {}),
             **({"impl": self.impl} if self.impl != "auto" else {}),
         }
-        return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in options.items())])
+        shown = [str(self.num_features), *(f"{name}={value!r}" for name, value in options.items())]
+        return ", ".join(shown) + self._repr_of_group()
 
 
 class BatchNorm2d(ModulatedNorm2d):
@@ -98,6 +105,7 @@ class BatchNorm2d(ModulatedNorm2d):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
         upsample, activation, negative_slope, impl: as in :func:`pixnorm.functional.modulated_norm`.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         (N, C, H, W) to (N, C, H * upsample, W * upsample).
@@ -122,6 +130,7 @@ class BatchNorm2d(ModulatedNorm2d):
         activation: str | None = None,
         negative_slope: float = 0.2,
         impl: str = "auto",
+        process_group=None,
     ):
         super().__init__(
             num_features,
@@ -134,6 +143,7 @@ class BatchNorm2d(ModulatedNorm2d):
             impl,
             device=device,
             dtype=dtype,
+            process_group=process_group,
         )
         self.affine = affine
         for name in ("weight", "bias"):
@@ -169,6 +179,7 @@ class ConditionalBatchNorm2d(Conditional, ModulatedNorm2d):
         latent_dim: dz, the length of z; 0 for classes alone.
         eps, momentum, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
         upsample, activation, negative_slope, impl: as in :func:`pixnorm.functional.modulated_norm`.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         x (N, C, H, W), y (N) of int64 or one-hot (N, K), and z (N, dz) to (N, C, H * upsample, W * upsample).
@@ -195,6 +206,7 @@ class ConditionalBatchNorm2d(Conditional, ModulatedNorm2d):
         dtype=None,
         *,
         negative_slope: float = 0.2,
+        process_group=None,
     ):
         check_sizes(num_classes, latent_dim)
         super().__init__(
@@ -208,6 +220,7 @@ class ConditionalBatchNorm2d(Conditional, ModulatedNorm2d):
             impl,
             device=device,
             dtype=dtype,
+            process_group=process_group,
         )
         self.gamma_table = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
         self.beta_table = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
@@ -246,6 +259,7 @@ class LatentBatchNorm2d(ModulatedNorm2d):
         eps, momentum, track_running_stats: as in ``nn.BatchNorm2d``.
         device, dtype: of parameters and buffers.
         upsample, activation, negative_slope, impl: as in :func:`pixnorm.functional.modulated_norm`.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         x (N, C, H, W) and z (N, dz) to (N, C, H * upsample, W * upsample).
@@ -271,6 +285,7 @@ class LatentBatchNorm2d(ModulatedNorm2d):
         activation: str | None = None,
         negative_slope: float = 0.2,
         impl: str = "auto",
+        process_group=None,
     ):
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be positive, got {latent_dim}")
@@ -285,6 +300,7 @@ class LatentBatchNorm2d(ModulatedNorm2d):
             negative_slope,
             impl,
             gamma_offset=1.0,
+            process_group=process_group,
             **where,
         )
         self.gamma = nn.Linear(latent_dim, num_features, bias=False, **where)

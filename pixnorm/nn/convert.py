@@ -1,15 +1,17 @@
-"""Converts the layers of a model: batch norms to SPN, convolutions to generative ones."""
+"""Converts the layers of a model: batch norms to SPN or to synchronised ones, convolutions to generative ones."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from pixnorm.nn._norm import Norm2d, check_group
 from pixnorm.nn.batchnorm import BatchNorm2d
 from pixnorm.nn.gconv import GConv2d
 from pixnorm.nn.spn import NOISE, SPN2d, start_as_batchnorm_
@@ -18,7 +20,7 @@ from pixnorm.ops.common import FLOAT
 
 
 class Conversion(NamedTuple):
-    """The result of :func:`convert_batchnorm` or :func:`convert_conv`.
+    """The result of :func:`convert_batchnorm`, :func:`convert_conv` or :func:`convert_sync`.
 
     Attributes:
         model: the given model, or its replacement if it was itself such a layer.
@@ -26,6 +28,7 @@ class Conversion(NamedTuple):
         skipped: name and reason for each layer (of any such kind) that was not replaced.
         layer: the class of the new layers: ``"SPN2d"`` or ``"GConv2d"``.
         usage: how calls of the model have to change.
+        synchronised: names of the layers that share their statistics now.
     """
 
     model: nn.Module
@@ -33,12 +36,16 @@ class Conversion(NamedTuple):
     skipped: dict[str, str]
     layer: str = "SPN2d"
     usage: str = ""
+    synchronised: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         lines = [f"Conversion of {type(self.model).__name__}: {len(self.replaced)} replaced by {self.layer}"]
         lines += [f"  {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"{len(self.skipped)} not replaced"]
         lines += [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.skipped.items()]
+        if self.synchronised:
+            lines += [f"{len(self.synchronised)} synchronised"]
+            lines += [f"  {name or '(the model itself)'}" for name in self.synchronised]
         return "\n".join(lines + [self.usage] * bool(self.usage and self.replaced))
 
 
@@ -137,6 +144,58 @@ def convert_conv(model: nn.Module, latent_dim: int, *, keep: Collection[str] = (
     return Conversion(model, replaced, skipped, "GConv2d", _USAGE.format(latent_dim=latent_dim))
 
 
+def convert_sync(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> Conversion:
+    """Synchronise, in place, the batch norms of a model across processes: in training they normalise the batches of all
+    processes of a group as one.
+
+    Every layer of pixnorm with statistics of the batch gets the group (its attribute ``process_group``, None to go
+    back). Every ``nn.BatchNorm2d`` is replaced, as by ``convert_batchnorm(model, to="batchnorm")``, by
+    :class:`pixnorm.BatchNorm2d` with the same parameters and buffers.
+
+    The result is that of one process with the whole batch, also if local batches differ in size or are empty: outputs,
+    running statistics, and gradients to any order, so gradient penalties are right. Forward and backward exchange one
+    vector per layer. A gradient of a parameter is that of the sum of the processes' losses once it is summed over the
+    processes; ``DistributedDataParallel`` takes the mean.
+
+    All processes of the group must run the same forward and backward passes in the same order, and a gradient penalty
+    in all or none; an error in one leaves the others waiting. (So does an empty batch if gradients of gradients are
+    differentiated once more: PyTorch's convolutions cut the graph then.) In eval mode nothing is exchanged.
+
+    Under ``torch.compile`` the graph breaks at each such layer, so ``fullgraph=True`` is an error; under
+    ``torch.utils.checkpoint`` what is computed again is exchanged again. Copies of a model share the group; a pickled
+    one (``torch.save(model)``) comes back without, and ``state_dict`` never has it.
+
+    Args:
+        model: any module, also a norm.
+        group: a process group of ``torch.distributed`` that this process is in; None for all processes. With gloo for
+            tensors on the CPU, with NCCL for those on GPUs.
+
+    Returns:
+        The model, the names of the replaced and of the synchronised layers, and other batch norms with reasons.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        TypeError: ``group`` is not a process group, or this process is not in it. The model is untouched, as after any
+            other error.
+
+    Example:
+        >>> model = pixnorm.convert_sync(model).model  # after torch.distributed.init_process_group
+        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("there are no processes yet: call torch.distributed.init_process_group before convert_sync")
+    group = dist.group.WORLD if group is None else group
+    check_group(group)
+
+    model, replaced, skipped = _replace(model, _BatchNorm, _obstacle_to_synchronise, _convert_to_batchnorm)
+    synchronised = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Norm2d) and module.has_batch_statistics:
+            module.process_group = group
+            synchronised.append(name)
+    return Conversion(model, replaced, skipped, "BatchNorm2d", synchronised=tuple(synchronised))
+
+
 def _replace(
     model: nn.Module,
     kind: type[nn.Module],
@@ -189,6 +248,13 @@ def _obstacle(module: _BatchNorm, owners: Counter) -> str | None:
     if len({module._buffers.get(name) is None for name in buffers}) > 1:
         return "has some of the buffers of running statistics, and not all"
     return _difference(module, nn.BatchNorm2d, buffers, owners)
+
+
+def _obstacle_to_synchronise(module: _BatchNorm, owners: Counter) -> str | None:
+    """The same for a synchronised one."""
+    if type(module) is nn.SyncBatchNorm:
+        return "SyncBatchNorm cannot be differentiated twice; start from nn.BatchNorm2d"
+    return _obstacle(module, owners)
 
 
 def _obstacle_of_conv(module: _ConvNd, owners: Counter) -> str | None:

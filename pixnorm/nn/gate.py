@@ -77,6 +77,7 @@ class SpatialGate(Norm2d):
             the authors' code.
         impl: as in :func:`pixnorm.functional.spatial_gate`.
         device, dtype: of the parameters and buffers.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         (N, C, H, W) to (N, C, H, W), for any C.
@@ -97,8 +98,10 @@ class SpatialGate(Norm2d):
         impl: str = "auto",
         device=None,
         dtype=None,
+        *,
+        process_group=None,
     ):
-        super().__init__(1, eps, momentum, track_running_stats)
+        super().__init__(1, eps, momentum, track_running_stats, process_group)
         self.kernel_size = _pair(kernel_size)
         if any(size < 1 or size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
@@ -129,4 +132,4 @@ class SpatialGate(Norm2d):
 
     def extra_repr(self) -> str:
         sizes = f"kernel_size={self.kernel_size}, eps={self.eps}, momentum={self.momentum}"
-        return f"{sizes}, track_running_stats={self.track_running_stats}, impl={self.impl!r}"
+        return f"{sizes}, track_running_stats={self.track_running_stats}, impl={self.impl!r}{self._repr_of_group()}"

@@ -30,6 +30,7 @@ class SPADE2d(ModulatedNorm2d):
         statistics: ``"batch"`` or ``"instance"``.
         eps, momentum, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
         upsample, activation, negative_slope, impl: as in :func:`pixnorm.functional.modulated_norm`.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         x (N, C, H, W) and a label map: one-hot or soft (N, L, h, w), or integers (N, h, w) of int64; to
@@ -59,6 +60,7 @@ class SPADE2d(ModulatedNorm2d):
         dtype=None,
         *,
         negative_slope: float = 0.2,
+        process_group=None,
     ):
         for name, value in (("label_channels", label_channels), ("hidden_channels", hidden_channels)):
             if value < 1:
@@ -78,6 +80,7 @@ class SPADE2d(ModulatedNorm2d):
             statistics=statistics,
             device=device,
             dtype=dtype,
+            process_group=process_group,
         )
         self.label_channels, self.hidden_channels, self.kernel_size = label_channels, hidden_channels, kernel_size
 

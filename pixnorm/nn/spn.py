@@ -45,8 +45,9 @@ class PixelwiseNorm2d(Norm2d):
         *,
         depthwise: bool = True,
         classes: tuple[int, ...] = (),
+        process_group=None,
     ):
-        super().__init__(num_features, eps, momentum, track_running_stats)
+        super().__init__(num_features, eps, momentum, track_running_stats, process_group)
         mask_channels = num_features if mask_channels is None else mask_channels
         check_eps(eps, training=False)
         check_option("kernel_size", kernel_size, (1, 3, 5))
@@ -121,7 +122,7 @@ class PixelwiseNorm2d(Norm2d):
         return (
             f"{self.num_features}, kernel_size={self.kernel_size}, mask_channels={self.mask_channels}, eps={self.eps}, "
             f"momentum={self.momentum}, track_running_stats={self.track_running_stats}, upsample={self.upsample}, "
-            f"activation={self.activation!r}, {slope}impl={self.impl!r}"
+            f"activation={self.activation!r}, {slope}impl={self.impl!r}{self._repr_of_group()}"
         )
 
 
@@ -155,6 +156,7 @@ class SPN2d(PixelwiseNorm2d):
         negative_slope: of ``"leaky_relu"``.
         depthwise: False for standard convolutions (C, C, k, k) in place of depthwise ones, which the paper compares
             (Table 7): 32 times the parameters at C = 256, for the reference only.
+        process_group: the processes whose batches are normalised as one, as :func:`pixnorm.convert_sync` sets it.
 
     Shape:
         (N, C, H, W) to (N, C, H * upsample, W * upsample), in the input's dtype and memory format.
@@ -188,6 +190,7 @@ class SPN2d(PixelwiseNorm2d):
         init: str = "bn",
         negative_slope: float = 0.2,
         depthwise: bool = True,
+        process_group=None,
     ):
         super().__init__(
             num_features,
@@ -204,6 +207,7 @@ class SPN2d(PixelwiseNorm2d):
             init,
             negative_slope,
             depthwise=depthwise,
+            process_group=process_group,
         )
         self.depthwise = depthwise
         self.reset_parameters()
@@ -248,7 +252,7 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
         num_classes: K.
         latent_dim: dz, the length of z; 0 for classes alone.
         kernel_size, mask_channels, eps, momentum, track_running_stats, upsample, activation, impl, device, dtype, init,
-            negative_slope: as in :class:`SPN2d`.
+            negative_slope, process_group: as in :class:`SPN2d`.
 
     Shape:
         x (N, C, H, W), y (N) of int64 or one-hot (N, K), and z (N, dz) to (N, C, H * upsample, W * upsample). The rows
@@ -287,6 +291,7 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
         *,
         init: str = "bn",
         negative_slope: float = 0.2,
+        process_group=None,
     ):
         check_sizes(num_classes, latent_dim)
         super().__init__(
@@ -304,6 +309,7 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
             init,
             negative_slope,
             classes=(num_classes,),
+            process_group=process_group,
         )
         for name in ("kernel_scale", "kernel_shift"):
             table = torch.empty(num_classes, len(KERNELS), num_features, device=device, dtype=dtype)
@@ -375,7 +381,8 @@ class ConditionalSPN2d(Conditional, PixelwiseNorm2d):
 def self_latent_mask(layer: SPN2d | ConditionalSPN2d, x: Tensor, y: Tensor | None = None) -> Tensor:
     """The mask m that a layer computes from its input x, as the paper draws it (Fig. 2); the inverted one is 1 - m.
 
-    Statistics are those of x in training mode and the running ones in eval mode; the layer stays as it is.
+    Statistics are those of x, in this process, in training mode and the running ones in eval mode; the layer stays as
+    it is.
 
     Args:
         layer: an :class:`SPN2d` or :class:`ConditionalSPN2d`.
@@ -386,6 +393,7 @@ def self_latent_mask(layer: SPN2d | ConditionalSPN2d, x: Tensor, y: Tensor | Non
         (N, Cm, H, W) in (0, 1), in x's dtype: at the resolution of x, whatever ``upsample``.
     """
     buffers, options = layer._statistics()
+    options["process_group"] = None
     if options["training"]:
         buffers = (None,) * len(buffers)
     # With γ = 0 and β = m the layer's output is the mask.

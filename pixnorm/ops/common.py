@@ -139,6 +139,25 @@ def instance_norm(x: Tensor, eps: float) -> Tensor:
     return F.instance_norm(x, eps=eps)
 
 
+def batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm``; also differentiable in given statistics, for which PyTorch's has no gradients."""
+    if training or not (mean.requires_grad or var.requires_grad):
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    x_hat = (x - mean[:, None, None]) * (var + eps).rsqrt()[:, None, None]
+    if weight is not None:
+        x_hat = x_hat * weight[:, None, None] + bias[:, None, None]
+    return x_hat.to(x.dtype)
+
+
 def fake_gradient(of: Tensor | None, x: Tensor) -> Tensor:
     """An empty gradient of an argument beside x: maps keep their layout; without the argument it has no elements."""
     if of is None:

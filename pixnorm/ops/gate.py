@@ -37,6 +37,7 @@ from pixnorm.ops.checks import (
     check_shape,
 )
 from pixnorm.ops.common import (
+    batch_norm,
     beyond_32_bits,
     call_reference,
     dense,
@@ -49,8 +50,17 @@ from pixnorm.ops.common import (
     wide,
     without_autocast,
 )
+from pixnorm.ops.modulate import gradients_of_used
 from pixnorm.ops.modulate import ops_of as norm_ops_of
 from pixnorm.ops.statistics import update_running
+from pixnorm.ops.synchronised import (
+    check_count,
+    exchange,
+    exchange_gradients,
+    group_of,
+    move_running,
+    statistics_of_all,
+)
 
 # The parameters of both gates, in the order of their arguments.
 CHANNEL_PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -105,7 +115,7 @@ def spatial_gate_reference(
     weight, bn_weight, bn_bias = (t.to(pooled.dtype) for t in (weight, bn_weight, bn_bias))
     running = [None if t is None else t.to(pooled.dtype) for t in (running_mean, running_var)]
     z = _convolution(pooled, weight)
-    gate = torch.sigmoid(F.batch_norm(z, *running, bn_weight, bn_bias, training, momentum, eps))
+    gate = torch.sigmoid(batch_norm(z, *running, bn_weight, bn_bias, training, momentum, eps))
     for buffer, moved in zip((running_mean, running_var), running, strict=True):
         if training and buffer is not moved:  # the dtype of the sums is another one
             buffer.copy_(moved)
@@ -294,47 +304,60 @@ class SpatialGateFunction(torch.autograd.Function):
     """Saves its inputs and numbers of (N, H, W): pooled features, where maxima are, what the convolution and the batch
     norm gave.
 
-    Returns (y, mean, var), the statistics of the batch norm; only y is differentiable. A backward that is itself
-    differentiated goes through the reference.
+    Returns (y, mean, var), the statistics of the batch norm, and with a process group of how many values they are; only
+    y is differentiable. With a group, statistics are exchanged here, and their gradients in backward. A backward that
+    is itself differentiated goes through the reference.
     """
 
     @staticmethod
-    def forward(ctx, impl, training, eps, given, x, *parameters):
-        y, *saved, mean, var = spatial_gate_forward(impl, training, eps, given, x, *parameters)
-        ctx.options = impl, training, eps
-        ctx.save_for_backward(x, *parameters, *saved, mean, var)
-        ctx.mark_non_differentiable(mean, var)
+    def forward(ctx, impl, group, training, eps, given, x, *parameters):
+        y, pooled, index, z, logits, *used = spatial_gate_forward(impl, group, training, eps, given, x, *parameters)
+        ctx.options = impl, group, training, eps
+        ctx.save_for_backward(x, *parameters, pooled, index, z, logits, *used)
+        ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
-        return y, mean, var
+        return y, *used
 
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 8
-        impl, training, eps = ctx.options
+            return (None,) * 9
+        impl, group, training, eps = ctx.options
         saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
-        inputs, (pooled, index, z, logits), used = saved[:4], saved[4:8], saved[8:]
+        inputs, (pooled, index, z, logits), used, count = saved[:4], saved[4:8], saved[8:10], saved[10:]
         if through_reference():
 
             def reference(*inputs):
+                if group is not None:
+                    return _synchronised_reference(group, eps, *inputs)[0]
                 given = (None, None) if training else used
                 return spatial_gate_reference(*inputs, *given, training=training, eps=eps)
 
-            return (None,) * 4 + tuple(reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[4:]))
+            return (None,) * 5 + tuple(reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[5:]))
         x, *parameters = inputs
         ops, grad_y = ops_of(impl), dense(grad_y, x)
+        own = training and group is None  # statistics are of this z
         with without_autocast(x.device):
             weight, *affine = _as_sums(pooled, *parameters)
             grad = ops.reduce(grad_y, dense(x, x), logits, True)
-            grad, *of_affine = norm_ops_of(impl)[1](grad, z, *affine, *used, eps, False, 0.0, 1, None, training)
+            grad, *of_affine = norm_ops_of(impl)[1](grad, z, *affine, *used, eps, False, 0.0, 1, None, own)
+            if group is not None:
+                of_used = gradients_of_used(affine[0], 0.0, *of_affine, used[1], eps)
+                grad = grad + exchange_gradients((z,), used[:1], *count, of_used, group, norm_ops_of(impl)[0])[0]
             backward = _convolution_backward if impl == "triton" else gate_conv_grad
             grad_pooled, *grads = *backward(grad, pooled, weight), *of_affine
         grad_x = ops.backward(grad_y, logits, grad_pooled, index, True)
-        return *(None,) * 4, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
+        return *(None,) * 5, grad_x, *(_shaped(grad, of) for grad, of in zip(grads, parameters, strict=True))
 
 
 def spatial_gate_forward(
-    impl: str, training: bool, eps: float, given: tuple[Tensor | None, Tensor | None], x: Tensor, *parameters: Tensor
+    impl: str,
+    group: "torch.distributed.ProcessGroup | None",
+    training: bool,
+    eps: float,
+    given: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    *parameters: Tensor,
 ) -> tuple[Tensor, ...]:
     """y, and what is saved for backward beside the arguments."""
     ops, x = ops_of(impl), dense(x, x)
@@ -342,8 +365,37 @@ def spatial_gate_forward(
     weight, *affine = _as_sums(pooled, *parameters)
     with without_autocast(x.device):
         z = _convolution(pooled, weight) if impl == "triton" else gate_conv_fwd(pooled, weight)
+    count = ()
+    if group is not None:
+        *count, mean, var = exchange((z,), group)
+        check_count(*count, x)
+        given = mean, var
     logits, mean, var = norm_ops_of(impl)[0](z, *affine, *given, eps, False, 0.0, 1, None)
-    return ops.forward(x, logits, True), pooled, index, z, logits, mean, var
+    return ops.forward(x, logits, True), pooled, index, z, logits, mean, var, *count
+
+
+def _synchronised_reference(
+    group: "torch.distributed.ProcessGroup", eps: float, x: Tensor, weight: Tensor, *affine: Tensor
+) -> tuple[Tensor, ...]:
+    """y, and the statistics of the whole batch: mean, variance, count."""
+    with without_autocast(x.device):
+        pooled = _pooled(x, True)
+        count, *used = statistics_of_all((_convolution(pooled, weight.to(pooled.dtype)),), 1, group, None)
+        return spatial_gate_reference(x, weight, *affine, *used, training=False, eps=eps), *used, count
+
+
+@torch._disable_dynamo
+def _synchronised_gate(
+    chosen: str, group: "torch.distributed.ProcessGroup", eps: float, x: Tensor, *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    """The same by an impl."""
+    if chosen == "reference":
+        return _synchronised_reference(group, eps, x, *parameters)
+    arguments = chosen, group, True, eps, (None, None), x, *parameters
+    if _needs_gradient(x, *parameters):
+        return SpatialGateFunction.apply(*arguments)
+    y, *_, mean, var, count = spatial_gate_forward(*arguments)
+    return y, mean, var, count
 
 
 def _convolution_backward(grad: Tensor, pooled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,6 +477,7 @@ def spatial_gate(
     momentum: float = 0.01,
     eps: float = 1e-5,
     impl: str = "auto",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     r"""CBAM's spatial gate (arXiv 1807.06521, eq. 3): ``x * sigmoid(bn(conv([x.amax(1), x.mean(1)])))``.
 
@@ -438,6 +491,8 @@ def spatial_gate(
         momentum: weight of this batch in the running statistics; 0.01 in CBAM's code.
         eps: added to the variance; positive in training.
         impl: ``"auto"``, ``"native"`` (CPU), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
+        process_group: the processes whose batches, together, are the batch whose statistics are used in training
+            (:mod:`pixnorm.ops.synchronised`); None for that of this process alone.
 
     Returns:
         (N, C, H, W) in x's dtype and layout.
@@ -464,17 +519,22 @@ def spatial_gate(
     of_buffers = zip(("running_mean", "running_var"), buffers, ((1,), (1,)), strict=True)
     check_running_statistics(of_buffers, x, weight.dtype, training)
     n, _, h, w = x.shape
-    if training:
+    group = group_of(process_group, training)
+    if training and group is None:
         check_several_values(x, n * h * w)
     chosen = choose("gate", impl, x.device, {"triton": beyond_32_bits(x, 1)})
+    if group is not None:
+        y, *used, count = _synchronised_gate(chosen, group, float(eps), x, *parameters)
+        move_running(buffers, used, momentum, count)
+        return y
     if chosen == "reference":
         options = {"training": training, "momentum": momentum, "eps": eps}
         return call_reference(spatial_gate_reference, (x, *parameters), buffers, **options)
     given = (None, None) if training else buffers
     if _needs_gradient(x, *parameters):
-        y, *used = SpatialGateFunction.apply(chosen, training, float(eps), given, x, *parameters)
+        y, *used = SpatialGateFunction.apply(chosen, None, training, float(eps), given, x, *parameters)
     else:
-        y, *_, mean, var = spatial_gate_forward(chosen, training, float(eps), given, x, *parameters)
+        y, *_, mean, var = spatial_gate_forward(chosen, None, training, float(eps), given, x, *parameters)
         used = mean, var
     if training and running_mean is not None and x.numel() > 0:
         update_running(buffers, used, momentum, n * h * w)

@@ -27,6 +27,7 @@ from pixnorm.ops.common import (
     HALF,
     activate,
     activation_of,
+    batch_norm,
     beyond_32_bits,
     call_reference,
     dense,
@@ -39,8 +40,10 @@ from pixnorm.ops.common import (
     slope_of,
     through_reference,
     triton_ops,
+    wide,
 )
 from pixnorm.ops.statistics import update_running
+from pixnorm.ops.synchronised import gradients_of_given, group_of, move_running, statistics_of_all
 
 STATISTICS = ("batch", "instance")
 
@@ -67,7 +70,7 @@ def modulated_norm_reference(
     if statistics == "instance":
         x_hat = dense(instance_norm(x, eps), x)
     else:
-        x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+        x_hat = batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     if gamma is not None:
         gamma, beta = (t if t.dim() == 4 else t[..., None, None] for t in (gamma, beta))
         x_hat = ((gamma_offset + gamma) * x_hat + beta).to(x.dtype)
@@ -112,16 +115,18 @@ def ops_of(impl: str):
 class ModulateFunction(torch.autograd.Function):
     """Saves x, γ, β and the statistics; x̂ and the sign of y are recomputed in backward.
 
-    Returns (y, mean, var); only y is differentiable. A backward that is itself differentiated goes through the
-    reference.
+    ``inputs`` are x, γ, β and the statistics to use, or None for those of the batch or the instance. Given ones that
+    need gradients come with γ and β. Returns (y, mean, var); only y is differentiable. A backward that is itself
+    differentiated goes through the reference.
     """
 
     @staticmethod
-    def forward(ctx, impl, training, eps, instance, gamma_offset, upsample, negative_slope, given, *inputs):
+    def forward(ctx, impl, training, eps, instance, gamma_offset, upsample, negative_slope, *inputs):
         forward, ctx.backward_op = ops_of(impl)
-        y, *used = forward(*inputs, *given, eps, instance, gamma_offset, upsample, negative_slope)
+        y, *used = forward(*inputs, eps, instance, gamma_offset, upsample, negative_slope)
         ctx.options = training, eps, instance, gamma_offset, upsample, negative_slope
-        ctx.save_for_backward(*inputs, *used)
+        # Copies of running statistics, which may change before backward.
+        ctx.save_for_backward(*inputs[:3], *(inputs[3:] if any(ctx.needs_input_grad[10:]) else used))
         ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
         return y, *used
@@ -129,12 +134,14 @@ class ModulateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 11
+            return (None,) * 12
         training, eps, instance, gamma_offset, upsample, negative_slope = ctx.options
         saved = ctx.saved_tensors  # once: each access unpacks them, which checkpoints and offloading hook into
         inputs, used = saved[:3], saved[3:]
+        given = any(ctx.needs_input_grad[10:])  # whether the statistics need gradients
         if through_reference():
-            given = (None, None) if training or instance else [t.to(inputs[0].dtype) for t in used]
+            if not given:
+                used = (None, None) if training or instance else [t.to(inputs[0].dtype) for t in used]
             activation = activation_of(negative_slope)
 
             def reference(*inputs):
@@ -142,14 +149,28 @@ class ModulateFunction(torch.autograd.Function):
                 options["statistics"] = STATISTICS[instance]
                 if activation == "leaky_relu":
                     options["negative_slope"] = negative_slope
-                return modulated_norm_reference(*inputs, *given, **options, activation=activation)
+                return modulated_norm_reference(*inputs, **options, activation=activation)
 
-            grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[8:])
+            grads = reference_grads(reference, (*inputs, *used), grad_y, ctx.needs_input_grad[7:])
         else:
             options = eps, instance, gamma_offset, upsample, negative_slope, training
             grad_x, grad_gamma, grad_beta = ctx.backward_op(grad_y, *inputs, *used, *options)
             grads = grad_x, _shaped(grad_gamma, inputs[1]), _shaped(grad_beta, inputs[2])
-        return (None,) * 8 + tuple(grads)
+            of_used = gradients_of_used(inputs[1], gamma_offset, grad_gamma, grad_beta, used[1], eps) if given else ()
+            grads += tuple(of_used) or (None, None)
+        return (None,) * 7 + tuple(grads)
+
+
+def gradients_of_used(
+    gamma: Tensor, gamma_offset: float, grad_gamma: Tensor, grad_beta: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of given mean and variance: as dx̂ = (o + γ) dy, they follow from those of γ and β."""
+
+    def per_channel(grad: Tensor) -> Tensor:
+        product = (gamma_offset + wide(gamma)) * grad
+        return product if product.dim() == 1 else product.sum((0, 2, 3)[: product.dim() - 1])
+
+    return gradients_of_given(per_channel(grad_beta), per_channel(grad_gamma), var, eps)
 
 
 def _shaped(grad: Tensor, of: Tensor | None) -> Tensor | None:
@@ -176,6 +197,7 @@ def modulated_norm(
     activation: str | None = None,
     negative_slope: float = 0.2,
     impl: str = "auto",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     r"""Normalise, scale, shift and activate in one op: ``act((gamma_offset + gamma) * x_hat + beta)``.
 
@@ -183,8 +205,8 @@ def modulated_norm(
         x: (N, C, H, W), floating point, contiguous or channels_last (other strides cost one copy).
         gamma, beta: scale and shift: both None; both (C,), as batch norm's; both (N, C), a row for each sample; or both
             (N, C, H * upsample, W * upsample), a map for each sample, in x's dtype (and best in its layout).
-        running_mean, running_var: (C,); used if not ``training``, else updated in place as in ``F.batch_norm``. Only
-            with batch statistics.
+        running_mean, running_var: (C,); used (and differentiated) if not ``training``, else updated in place as in
+            ``F.batch_norm``. Only with batch statistics.
         statistics: ``"batch"``: over N, H, W; ``"instance"``: over H, W of each sample, in training or not.
         gamma_offset: added to gamma: 1 where a layer scales by 1 + gamma.
         training: normalise with the statistics of this batch.
@@ -195,6 +217,8 @@ def modulated_norm(
         activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
         negative_slope: of the latter.
         impl: ``"auto"``, ``"native"`` (C++ or CUDA C++), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
+        process_group: the processes whose batches, together, are the batch whose statistics are used in training
+            (:mod:`pixnorm.ops.synchronised`); None for that of this process alone.
 
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
@@ -211,9 +235,29 @@ def modulated_norm(
             cannot run here.
     """
     buffers = (running_mean, running_var)
-    _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation)
     instance = statistics == "instance"
+    group = group_of(process_group, training and not instance)
+    _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation, alone=group is None)
     chosen = choose("modulate", impl, x.device, {"triton": beyond_32_bits(x, upsample)})
+    if group is not None:
+        count, *used = statistics_of_all((x,), upsample, group, None if chosen == "reference" else ops_of(chosen)[0])
+        if gamma is not None and gamma.dim() < 4:  # the gradients of the statistics are made of theirs
+            gamma, beta = wide(gamma), wide(beta)
+        y = modulated_norm(
+            x,
+            gamma,
+            beta,
+            *used,
+            gamma_offset=gamma_offset,
+            training=False,
+            eps=eps,
+            upsample=upsample,
+            activation=activation,
+            negative_slope=negative_slope,
+            impl=chosen,
+        )
+        move_running(buffers, used, momentum, count)
+        return y
     if chosen == "reference":
         return call_reference(
             modulated_norm_reference,
@@ -231,20 +275,22 @@ def modulated_norm(
 
     slope = slope_of(activation, negative_slope)
     given = (None, None) if training or instance else buffers
-    inputs = (x, gamma, beta)
+    if gamma is None and any(t is not None and t.requires_grad for t in given):  # the same
+        gamma, beta = torch.ones_like(given[0]) - gamma_offset, torch.zeros_like(given[0])
+    inputs = (x, gamma, beta, *given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y, *used = ModulateFunction.apply(
-            chosen, training, eps, instance, float(gamma_offset), upsample, slope, given, *inputs
+            chosen, training, eps, instance, float(gamma_offset), upsample, slope, *inputs
         )
     else:
-        y, *used = ops_of(chosen)[0](*inputs, *given, eps, instance, float(gamma_offset), upsample, slope)
+        y, *used = ops_of(chosen)[0](*inputs, eps, instance, float(gamma_offset), upsample, slope)
     if training and not instance and running_mean is not None and x.numel() > 0:
         # Plain layers would see the upsampled pixels.
         update_running(buffers, used, momentum, y.numel() // y.shape[1])
     return y
 
 
-def _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation) -> None:
+def _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activation, alone=True) -> None:
     check_image(x)
     check_option("statistics", statistics, STATISTICS)
     check_option("upsample", upsample, (1, 2))
@@ -276,7 +322,7 @@ def _check(x, gamma, beta, buffers, statistics, training, eps, upsample, activat
             parameter_dtype = next((b.dtype for b in buffers if b is not None), x.dtype)
             check_parameter_dtype(parameter_dtype, x)
         check_running_statistics(of_buffers, x, parameter_dtype, training)
-    if training or instance:
+    if (training and alone) or instance:
         check_several_values(x, (h * w if instance else n * h * w) * upsample**2)
 
 

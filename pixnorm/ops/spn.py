@@ -36,6 +36,7 @@ from pixnorm.ops.common import (
     ACTIVATIONS,
     activate,
     activation_of,
+    batch_norm,
     beyond_32_bits,
     call_reference,
     convolutions_allow_tf32,
@@ -48,8 +49,12 @@ from pixnorm.ops.common import (
     slope_of,
     through_reference,
     triton_ops,
+    wide,
+    without_autocast,
 )
+from pixnorm.ops.modulate import ops_of as norm_ops_of
 from pixnorm.ops.statistics import update_running
+from pixnorm.ops.synchronised import gradients_of_given, group_of, move_running, statistics_of_all
 
 
 def spn_reference(
@@ -82,14 +87,14 @@ def spn_reference(
     p = F.conv2d(x, mask_projection.to(x.dtype))
     if mask_running_mean is not None:  # may be float32 beside half-precision parameters
         mask_weight, mask_bias = (t.to(mask_running_mean.dtype) for t in (mask_weight, mask_bias))
-    q = F.batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
+    q = batch_norm(p, mask_running_mean, mask_running_var, mask_weight, mask_bias, training, momentum, eps)
     m = torch.sigmoid(q)
     m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
 
     def convolved(mask: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(mask, weight.to(mask.dtype), padding=k // 2, groups=groups)
 
-    x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    x_hat = batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     gamma = convolved(m, gamma_weight) + convolved(m_inv, gamma_weight_inv)
     beta = convolved(m, beta_weight) + convolved(m_inv, beta_weight_inv)
     return activate(gamma * x_hat + beta, activation, negative_slope)
@@ -137,11 +142,11 @@ def conditional_spn_reference(
         return F.conv2d(samples, kernels.flatten(0, 1), padding=k // 2, groups=n * channels).view(n, channels, h, w)
 
     p = F.conv2d(x, mask_projection.to(x.dtype))
-    p_hat = F.batch_norm(p, mask_running_mean, mask_running_var, None, None, training, momentum, eps)
+    p_hat = batch_norm(p, mask_running_mean, mask_running_var, None, None, training, momentum, eps)
     m = torch.sigmoid(p_hat * to_pixels(mask_weight[index]) + to_pixels(mask_bias[index]))
     m, m_inv = m.expand(-1, channels, -1, -1), (1 - m).expand(-1, channels, -1, -1)
 
-    x_hat = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    x_hat = batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
     gamma = depthwise(m, gamma_weight) + depthwise(m_inv, gamma_weight_inv)
     beta = depthwise(m, beta_weight) + depthwise(m_inv, beta_weight_inv)
     if gamma_bias is not None:
@@ -223,17 +228,19 @@ def ops_of(impl: str):
 class SPNFunction(torch.autograd.Function):
     """Saves x, p and four statistics vectors; γ, β, m and x̂ are recomputed in backward.
 
-    ``inputs`` are x, the parameters, gamma_bias and beta_bias. Returns (y, mean, var, mask_mean, mask_var); only y is
-    differentiable. A backward that is itself differentiated goes through the reference.
+    ``inputs`` are x, the parameters, gamma_bias and beta_bias, and the statistics to use, or None for those of the
+    batch. Returns (y, mean, var, mask_mean, mask_var); only y is differentiable. A backward that is itself
+    differentiated goes through the reference.
     """
 
     @staticmethod
-    def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, statistics, index, *inputs):
+    def forward(ctx, impl, training, eps, upsample, negative_slope, allow_tf32, index, *inputs):
         forward, ctx.backward_op = ops_of(impl)
-        y, p, *used = forward(*inputs, index, *statistics, eps, upsample, negative_slope, allow_tf32)
+        y, p, *used = forward(*inputs[:10], index, *inputs[10:], eps, upsample, negative_slope, allow_tf32)
         ctx.options = training, eps, upsample, negative_slope
         ctx.allow_tf32 = allow_tf32
-        ctx.save_for_backward(*inputs, index, p, *used)
+        # Copies of running statistics, which may change before backward.
+        ctx.save_for_backward(*inputs[:10], index, p, *(inputs[10:] if any(ctx.needs_input_grad[17:]) else used))
         ctx.mark_non_differentiable(*used)
         ctx.set_materialize_grads(False)
         return y, *used
@@ -241,12 +248,14 @@ class SPNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 18
+            return (None,) * 21
         training, eps, upsample, negative_slope = ctx.options
         saved = ctx.saved_tensors  # once: under checkpoints or offloading each access unpacks them
         inputs, (index, p, *used) = saved[:10], saved[10:]
+        given = any(ctx.needs_input_grad[17:])  # whether the statistics need gradients
         if through_reference():
-            statistics = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
+            if not given:
+                used = (None,) * 4 if training else [t.to(inputs[2].dtype) for t in used]
             activation = activation_of(negative_slope)
 
             def reference(*inputs):
@@ -254,16 +263,46 @@ class SPNFunction(torch.autograd.Function):
                 if activation == "leaky_relu":
                     options["negative_slope"] = negative_slope
                 if index is None:
-                    return spn_reference(*inputs[:8], *statistics, **options)
-                return conditional_spn_reference(inputs[0], index, *inputs[1:], *statistics, **options)
+                    return spn_reference(*inputs[:8], *inputs[10:], **options)
+                return conditional_spn_reference(inputs[0], index, *inputs[1:], **options)
 
-            grads = reference_grads(reference, inputs, grad_y, ctx.needs_input_grad[8:])
+            grads = reference_grads(reference, (*inputs, *used), grad_y, ctx.needs_input_grad[7:])
         else:
             options = eps, upsample, negative_slope, ctx.allow_tf32, training
             grads = ctx.backward_op(grad_y, *inputs, index, p, *used, *options)
+            of_used = _gradients_of_used(inputs, grads, used, eps) if given else (None,) * 4
             rows = [None if row is None else grad for row, grad in zip(inputs[8:], grads[8:], strict=True)]
-            grads = [grads[0], *map(like_parameter, grads[1:8], inputs[1:8]), *rows]
-        return None, None, None, None, None, None, None, None, *grads
+            grads = [grads[0], *map(like_parameter, grads[1:8], inputs[1:8]), *rows, *of_used]
+        return (None,) * 7 + tuple(grads)
+
+
+def _gradients_of_used(inputs, grads, used, eps: float) -> tuple[Tensor, ...]:
+    """The gradients of given statistics, which follow from those of the parameters: Σ dx̂ = Σ γ dy is a product of the
+    kernels of γ and the gradients of those of β, and likewise for Σ dx̂ x̂ and the mask.
+
+    Args:
+        inputs: x, the parameters, gamma_bias (with beta_bias), beta_bias.
+        grads: theirs.
+        used: mean, var, mask_mean, mask_var.
+    """
+    _, _, mask_weight, _, gamma_weight, gamma_weight_inv, _, _, gamma_bias, _ = inputs
+    _, _, of_mask_weight, of_mask_bias, *of_kernels, of_gamma_bias, of_beta_bias = grads
+    _, var, _, mask_var = used
+
+    def per_channel(of_weight: Tensor, of_weight_inv: Tensor, of_bias: Tensor) -> Tensor:
+        product = gamma_weight * of_weight + gamma_weight_inv * of_weight_inv
+        total = product.sum((0, -3, -2, -1)[-product.dim() + 1 :])  # groups, if there are any, and taps
+        return total if gamma_bias is None else total + (gamma_bias * of_bias).sum(0)
+
+    def of_mask(grad: Tensor) -> Tensor:
+        product = mask_weight * grad
+        return product.sum(0) if product.dim() == 2 else product
+
+    of_gamma, of_beta = (*of_kernels[:2], of_gamma_bias), (*of_kernels[2:], of_beta_bias)
+    return (
+        *gradients_of_given(per_channel(*of_beta), per_channel(*of_gamma), var, eps),
+        *gradients_of_given(of_mask(of_mask_bias), of_mask(of_mask_weight), mask_var, eps),
+    )
 
 
 @public
@@ -288,6 +327,7 @@ def spn(
     activation: str | None = None,
     negative_slope: float = 0.2,
     impl: str = "auto",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     r"""Self pixel-wise normalisation (arXiv 2201.10725, eq. 1-4): batch norm whose scale and shift are computed, pixel
     by pixel, from a mask of the features themselves.
@@ -300,7 +340,8 @@ def spn(
         gamma_weight, gamma_weight_inv: (C, 1, k, k), k = 1, 3 or 5, depthwise kernels from the mask and the inverted
             mask to the scale γ; or (C, C, k, k), standard convolutions (the paper's Table 7), on the reference only.
         beta_weight, beta_weight_inv: of the same shape, for the shift β.
-        running_mean, running_var: (C,), of x; used if not ``training``, else updated in place as in ``F.batch_norm``.
+        running_mean, running_var: (C,), of x; used (and differentiated) if not ``training``, else updated in place as
+            in ``F.batch_norm``.
         mask_running_mean, mask_running_var: (Cm,), the same of ``conv1x1(x)``.
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
@@ -310,6 +351,9 @@ def spn(
         activation: None, ``"relu"`` or ``"leaky_relu"``, applied to the result.
         negative_slope: of ``"leaky_relu"``.
         impl: ``"auto"``, ``"native"`` (C++ or CUDA C++), ``"triton"`` (GPUs) or ``"reference"`` (plain PyTorch).
+        process_group: the processes whose batches, together, are the batch whose statistics are used in training
+            (:mod:`pixnorm.ops.synchronised`); None for that of this process alone. ``conv1x1(x)`` is then computed
+            twice.
 
     Returns:
         (N, C, H * upsample, W * upsample) in x's dtype and layout.
@@ -335,7 +379,7 @@ def spn(
         "activation": activation,
         "negative_slope": negative_slope,
     }
-    return _normalise(spn_reference, x, learnt, None, (), buffers, options, impl)
+    return _normalise(spn_reference, x, learnt, None, (), buffers, options, impl, process_group)
 
 
 @public
@@ -363,6 +407,7 @@ def conditional_spn(
     activation: str | None = None,
     negative_slope: float = 0.2,
     impl: str = "auto",
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     r"""Conditional self pixel-wise normalisation (arXiv 2201.10725, section 3.2): :func:`spn` in which the class of a
     sample chooses the mask's scale and shift and the four kernels, and rows of numbers of each sample, from its noise
@@ -378,7 +423,7 @@ def conditional_spn(
             sample has get zero gradients.
         gamma_bias, beta_bias: (N, C), added to γ and β at all pixels; in x's dtype, or float32 with half precision.
         running_mean, running_var, mask_running_mean, mask_running_var, training, momentum, eps, upsample, activation,
-            negative_slope, impl: as in :func:`spn`.
+            negative_slope, impl, process_group: as in :func:`spn`.
 
     Returns, dtypes, errors: as in :func:`spn`.
     """
@@ -392,20 +437,33 @@ def conditional_spn(
         "activation": activation,
         "negative_slope": negative_slope,
     }
-    return _normalise(conditional_spn_reference, x, learnt, index, (gamma_bias, beta_bias), buffers, options, impl)
+    rows = gamma_bias, beta_bias
+    return _normalise(conditional_spn_reference, x, learnt, index, rows, buffers, options, impl, process_group)
 
 
-def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Tensor:
+def _normalise(reference, x, learnt, index, rows, buffers, options, impl, process_group=None) -> Tensor:
     """What both functions do: check, choose an impl, call it, update the running statistics.
 
     Args:
         index, rows: None and () without groups.
     """
     training, eps, upsample = options["training"], options["eps"], options["upsample"]
-    _check(x, learnt, index, rows, buffers, options)
+    group = group_of(process_group, training)
+    _check(x, learnt, index, rows, buffers, options, alone=group is None)
     refusals = _refusals(x, learnt, index, upsample)
     tuned = learnt[0].shape[0] == x.shape[1] and learnt[3].shape[-1] == 3
     chosen = choose("spn", impl, x.device, refusals, preferred(x, upsample, tuned), stacklevel=5)
+    if group is not None:
+        with without_autocast(x.device):
+            p = F.conv2d(x, learnt[0].to(x.dtype))
+        norm = None if chosen == "reference" else norm_ops_of(chosen)[0]
+        count, *used = statistics_of_all((x, p), upsample, group, norm)
+        if chosen != "reference":  # the gradients of the statistics are made of theirs
+            learnt = [wide(t) for t in learnt]
+            rows = [None if row is None else wide(row) for row in rows]
+        y = _normalise(reference, x, learnt, index, rows, used, {**options, "training": False}, chosen)
+        move_running(buffers, used, options["momentum"], count)
+        return y
     if chosen == "reference":
         constants = () if index is None else (index,)
         inputs = x, *learnt, *rows
@@ -413,13 +471,16 @@ def _normalise(reference, x, learnt, index, rows, buffers, options, impl) -> Ten
             lambda x, *others, **kw: reference(x, *constants, *others, **kw), inputs, buffers, **options
         )
 
-    inputs = (x, *learnt, *(rows or (None, None)))
     slope, allow_tf32 = slope_of(options["activation"], options["negative_slope"]), convolutions_allow_tf32()
-    statistics = (None,) * 4 if training else buffers
+    gamma_bias, beta_bias = rows or (None, None)
+    given = (None,) * 4 if training else buffers
+    if gamma_bias is not None and beta_bias is None and any(t is not None and t.requires_grad for t in given):
+        beta_bias = torch.zeros_like(gamma_bias)  # the gradients of the statistics are made of its gradient
+    inputs = x, *learnt, gamma_bias, beta_bias, *given
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs if t is not None):
-        y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, statistics, index, *inputs)
+        y, *used = SPNFunction.apply(chosen, training, eps, upsample, slope, allow_tf32, index, *inputs)
     else:
-        y, _, *used = ops_of(chosen)[0](*inputs, index, *statistics, eps, upsample, slope, allow_tf32)
+        y, _, *used = ops_of(chosen)[0](*inputs[:10], index, *inputs[10:], eps, upsample, slope, allow_tf32)
     if training and x.numel() > 0:
         kept = [pair for pair in zip(buffers, used, strict=True) if pair[0] is not None]
         if kept:
@@ -474,7 +535,7 @@ _NAMES = (
 )
 
 
-def _check(x, learnt, index, rows, buffers, options) -> None:
+def _check(x, learnt, index, rows, buffers, options, alone=True) -> None:
     mask_projection, mask_weight, gamma_weight = learnt[0], learnt[1], learnt[3]
     training, upsample = options["training"], options["upsample"]
     check_image(x)
@@ -519,7 +580,7 @@ def _check(x, learnt, index, rows, buffers, options) -> None:
     of_buffers = zip(_NAMES[len(learnt) :], buffers, (of_x, of_x, of_mask, of_mask), strict=True)
     check_running_statistics(of_buffers, x, mask_weight.dtype, training)
     n, _, h, w = x.shape
-    if training:
+    if training and alone:
         check_several_values(x, n * h * w * upsample**2)
 
 
