@@ -139,7 +139,7 @@ def test_a_part_of_a_batch_has_its_share_of_the_gradient(digits, tmp_path):
         images, *_ = digits.images(range(32)), None
         trainer._descend(
             torch.optim.SGD(trainer.discriminator.parameters(), 0.0),
-            trainer.discriminator,
+            trainer.critic,
             [images.double() / 128 - 1],
             trainer._discriminator_loss,
         )

@@ -1,14 +1,14 @@
 """Statistics of a batch that is spread over the processes of a group, as differentiable functions of its parts.
 
 A synchronised norm is these statistics, then the norm with given statistics, whose gradients of mean and variance come
-back here. Forward gathers one vector from each process, n, μ and σ² of all tensors, in float64; backward adds up
-others, dμ and dσ²:
+back here. Each direction is one all_reduce, in forward of n, μ and σ² of all tensors, in float64, each process in a row
+of its own; in backward of dμ and dσ²:
 
     μ = Σ nᵢ μᵢ / n,    σ² = Σ nᵢ (σᵢ² + (μᵢ - μ)²) / n,    n = Σ nᵢ        sums over the processes
     dx = (Σ dμ + 2 (x - μ) Σ dσ²) / n
 
-(Adding x² would need one sum and no gathering, but cancels where |μ| is much larger than σ.) Backward is differentiable
-itself, so gradients of gradients are those of one process that has the whole batch.
+(Sums of x and x² in one row would be wrong where |μ| is much larger than σ.) Backward is differentiable itself, so
+gradients of gradients are those of one process that has the whole batch.
 
 Every process of the group must run the same forward and the same backward passes, in the same order, also with a local
 batch that is smaller, or empty; an error in one process (wrong input, say) leaves the others waiting, as with any
@@ -77,8 +77,9 @@ def exchange(tensors: Sequence[Tensor], group: "dist.ProcessGroup", local: Calla
         found = [local(together, False) for together in ([tensors] if alike else [[t] for t in tensors])]
         means, variances = (torch.cat([one.flatten() for one in kind]) for kind in zip(*found, strict=True))
         own = torch.cat([own[:1] + n * h * w, means, variances])
-    everyone = own.new_empty((dist.get_world_size(group), own.numel()))
-    dist.all_gather(list(everyone), own, group=group)
+    everyone = own.new_zeros((dist.get_world_size(group), own.numel()))
+    everyone[dist.get_rank(group)] = own
+    dist.all_reduce(everyone, group=group)
 
     counts, means, variances = everyone.split([1, sum(sizes), sum(sizes)], dim=1)
     count = counts.sum()

@@ -28,6 +28,19 @@ from pixnorm.training.recipes import Recipe
 Losses = dict[str, Tensor]  # "loss", of which the gradient is taken, and its parts, for the log
 
 
+class Critic(nn.Module):
+    """A discriminator's two calls in a step of its own, as one: one forward pass for DistributedDataParallel, and one
+    graph for ``torch.compile``, in which the vectors of spectral norm move twice."""
+
+    def __init__(self, discriminator: nn.Module):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores of real and of generated images, each with its classes."""
+        return self.discriminator(*real), self.discriminator(*fake)
+
+
 class System:
     """Generator and discriminator of a recipe.
 
@@ -56,6 +69,10 @@ class System:
     def build(self) -> tuple[nn.Module, nn.Module]:
         raise NotImplementedError
 
+    def critic(self) -> nn.Module:
+        """What ``discriminator_loss`` calls."""
+        return Critic(self.discriminator)
+
     def conditions(self, real: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Of real images: their classes, or label maps."""
         raise NotImplementedError
@@ -64,11 +81,11 @@ class System:
         """The arguments of the generator for n images."""
         raise NotImplementedError
 
-    def discriminator_loss(self, generator, discriminator, real: Sequence[Tensor]) -> Losses:
+    def discriminator_loss(self, generator, critic, real: Sequence[Tensor]) -> Losses:
         """Of a step of the discriminator.
 
         Args:
-            generator, discriminator: the modules to call.
+            generator, critic: the modules to call.
             real: images (N, 3, R, R) in [-1, 1], and what the data has beside them.
         """
         raise NotImplementedError
@@ -103,18 +120,18 @@ class FromLatents(System):
             conditions = (torch.randint(self.num_classes, (n,), **where),)
         return z, *conditions
 
-    def discriminator_loss(self, generator, discriminator, real):
+    def discriminator_loss(self, generator, critic, real):
         images, of_real = real[0], self.conditions(real)
         with torch.no_grad():
             z, *of_fake = self.inputs((), images.shape[0], images)
             fake = generator(z, *of_fake)
         if self.recipe.r1:
             images = images.detach().requires_grad_()
-        scores = wide(discriminator(images, *of_real))
-        loss = adversarial = self.loss.discriminator(scores, wide(discriminator(fake, *of_fake)))
+        scores, of_generated = critic((images, *of_real), (fake, *of_fake))
+        loss = adversarial = self.loss.discriminator(wide(scores), wide(of_generated))
         parts = {"adversarial": adversarial}
         if self.recipe.r1:
-            parts["gradient_penalty"] = gradient_penalty(scores, images)
+            parts["gradient_penalty"] = gradient_penalty(wide(scores), images)
             loss = adversarial + self.recipe.r1 * parts["gradient_penalty"]
         return {"loss": loss, **parts}
 
@@ -214,6 +231,9 @@ class SPADE(System):
         channels_d = 64 if recipe.channels_d is None else recipe.channels_d
         return EncodedSPADE(generator, encoder), SPADEDiscriminator(labels, channels_d, impl=self.impl)
 
+    def critic(self):
+        return self.discriminator  # which gets real and generated images in one call
+
     def conditions(self, real):
         return (real[1].long(),)
 
@@ -223,10 +243,10 @@ class SPADE(System):
         both = discriminator(torch.cat([fake, real[0].to(fake.dtype)]), torch.cat([segmap, segmap]))
         return [[f[:n] for f in scale] for scale in both], [[f[n:] for f in scale] for scale in both]
 
-    def discriminator_loss(self, generator, discriminator, real):
+    def discriminator_loss(self, generator, critic, real):
         with torch.no_grad():
             fake, _, _ = generator(*self.conditions(real), real[0])
-        of_fake, of_real = self.features(discriminator, fake, real)
+        of_fake, of_real = self.features(critic, fake, real)
         scales = list(zip(of_real, of_fake, strict=True))
         loss = sum(self.loss.discriminator(wide(a[-1]), wide(b[-1])) for a, b in scales) / len(scales)
         return {"loss": loss, "adversarial": loss}

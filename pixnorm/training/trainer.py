@@ -77,15 +77,19 @@ class Trainer:
         return network.to(self.device, self.dtype).to(memory_format=self.format)
 
     def _wrap(self) -> None:
-        """The modules that are called in the steps of each network, where gradients are averaged over processes."""
-        self.wrapped_g, self.wrapped_d = self.generator, self.discriminator
+        """The modules that are called in steps: of each network its own, where gradients are averaged over processes,
+        and of the other one the network as it is."""
+        self.system.generator, self.system.discriminator = self.generator, self.discriminator
+        wrapped = [self.generator, self.system.critic()]
+        self.called_g, self.called_d = self.generator, self.discriminator
         if self.settings.compile:
-            self.generator.compile(dynamic=False)
+            wrapped[0] = self.called_g = torch.compile(self.generator, dynamic=False)
             if self.system.compiles:  # else its loss is differentiated twice, which a compiled graph cannot be
-                self.discriminator.compile(dynamic=False)
+                wrapped[1] = torch.compile(wrapped[1], dynamic=False)
+                self.called_d = torch.compile(self.discriminator, dynamic=False)
         if self.processes.world > 1:
-            self.wrapped_g = DistributedDataParallel(self.generator)
-            self.wrapped_d = DistributedDataParallel(self.discriminator)
+            wrapped = [DistributedDataParallel(module) for module in wrapped]
+        self.wrapped_g, self.critic = wrapped
 
     def _batches(self) -> Iterator[Sequence[Tensor]]:
         recipe, settings, of = self.recipe, self.settings, self.processes
@@ -152,7 +156,7 @@ class Trainer:
         found: dict[str, Tensor] = {}
         for _ in range(recipe.d_steps):
             real = self._placed_images(next(self.batches))
-            losses = self._descend(self.optimizer_d, self.wrapped_d, real, self._discriminator_loss)
+            losses = self._descend(self.optimizer_d, self.critic, real, self._discriminator_loss)
             found = {f"{name}_d": value for name, value in losses.items()}
         self.discriminator.requires_grad_(False)
         losses = self._descend(self.optimizer_g, self.wrapped_g, real, self._generator_loss)
@@ -164,11 +168,11 @@ class Trainer:
         return found
 
     def _discriminator_loss(self, real: Sequence[Tensor]) -> Losses:
-        return self.system.discriminator_loss(self.generator, self.wrapped_d, real)
+        return self.system.discriminator_loss(self.called_g, self.critic, real)
 
     def _generator_loss(self, real: Sequence[Tensor]) -> Losses:
         n = self.recipe.batch_g // (self.processes.world * self.settings.accumulate)
-        return self.system.generator_loss(self.wrapped_g, self.discriminator, real, n)
+        return self.system.generator_loss(self.wrapped_g, self.called_d, real, n)
 
     def _descend(self, optimizer: torch.optim.Optimizer, wrapped: nn.Module, real: Sequence[Tensor], loss_of) -> Losses:
         """One step of an optimiser, on the mean of the losses of the parts of a batch."""
