@@ -100,7 +100,7 @@ ERRORS = {
     "cifar-spn --data digits --batch-d 6 --accumulate 4": r"batch_d must be a multiple of 4 .* got 6",
     "cifar-spn --data digits --dtype float16": "dtype must be one of float32, float64",
     "cifar-spn --data digits --device nonsense": "device 'nonsense' cannot be used",
-    "cifar-spn --data digits --lr-g -1": "lr_g must not be negative, got -1",
+    "cifar-spn --data digits --lr-g -1": "lr_g must be finite and not negative, got -1",
     "cifar-spn --data {plain} --score-every 1": "classifier is trained on labels",
     "cifar-spn --data digits --score-every 1 --score-network inception": "FID needs a file of InceptionV3's weights",
     "faces-spade --data {plain} --vgg 0": "spade needs label maps",

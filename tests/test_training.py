@@ -314,6 +314,7 @@ def test_learning_rates_fall_as_in_the_papers():
     assert [cifar.lr_g * cifar.rate_factor(t) for t in (0, 25_000, 50_000)] == [2e-4, 1e-4, 0]
     assert [lsun.lr_g * lsun.rate_factor(t) for t in (0, 250_000, 275_000)] == [1e-4, 1e-4, 5e-5]
     assert replace(cifar, decay_steps=0).rate_factor(49_999) == 1
+    assert [replace(cifar, steps=400).rate_factor(t) for t in (0, 100, 400)] == [1, 0.75, 0]  # not 400/50000 at first
     assert (cifar.batch_d, cifar.batch_g, cifar.d_steps) == (64, 128, 5)
     assert (lsun.lr_d, lsun.batch_g, lsun.d_steps) == (4e-4, 32, 1)
 
@@ -328,7 +329,14 @@ def test_the_rates_reach_the_optimisers(digits, tmp_path):
 
 
 def test_impossible_values_of_a_recipe():
-    for field, value in (("loss", "l1"), ("steps", 0), ("lr_g", -1.0), ("beta1", 1.0), ("r1", float("nan"))):
+    for field, value in (
+        ("loss", "l1"),
+        ("steps", 0),
+        ("lr_g", -1.0),
+        ("beta1", 1.0),
+        ("r1", float("nan")),
+        ("lr_d", float("inf")),
+    ):
         with pytest.raises(ValueError, match=field):
             replace(TINY, **{field: value})
     assert dataclasses.asdict(TINY)["loss"] == "hinge"

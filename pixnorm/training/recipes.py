@@ -3,6 +3,7 @@
 Every value can be overridden: on the command line, or by ``dataclasses.replace``.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +22,7 @@ class Recipe:
         family: of networks.
         resolution: of the images.
         conditional: whether generator and discriminator get the images' classes.
-        norm: of an SNGAN's generator, see :class:`pixnorm.networks.Generator`.
+        norm: of an SNGAN's generator, see pixnorm.networks.Generator.
         conv: of an SNGAN's generator: conv or gconv.
         channels_g: of the widest layer of the generator; with SPADE of its last. None: the paper's.
         channels_d: of the widest layer of the discriminator; with SPADE of its first. None: the paper's.
@@ -42,7 +43,8 @@ class Recipe:
         batch_d: real images, and as many generated ones, of a step of the discriminator.
         batch_g: images of a step of the generator.
         steps: of the generator.
-        decay_steps: the rates fall linearly to 0 over the last so many steps; 0: they stay.
+        decay_steps: the rates fall linearly to 0 over the last so many steps, or over all if those are fewer; 0: they
+            stay.
         ema: the weight of the past in the averaged generator at each step; 0: there is none.
         label_channels: of label maps (SPADE); 0: as in the data.
     """
@@ -83,16 +85,29 @@ class Recipe:
         for name in ("resolution", "latent_dim", "d_steps", "batch_d", "batch_g", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("r1", "feature_matching", "vgg", "kl", "lr_g", "lr_d", "decay_steps", "label_channels"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in (
+            "r1",
+            "feature_matching",
+            "vgg",
+            "kl",
+            "lr_g",
+            "lr_d",
+            "adam_eps",
+            "decay_steps",
+            "label_channels",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     def rate_factor(self, step: int) -> float:
-        """What the learning rates are multiplied with in step 0, 1, ...: min(1, (steps - step) / decay_steps)."""
-        return min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0
+        """What the learning rates are multiplied with in step 0, 1, ...: min(1, (steps - step) / decay_steps).
+
+        A run of fewer than ``decay_steps`` decays over all of it, from the whole rate.
+        """
+        return min(1.0, (self.steps - step) / min(self.decay_steps, self.steps)) if self.decay_steps else 1.0
 
 
 def _one_of(name: str, value: str, allowed) -> None:
