@@ -137,6 +137,24 @@ _GCONV = replace(
     bias=False,
 )
 
+_STYLEGAN = Recipe(
+    "arXiv 1812.04948 and its code: FFHQ, 1024 pixels, logistic loss with R1, 25 million images; without growing",
+    family="stylegan",
+    resolution=1024,
+    latent_dim=512,
+    loss="logistic",
+    r1=10.0,
+    lr_g=3e-3,
+    lr_d=3e-3,
+    beta2=0.99,
+    d_steps=1,
+    batch_d=32,
+    batch_g=32,
+    steps=781_250,
+    decay_steps=0,
+    ema=0.5 ** (32 / 10_000),
+)
+
 RECIPES: dict[str, Recipe] = {
     "cifar-spn": _CIFAR,
     "cifar-cspn": replace(
@@ -189,39 +207,13 @@ RECIPES: dict[str, Recipe] = {
         decay_steps=0,
         label_channels=19,
     ),
-    "ffhq-stylegan": Recipe(
-        "arXiv 1812.04948 and its code: FFHQ, 1024 pixels, logistic loss with R1, 25 million images; without growing",
-        family="stylegan",
-        resolution=1024,
-        latent_dim=512,
-        loss="logistic",
-        r1=10.0,
-        lr_g=3e-3,
-        lr_d=3e-3,
-        beta2=0.99,
-        d_steps=1,
-        batch_d=32,
-        batch_g=32,
-        steps=781_250,
-        decay_steps=0,
-        ema=0.5 ** (32 / 10_000),
-    ),
-    "ffhq-stylegan2": Recipe(
-        "arXiv 1912.04958 and its code: FFHQ, 1024 pixels, configuration F without path length regularisation, R1 in "
-        "every step",
+    "ffhq-stylegan": _STYLEGAN,
+    "ffhq-stylegan2": replace(
+        _STYLEGAN,
+        paper="arXiv 1912.04958 and its code: FFHQ, 1024 pixels, configuration F without path length regularisation, "
+        "R1 in every step",
         family="stylegan2",
-        resolution=1024,
-        latent_dim=512,
-        loss="logistic",
-        r1=10.0,
         lr_g=2e-3,
         lr_d=2e-3,
-        beta2=0.99,
-        d_steps=1,
-        batch_d=32,
-        batch_g=32,
-        steps=781_250,
-        decay_steps=0,
-        ema=0.5 ** (32 / 10_000),
     ),
 }
