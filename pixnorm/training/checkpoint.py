@@ -50,8 +50,10 @@ def save(path: Path, contents: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of write, which does not know of names
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
