@@ -191,7 +191,7 @@ def test_an_interrupted_write_leaves_the_older_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space.*step-00000001.pt"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space.*step-00000001\.pt"):
         patch.setattr(torch, "save", fails)
         checkpoint.save(path, {"a": 2})
     assert torch.load(path, weights_only=True) == {"a": 1}

@@ -99,7 +99,7 @@ class System:
         raise NotImplementedError
 
     def generator_loss(self, generator, discriminator, real: Sequence[Tensor], n: int) -> Losses:
-        """Of a step of the generator, for n images."""
+        """Of a step of the generator, for n of the batch's images; the mean over such parts is the batch's."""
         raise NotImplementedError
 
     def sample(
@@ -275,7 +275,8 @@ class SPADE(System):
             parts["vgg"] = self.perceptual(fake, real[0])
             loss = loss + recipe.vgg * parts["vgg"]
         if mu is not None:
-            parts["kl"] = kl_divergence(wide(mu), wide(logvar))
+            share = recipe.batch_g / n  # a sum over the batch: the mean over parts and processes follows
+            parts["kl"] = kl_divergence(wide(mu), wide(logvar)) * share
             loss = loss + recipe.kl * parts["kl"]
         return {"loss": loss, **parts}
 
