@@ -109,6 +109,18 @@ def test_the_newest_checkpoints_stay(digits, tmp_path):
     assert checkpoint.steps_in(tmp_path) == [3, 4]
 
 
+def test_a_run_can_be_made_longer_if_its_steps_so_far_stay_the_same(digits, tmp_path):
+    whole, longer, decayed = tmp_path / "whole", tmp_path / "longer", tmp_path / "decayed"
+    trainer(TINY, digits, whole).train()
+    trainer(replace(TINY, steps=2, paper="before"), digits, longer).train()
+    trainer(TINY, digits, longer, resume=True).train()
+    one, two = (checkpoint.load(checkpoint.path_of(folder, 4))["generator"] for folder in (whole, longer))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    trainer(replace(TINY, steps=2, decay_steps=2), digits, decayed).train()
+    with pytest.raises(UsageError, match=r"of another run: decay_steps \(2, now 0\), steps \(2, now 4\)"):
+        trainer(TINY, digits, decayed, resume=True)
+
+
 # --- errors
 
 

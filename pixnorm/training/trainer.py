@@ -279,7 +279,12 @@ class Trainer:
         contents = checkpoint.load(newest, self.device)
         then, now = contents["run"], self._run()
         others = {*BITS, "world"}
-        recipes = checkpoint.differences(asdict(checkpoint.recipe_of(contents)), asdict(self.recipe))
+        of_then, last = checkpoint.recipe_of(contents), contents["step"] - 1
+        free = {"paper"}  # which only describes it
+        if of_then.rate_factor(last) == self.recipe.rate_factor(last) == 1.0:  # no step so far would have been another
+            free |= {"steps", "decay_steps"}
+        kept = {name: value for name, value in asdict(of_then).items() if name not in free}
+        recipes = checkpoint.differences(kept, asdict(self.recipe))
         essential = recipes + [
             text
             for name in now.keys() - others
