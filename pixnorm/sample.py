@@ -60,9 +60,13 @@ def _main(arguments: Sequence[str] | None) -> None:
         device: str = "auto"
 
     options = tyro.cli(Options, prog="pixnorm-sample", args=arguments)
-    for name in ("samples", "batch"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be positive, got {getattr(options, name)}")
+    for name in ("samples", "batch", "columns"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be positive, got {value}")
+    kinds = {"", ".npz", *extra("PIL.Image").registered_extensions()}
+    if options.out.suffix.lower() not in kinds and not options.out.is_dir():
+        raise UsageError(f"--out {options.out} is no kind of image; .png, .npz, or a folder, without a suffix")
     try:
         device = processes.start(options.device).device
     except ValueError as error:
@@ -105,9 +109,9 @@ def _conditions(sampler: Sampler, options) -> list[Tensor]:
 def write(out: Path, images: Tensor, columns: int | None = None) -> None:
     """Write uint8 (N, 3, R, R) as the name says: one grid, an .npz file, or a folder."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npz":
+    if out.suffix == ".npz" and not out.is_dir():
         extra("numpy").savez_compressed(out, images=images.permute(0, 2, 3, 1).cpu().numpy())
-    elif out.suffix:
+    elif out.suffix and not out.is_dir():
         save_image(out, grid(images, columns))
     else:
         digits = len(str(len(images) - 1))

@@ -21,7 +21,7 @@ from pixnorm.training.cli import UsageError, extra, run
 from pixnorm.training.data import LABEL_NAMES, ImageDataset, load_dataset, matching_files
 from pixnorm.training.features import check_features, default_cache, feature_network
 from pixnorm.training.files import VOID, image_files, read_map
-from pixnorm.training.metrics import MeanIoU, real_statistics, score
+from pixnorm.training.metrics import MeanIoU, check_count, real_statistics, score
 from pixnorm.training.processes import Processes
 from pixnorm.training.sampling import Sampler, load_sampler
 
@@ -158,9 +158,7 @@ def score_images(options: Options, joined: Processes) -> dict[str, float | int |
     if data.label_channels > made.label_channels > 0:
         raise UsageError(f"{data.name} has {data.label_channels} labels, the generator {made.label_channels}")
     reals = min(count, len(data))
-    least = max(options.neighbours + 1, 10 if options.network == "inception" else 2)  # 10: parts of the inception score
-    if reals < least:
-        raise UsageError(f"scores need {least} images or more, got {count} generated and {len(data)} real ones")
+    check_count(options.network, count, len(data), options.neighbours)
     if joined.first:
         _say_if_fewer(options.samples, count, reals)
 

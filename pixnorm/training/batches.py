@@ -5,8 +5,9 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from pixnorm.training.cli import UsageError
 from pixnorm.training.seeds import seed_of
 
 
@@ -45,13 +46,39 @@ class Batches(Sampler[list[int]]):
         return int(self._epochs[epoch][offset])
 
 
-def loader(data: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader[Any]:
-    """Batches of the data; what the workers do does not depend on PyTorch's global generator."""
-    return DataLoader(
-        data,
+class _Tried(Dataset[Any]):
+    """Data with a UsageError in the place of what cannot be read: raised in a worker, it would lose its one line."""
+
+    def __init__(self, data: Dataset[Any]):
+        self.data = data
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.data[index]
+        except UsageError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, UsageError)), None) or default_collate(items)
+
+
+def loaded(data: Dataset[Any], batches: Batches, workers: int, device: torch.device) -> Iterator[Any]:
+    """Batches of the data; what the workers do does not depend on PyTorch's global generator.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    loader = DataLoader(
+        _Tried(data),
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=_collated,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(batches.seed),
     )
+    for batch in loader:
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch

@@ -5,15 +5,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from pixnorm.training.cli import UsageError
 from pixnorm.training.recipes import Recipe
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 FORMAT = 1  # of the file's contents
-_NAME = re.compile(r"step-(\d+)\.pt")
+_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -45,8 +50,10 @@ def save(path: Path, contents: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of write, which does not know of names
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -61,6 +68,29 @@ def prune(folder: Path, keep: int) -> None:
         path_of(folder, step).unlink(missing_ok=True)
     for partial in folder.glob(".step-*.pt.*"):
         partial.unlink(missing_ok=True)
+
+
+def claim(folder: Path) -> IO[bytes]:
+    """A lock on the folder, for as long as the file that this returns is open and the process lives.
+
+    Two runs in one folder would remove each other's checkpoints and mix their logs.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not flock: workers, which outlive a killed run, inherit it
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UsageError(f"another process is training in {folder}") from None
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

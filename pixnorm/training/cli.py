@@ -34,12 +34,20 @@ def extra(module: str, name: str = "train") -> ModuleType:
 
 
 def run(main: Callable[..., Result], *arguments: object) -> Result:
-    """Call ``main(*arguments)``. A UsageError becomes one line on stderr and exit status 2."""
+    """Call ``main(*arguments)``. One line on stderr is left of a UsageError, of a file or a disk that fails (exit
+    status 2), and of Ctrl-C (130)."""
     try:
         return main(*arguments)
     except UsageError as error:
-        module = main.__module__
-        if module == "__main__" and sys.modules[module].__spec__ is not None:  # python -m
-            module = sys.modules[module].__spec__.name
-        print(f"{module.replace('.', '-')}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message, status = str(error), 2
+    except OSError as error:
+        if error.strerror is None:  # not of the operating system
+            raise
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    module = main.__module__
+    if module == "__main__" and sys.modules[module].__spec__ is not None:  # python -m
+        module = sys.modules[module].__spec__.name
+    print(f"{module.replace('.', '-')}: {message}", file=sys.stderr)
+    raise SystemExit(status)

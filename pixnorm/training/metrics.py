@@ -313,6 +313,17 @@ def real_statistics(
     return _statistics(batches, network, prdc_samples, _seed(seed, processes, made=False), processes)
 
 
+def check_count(network: str, generated: int, real: int, neighbours: int = 5) -> None:
+    """Whether there are images enough for all scores.
+
+    Raises:
+        UsageError: there are not.
+    """
+    least = max(neighbours + 1, 10 if network == "inception" else 2)  # 10: parts of the inception score
+    if min(generated, real) < least:
+        raise UsageError(f"scores need {least} images or more, got {generated} generated and {real} real ones")
+
+
 def score(
     fake: Iterable[Tensor],
     real: Iterable[Tensor] | RealStatistics,

@@ -33,7 +33,7 @@ class Recipe:
         r1: weight of the gradient penalty of real images, γ; the loss has γ/2 |∇D|².
         feature_matching: weight of the differences of the discriminator's features (SPADE).
         vgg: weight of the differences of VGG's features (SPADE); needs --vgg-weights.
-        kl: weight of the encoder's divergence (SPADE).
+        kl: weight of the encoder's divergence, a sum over the batch (SPADE).
         lr_g: Adam's rate for the generator.
         lr_d: Adam's rate for the discriminator.
         beta1: of Adam.

@@ -83,7 +83,7 @@ def load_sampler(
         psi: of StyleGAN's truncation; scores are of 1.
 
     Raises:
-        UsageError: there is no checkpoint.
+        UsageError: there is no checkpoint, or no such impl.
     """
     path = Path(path)
     if path.is_dir():
@@ -93,7 +93,10 @@ def load_sampler(
         path = found
     contents = checkpoint.load(path)
     recipe, run = checkpoint.recipe_of(contents), contents["run"]
-    system = build_system(recipe, run["num_classes"], run["label_channels"], impl)
+    try:
+        system = build_system(recipe, run["num_classes"], run["label_channels"], impl)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if use_ema and contents["average"] is not None:
         weights = {
             name.removeprefix("module."): value

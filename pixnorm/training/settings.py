@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from pixnorm.ops._dispatch import triton_obstacle
 from pixnorm.training.cli import UsageError
 from pixnorm.training.data import ImageDataset
 from pixnorm.training.features import check_features
+from pixnorm.training.metrics import check_count
 from pixnorm.training.processes import Processes
 from pixnorm.training.recipes import Recipe
 
@@ -67,6 +69,10 @@ class Settings:
 
 # Of the settings, those without which a resumed run gives other bits; with others it goes on, and says so.
 BITS = ("impl", "dtype", "amp", "compile", "channels_last", "accumulate", "sync_statistics")
+LEAST = {
+    **{name: 1 for name in ("accumulate", "checkpoint_every", "log_every")},
+    **{name: 0 for name in ("workers", "keep", "sample_every", "score_every")},
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -74,9 +80,16 @@ def check(recipe: Recipe, data: ImageDataset, settings: Settings, processes: Pro
     """Raise a UsageError if a run is impossible, before any work."""
     if settings.dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
-    for name in ("accumulate", "checkpoint_every", "log_every"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{name} must be positive, got {getattr(settings, name)}")
+    for name, least in LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    if settings.impl == "triton" and (obstacle := triton_obstacle(processes.device.type, processes.device.index)):
+        raise UsageError(f"impl 'triton' cannot run: {obstacle}")
+    if not -(2**63) <= settings.seed < 2**64:
+        raise UsageError(f"seed must have at most 64 bits, got {settings.seed}")
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UsageError(f"{settings.out} is not a folder")
     if len(data) == 0:
         raise UsageError(f"there are no images in {data.name}")
     if data.resolution != recipe.resolution:
@@ -94,6 +107,7 @@ def check(recipe: Recipe, data: ImageDataset, settings: Settings, processes: Pro
         )
     if settings.score_every:
         check_features(settings.score_network, data, weights=settings.inception_weights)
+        check_count(settings.score_network, settings.score_samples, len(data))
     parts = processes.world * settings.accumulate
     for name in ("batch_d", "batch_g"):
         if getattr(recipe, name) % parts:

@@ -51,6 +51,7 @@ class System:
         impl: of our layers.
 
     Attributes:
+        without: what its loss has not, of the recipe's weights.
         generator, discriminator: in training mode, in float32, on the CPU.
         compiles: whether ``torch.compile`` can differentiate the discriminator's loss: not twice.
 
@@ -58,10 +59,17 @@ class System:
         ValueError: the networks do not have the recipe's resolution, norm, number of channels, ...
     """
 
+    without: tuple[str, ...] = ()
+
     def __init__(self, recipe: Recipe, num_classes: int = 0, label_channels: int = 0, impl: str = "auto"):
         self.recipe, self.impl = recipe, impl
         self.num_classes = num_classes if recipe.conditional else 0
         self.label_channels = recipe.label_channels or label_channels
+        for name in self.without:
+            if getattr(recipe, name):
+                raise ValueError(
+                    f"the loss of {recipe.family} has no {name}, and the recipe's is {getattr(recipe, name)}"
+                )
         self.loss = LOSSES[recipe.loss]
         self.compiles = not recipe.r1
         self.generator, self.discriminator = self.build()
@@ -91,7 +99,7 @@ class System:
         raise NotImplementedError
 
     def generator_loss(self, generator, discriminator, real: Sequence[Tensor], n: int) -> Losses:
-        """Of a step of the generator, for n images."""
+        """Of a step of the generator, for n of the batch's images; the mean over such parts is the batch's."""
         raise NotImplementedError
 
     def sample(
@@ -109,6 +117,8 @@ class System:
 
 class FromLatents(System):
     """Images are made of latent vectors, and of classes: SNGAN, StyleGAN."""
+
+    without = ("feature_matching", "vgg", "kl")
 
     def conditions(self, real):
         return (real[1],) if self.num_classes else ()
@@ -210,6 +220,7 @@ class SPADE(System):
         perceptual: (fake, real) -> the differences of VGG's features; set by the trainer.
     """
 
+    without = ("r1",)
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, recipe: Recipe, *args, **kwargs):
@@ -264,7 +275,8 @@ class SPADE(System):
             parts["vgg"] = self.perceptual(fake, real[0])
             loss = loss + recipe.vgg * parts["vgg"]
         if mu is not None:
-            parts["kl"] = kl_divergence(wide(mu), wide(logvar))
+            share = recipe.batch_g / n  # a sum over the batch: the mean over parts and processes follows
+            parts["kl"] = kl_divergence(wide(mu), wide(logvar)) * share
             loss = loss + recipe.kl * parts["kl"]
         return {"loss": loss, **parts}
 

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 import pixnorm
 from pixnorm.training import checkpoint
 from pixnorm.training.averaging import averaged, update_average
-from pixnorm.training.batches import Batches, loader
-from pixnorm.training.cli import UsageError
+from pixnorm.training.batches import Batches, loaded
+from pixnorm.training.cli import UsageError, extra
 from pixnorm.training.data import ImageDataset, scale_images
-from pixnorm.training.logs import Log
+from pixnorm.training.logs import SCORES, Log
 from pixnorm.training.perceptual import VGGLoss
 from pixnorm.training.processes import Processes
 from pixnorm.training.recipes import Recipe
@@ -25,6 +25,18 @@ from pixnorm.training.sampling import Sampler, grid
 from pixnorm.training.seeds import seed_of
 from pixnorm.training.settings import BITS, DTYPES, Settings, check
 from pixnorm.training.systems import Losses, build_system
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's deterministic algorithms; an operation that has none raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 class Trainer:
@@ -98,7 +110,7 @@ class Trainer:
             workers = 0 if self.data.in_memory else min(4, os.cpu_count() or 1)
         start = self.step * recipe.d_steps
         order = Batches(len(self.data), recipe.batch_d, settings.seed, start, of.rank, of.world)
-        return iter(loader(self.data, order, workers, self.device))
+        return loaded(self.data, order, workers, self.device)
 
     # --- steps
 
@@ -108,43 +120,52 @@ class Trainer:
         Raises:
             UsageError: a loss was not finite; the message names the last good checkpoint.
         """
-        settings, of = self.settings, self.processes
-        score = self._scorer()
-        log = Log(settings.out, self.step, settings.tensorboard) if of.first else None
-        bar = self._progress()
+        settings = self.settings
+        with contextlib.ExitStack() as opened:
+            log = None
+            if self.processes.first:
+                opened.enter_context(checkpoint.claim(settings.out))
+                log = opened.enter_context(contextlib.closing(Log(settings.out, self.step, settings.tensorboard)))
+            if settings.deterministic:
+                opened.enter_context(deterministic())
+            score = self._scorer()
+            self._steps(log, score, opened.enter_context(self._progress()))
+
+    def _steps(self, log: Log | None, score: Callable[[], dict[str, float]] | None, bar) -> None:
         sums: dict[str, Tensor] = {}
-        counted, started = 0, time.monotonic()
+        counted, lasted, started = 0, 0.0, time.monotonic()
         while self.step < self.recipe.steps:
             for name, value in self.train_step().items():
                 sums[name] = sums.get(name, 0.0) + value
             counted += 1
-            if self.device.type == "cpu":
-                self.check_finite()
-            done = self.step == self.recipe.steps
-            if self.step % settings.log_every == 0 or done:
+            due = self._due()
+            if due or self.device.type == "cpu":
                 self.check_finite()  # waits for a GPU
-                now = time.monotonic()
-                self.seconds += now - started
+            passed = time.monotonic() - started
+            self.seconds, lasted = self.seconds + passed, lasted + passed
+            if "log" in due:
                 values = self._averaged(sums, counted)
-                values["images_per_second"] = counted * self.recipe.batch_g / max(now - started, 1e-9)
+                values["images_per_second"] = counted * self.recipe.batch_g / max(lasted, 1e-9)
                 if log:
                     log.write(self.step, {**values, "seconds": self.seconds})
                     bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss_d", "loss_g")})
-                sums, counted, started = {}, 0, time.monotonic()
+                sums, counted, lasted = {}, 0, 0.0
             bar.update()
-            waited = time.monotonic()
-            if settings.sample_every and (self.step % settings.sample_every == 0 or done) and log:
+            if "sample" in due and log:
                 log.image(self.step, self._samples())
-            if score and (self.step % settings.score_every == 0 or done):
+            if score and "score" in due:
                 found = score()
                 if log:
-                    log.write(self.step, {**found, "seconds": self.seconds + waited - started}, "scores.jsonl")
-            if self.step % settings.checkpoint_every == 0 or done:
+                    log.write(self.step, {**found, "seconds": self.seconds}, SCORES)
+            if "checkpoint" in due:
                 self.save()
-            started += time.monotonic() - waited  # the time of training alone
-        bar.close()
-        if log:
-            log.close()
+            started = time.monotonic()  # the time of training alone
+
+    def _due(self) -> set[str]:
+        """What comes after this step; after the last one, all that is wanted."""
+        done = self.step == self.recipe.steps
+        wanted = {name: getattr(self.settings, f"{name}_every") for name in ("log", "sample", "score", "checkpoint")}
+        return {name for name, every in wanted.items() if every and (done or self.step % every == 0)}
 
     def train_step(self) -> dict[str, Tensor]:
         """One step of the generator, and before it the discriminator's; returns their losses, as tensors."""
@@ -258,7 +279,12 @@ class Trainer:
         contents = checkpoint.load(newest, self.device)
         then, now = contents["run"], self._run()
         others = {*BITS, "world"}
-        recipes = checkpoint.differences(asdict(checkpoint.recipe_of(contents)), asdict(self.recipe))
+        of_then, last = checkpoint.recipe_of(contents), contents["step"] - 1
+        free = {"paper"}  # which only describes it
+        if of_then.rate_factor(last) == self.recipe.rate_factor(last) == 1.0:  # no step so far would have been another
+            free |= {"steps", "decay_steps"}
+        kept = {name: value for name, value in asdict(of_then).items() if name not in free}
+        recipes = checkpoint.differences(kept, asdict(self.recipe))
         essential = recipes + [
             text
             for name in now.keys() - others
@@ -346,9 +372,7 @@ class Trainer:
         return dict(zip(names, self.processes.sum(values).tolist(), strict=True))
 
     def _progress(self):
-        from tqdm import tqdm
-
-        return tqdm(
+        return extra("tqdm").tqdm(
             total=self.recipe.steps,
             initial=self.step,
             unit="step",
