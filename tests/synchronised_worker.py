@@ -9,7 +9,10 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from itertools import accumulate, chain, pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,6 +29,8 @@ CLASSES, LATENT, LABELS, CHANNELS = 3, 4, 5, 4
 BATCH = 4
 # Samples of each process, by the number of processes; the last process of three has none.
 PARTS = {2: (1, 3), 3: (3, 1, 0)}
+
+PARTS_OF_SOME = (0, 1, 3)
 
 
 class Network(nn.Module):
@@ -167,23 +172,25 @@ def counted():
             setattr(dist, name, original)
 
 
-def step(model: nn.Module, inputs: dict[str, Tensor], penalties: int = 0, call=None) -> dict:
+def step(model: nn.Module, inputs: dict[str, Tensor], penalties: int = 0, call=None, run=None) -> dict:
     """A training step on some samples: outputs, gradients, buffers, and how often processes talked.
 
     Args:
         penalties: 1 adds a penalty of the gradient of x to the loss, 2 another one of the gradient of that sum.
         call: the model in another form.
+        run: calls what differentiates.
     """
     inputs = dict(inputs)
     x, weight = inputs.pop("x").clone().requires_grad_(), inputs.pop("weight")
+    run = run or (lambda function: function())
     with counted() as calls:
         y = (model if call is None else call)(x, **inputs)
         forward = len(calls)
         loss = (y * weight).sum()
         for _ in range(penalties):
-            (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+            (of_x,) = run(partial(torch.autograd.grad, loss, x, create_graph=True))
             loss = loss + (of_x.square() * weight).sum()
-        loss.backward()
+        run(loss.backward)
     return {
         "samples": {"y": y.detach(), "x": x.grad, **({"penalised": of_x.detach()} if penalties else {})},
         "sums": {name: p.grad for name, p in model.named_parameters()},
@@ -268,6 +275,14 @@ def run_layers(rank: int, parts: tuple[int, ...]) -> dict[str, dict]:
             synchronised = pixnorm.convert_sync(layer()).model
             results[f"{layer.__name__}, {kind}"] = layer_step(synchronised, kind, samples)
 
+    some = dist.new_group([1, 2])  # whose ranks are others than the processes'
+    if rank > 0:
+        for name in ("bn", "gate"):
+            model = CASES[name].network("auto")
+            pixnorm.convert_sync(model, some)
+            mine = {key: value[samples_of(rank, PARTS_OF_SOME)] for key, value in CASES[name].inputs().items()}
+            results[f"{name}, some processes"] = step(model, mine, penalties=1)
+
     alone = [dist.new_group([other]) for other in range(len(parts))]
     group = alone[rank]
     others = [other for other in alone if other is not group]
@@ -288,6 +303,37 @@ def run_layers(rank: int, parts: tuple[int, ...]) -> dict[str, dict]:
     with torch.no_grad(), counted() as calls:
         loaded(mine["x"]), model.eval()(mine["x"]), copied.eval()(mine["x"])
     assert not calls
+    return results
+
+
+def ordered_network(norm: Callable[..., nn.Module]) -> nn.Module:
+    """Ends with a norm, whose backward does not wait for the gradient's graph."""
+    torch.manual_seed(0)
+    sizes = 2, CHANNELS, CHANNELS, CHANNELS
+    blocks = [[nn.Conv2d(a, b, 3, padding=1, bias=False), norm(), nn.Tanh()] for a, b in pairwise(sizes)]
+    return nn.Sequential(*chain.from_iterable(blocks))[:-1].double()
+
+
+def differentiate_often() -> None:
+    """As a process does that alone draws samples."""
+    x = torch.ones((), requires_grad=True)
+    for _ in range(5000):
+        x * x
+
+
+def run_order(rank: int, parts: tuple[int, ...]) -> dict[str, dict]:
+    """Backward in a thread of its own, as on GPUs, in processes that have differentiated other things before."""
+    results = {}
+    with ThreadPoolExecutor(1) as thread:
+        if rank == 0:
+            differentiate_often()
+        else:
+            thread.submit(differentiate_often).result()
+        for norm in (bn, spn, gate):
+            model = pixnorm.convert_sync(ordered_network(norm)).model
+            results[norm.__name__] = step(
+                model, mixed_inputs(samples_of(rank, parts)), 1, run=lambda f: thread.submit(f).result()
+            )
     return results
 
 
@@ -351,7 +397,7 @@ def run_compiled(rank: int, parts: tuple[int, ...]) -> dict:
 
 def main(folder: str, wanted: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, parts = dist.get_rank(), PARTS[dist.get_world_size()]
     try:
         found = {part: globals()[f"run_{part}"](rank, parts) for part in wanted.split(",")}

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-PARTS = {2: "cases,compiled", 3: "cases,layers,errors,generators"}
+PARTS = {2: "cases,compiled,order", 3: "cases,layers,errors,generators"}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,25 @@ def test_compiled(found):
     check_buffers(ranks, one, 1e-12)
     assert {rank["collectives"] for rank in ranks} == {(3, 3)}
     assert all("torch.export is active; use eval mode" in rank["export"] for rank in ranks)
+
+
+@pytest.mark.parametrize("norm", [worker.bn, worker.spn, worker.gate])
+def test_order_does_not_depend_on_what_was_differentiated_before(norm, found):
+    """Exchanges of one backward pass that do not wait for each other."""
+    ranks = [rank["order"][norm.__name__] for rank in found[2]]
+    one = worker.step(worker.ordered_network(norm), worker.mixed_inputs(), 1)
+    for error in (errors := errors_of(together(ranks), together([one]))).values():
+        assert error < 1e-12, errors
+
+
+@pytest.mark.parametrize("name", ["bn", "gate"])
+def test_some_processes(name, found):
+    case = worker.CASES[name]
+    ranks = [rank["layers"][f"{name}, some processes"] for rank in found[3][1:]]
+    one = worker.step(case.network("auto"), case.inputs(), penalties=1)
+    for error in (errors := errors_of(together(ranks), together([one]))).values():
+        assert error < 1e-12, errors
+    check_buffers(ranks, one, 1e-12)
 
 
 @pytest.mark.parametrize("norm", worker.GENERATORS)

@@ -58,6 +58,7 @@ from pixnorm.ops.synchronised import (
     exchange,
     exchange_gradients,
     group_of,
+    in_turn,
     move_running,
     statistics_of_all,
 )
@@ -393,7 +394,9 @@ def _synchronised_gate(
         return _synchronised_reference(group, eps, x, *parameters)
     arguments = chosen, group, True, eps, (None, None), x, *parameters
     if _needs_gradient(x, *parameters):
-        return SpatialGateFunction.apply(*arguments)
+        y, *used = SpatialGateFunction.apply(*arguments)
+        in_turn(y, group)
+        return y, *used
     y, *_, mean, var, count = spatial_gate_forward(*arguments)
     return y, mean, var, count
 

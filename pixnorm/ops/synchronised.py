@@ -12,9 +12,11 @@ gradients of gradients are those of one process that has the whole batch.
 
 Every process of the group must run the same forward and the same backward passes, in the same order, also with a local
 batch that is smaller, or empty; an error in one process (wrong input, say) leaves the others waiting, as with any
-collective.
+collective. ``in_turn`` gives the exchanges of a backward pass one order in all processes.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,6 +49,31 @@ def group_of(process_group: "dist.ProcessGroup | None", training: bool) -> "dist
     return process_group
 
 
+_TURNS = 1024  # more than a graph has exchanges
+_thread = threading.local()
+_exchanges: Counter[str] = Counter()  # so far, in each group: the same number in all its processes
+
+
+def in_turn(output: Tensor, group: "dist.ProcessGroup") -> None:
+    """Put the exchange in the backward of ``output.grad_fn`` at its place in an order that all processes have.
+
+    Of several nodes that are ready autograd runs the one with the highest number: that of its creation, in its thread.
+    Backward passes on GPUs run in a thread of their own, so nodes of a gradient's graph are numbered apart from those
+    of the forward pass, and which come first depends on what this process has differentiated before, such as the
+    samples that only one process draws. Exchanges therefore are numbered by themselves, lower than what a thread
+    creates after its first one: they run once nothing else can, the last first.
+    """
+    if not hasattr(_thread, "counted"):
+        _thread.counted = True
+        with torch.enable_grad():
+            one = torch.ones((), requires_grad=True)
+            for _ in range(_TURNS):  # takes the low numbers, in a millisecond
+                one.view_as(one)
+    _exchanges[group.group_name] += 1
+    if output.grad_fn is not None:
+        output.grad_fn._set_sequence_nr(_exchanges[group.group_name] % _TURNS)
+
+
 class AllReduce(torch.autograd.Function):
     """The sum of a tensor over the processes of a group. Its gradient is the sum of their gradients, and so on."""
 
@@ -59,7 +86,14 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return AllReduce.apply(grad, ctx.group), None
+        return all_reduce(grad, ctx.group), None
+
+
+def all_reduce(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """``AllReduce``, in turn."""
+    total = AllReduce.apply(t, group)
+    in_turn(total, group)
+    return total
 
 
 def exchange(tensors: Sequence[Tensor], group: "dist.ProcessGroup", local: Callable = statistics) -> tuple[Tensor, ...]:
@@ -105,7 +139,7 @@ def exchange_gradients(
         norm: as in ``statistics_of_all``.
         needed: which of them; None for the others.
     """
-    total = AllReduce.apply(torch.cat(list(grads)), group) / count
+    total = all_reduce(torch.cat(list(grads)), group) / count
     parts = total.split([len(grad) for grad in grads])
     found = []
     for x, mean, of_mean, of_var, need in zip(tensors, means, parts[::2], parts[1::2], needed, strict=False):
@@ -159,6 +193,7 @@ def statistics_of_all(
         ValueError: on the CPU, in every process: the whole batch has one value per channel.
     """
     count, *found = SynchronisedStatistics.apply(group, norm, *tensors)
+    in_turn(found[0], group)
     count = count * upsample**2
     check_count(count, tensors[0])
     return count, *found
