@@ -239,6 +239,7 @@ def test_modulated_norm_differentiates_given_statistics(kind, impl):
         return pixnorm.functional.modulated_norm(x, *(learnt or (None, None)), mean, var, **options)
 
     inputs = leaf(2, 3, 2, 3), *statistics_of(3), *learnt
+    torch.testing.assert_close(norm(*inputs), norm(*(t.detach() for t in inputs)), rtol=1e-13, atol=1e-13)
     assert torch.autograd.gradcheck(norm, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(norm, inputs, fast_mode=True)
 
@@ -328,3 +329,19 @@ def test_convert_of_another_thing_changes_nothing(lone_process):
     with pytest.raises(TypeError, match="expected a process group"):
         pixnorm.convert_sync(model, "world")
     assert type(model[0]) is nn.BatchNorm2d and model[1].process_group is None
+
+
+@pytest.mark.parametrize("impl", worker.IMPLS)
+@pytest.mark.parametrize("layer", [worker.bn, worker.spn, worker.gate])
+def test_running_statistics_may_change_before_backward(layer, impl):
+    """They are not what is saved, also as the statistics that a Function is given."""
+    layer, x = layer(impl=impl).double().eval(), torch.randn(2, worker.CHANNELS, 3, 4, dtype=torch.float64)
+    gradients = []
+    for change in (0, 1):
+        y = layer(x.requires_grad_())
+        for name, buffer in layer.named_buffers():
+            if name != "num_batches_tracked":
+                buffer.add_(change)
+        gradients.append(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
