@@ -84,7 +84,14 @@ def test_losses_of_spade():
     of_fake, of_real = discriminator(fake, segmap), discriminator(images, segmap)
     scales = len(of_fake)
     assert scales == 2
-    found = system.discriminator_loss(generator, system.critic(), (images, segmap))
+    seen = []
+
+    def critic(x, segmap):
+        seen.append(x)
+        return discriminator(x, segmap)
+
+    found = system.discriminator_loss(generator, critic, (images, segmap))
+    torch.testing.assert_close(seen, [torch.cat([fake, images])])  # of the encoder's latent vectors, in one call
     hinge = [F.relu(1 - a[-1]).mean() + F.relu(1 + b[-1]).mean() for a, b in zip(of_real, of_fake, strict=True)]
     torch.testing.assert_close(found["loss"], sum(hinge) / scales)
     parts = {
