@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixnorm.training import processes
 from pixnorm.training.cli import UsageError, extra, run
-from pixnorm.training.data import LABEL_NAMES, ImageDataset, load_dataset, matching_files
+from pixnorm.training.data import LABEL_NAMES, ImageDataset, LabelMaps, load_dataset, matching_files
 from pixnorm.training.features import check_features, default_cache, feature_network
 from pixnorm.training.files import VOID, image_files, read_map
 from pixnorm.training.metrics import MeanIoU, check_count, real_statistics, score
@@ -175,7 +175,7 @@ def score_images(options: Options, joined: Processes) -> dict[str, float | int |
     sample = {"prdc_samples": options.prdc_samples, "seed": options.seed, "processes": joined}
     real = real_statistics(bar(_batches(data, chosen, options, joined), "real images", reals), network, **sample)
     if isinstance(made, Sampler):
-        segmaps = _Maps(data, chosen) if made.label_channels else None
+        segmaps = LabelMaps(data, chosen) if made.label_channels else None
         fakes = made.batches(count, options.batch, options.seed, maps=segmaps, rank=joined.rank, world=joined.world)
     else:
         fakes = _batches(made, range(count), options, joined)
@@ -192,19 +192,6 @@ def score_images(options: Options, joined: Processes) -> dict[str, float | int |
         "neighbours": options.neighbours,
         "seed": options.seed,
     }
-
-
-class _Maps(Sequence[Tensor]):
-    """The label maps of some images, read when they are asked for."""
-
-    def __init__(self, data: ImageDataset, indices: Sequence[int]):
-        self._data, self._indices = data, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._data[self._indices[index]][1]
 
 
 def _say_if_fewer(samples: int, count: int, reals: int) -> None:

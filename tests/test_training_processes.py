@@ -1,5 +1,6 @@
 """Two processes train as one does on the same images and latent vectors, and stop together."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def data_of(recipe: Recipe) -> ImageDataset:
 
 def trained(recipe: Recipe, of: Processes, out: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The state after a run whose random numbers are those of the whole batch, of which each process has its share."""
-    settings = Settings(out, dtype="float64", sample_every=0, log_every=1, tensorboard=False)
+    scores = {"score_every": 2, "score_network": "random", "score_samples": 6}
+    settings = Settings(out, dtype="float64", sample_every=0, log_every=1, tensorboard=False, **scores)
     trainer = Trainer(recipe, data_of(recipe), settings, of)
     calls = iter(range(1000))
 
@@ -66,7 +68,12 @@ def trained(recipe: Recipe, of: Processes, out: Path) -> dict[str, dict[str, tor
     found = {"generator": trainer.generator, "discriminator": trainer.discriminator}
     if trainer.average is not None:
         found["average"] = trainer.average
-    return {name: network.state_dict() for name, network in found.items()}
+    states = {name: network.state_dict() for name, network in found.items()}
+    if of.first:
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert (out / "scores.jsonl").read_text().startswith('{"step": 2, "FD-random": ')
+        states["log"] = {name: torch.tensor([line[name] for line in lines]).double() for name in ("loss_d", "loss_g")}
+    return states
 
 
 def undithered(images):
@@ -108,10 +115,10 @@ def test_two_processes_train_as_one(name, found, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "scale_images", undithered)
     alone = trained(RECIPES[name], Processes(0, 1, torch.device("cpu")), tmp_path)
     start = build_system(RECIPES[name], 3 * RECIPES[name].conditional, 4).generator.state_dict()
-    assert all(len(of) == len(found[0][name]) for of in (alone, found[1][name]))
+    assert alone.keys() == found[0][name].keys()
     for network, state in alone.items():
         for key, value in state.items():
-            for rank in range(WORLD):
+            for rank in range(WORLD if network != "log" else 1):
                 other = found[rank][name][network][key]
                 torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-9, msg=f"{rank} {network} {key}")
     assert any(not torch.allclose(value, start[key].to(value.dtype)) for key, value in alone["generator"].items())

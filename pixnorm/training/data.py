@@ -126,6 +126,19 @@ class ImageDataset(Dataset[tuple[Tensor, ...]]):
         return parts.hexdigest()
 
 
+class LabelMaps(Sequence[Tensor]):
+    """The label maps of some images, read when they are asked for."""
+
+    def __init__(self, data: ImageDataset, indices: Sequence[int]):
+        self._data, self._indices = data, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._data[self._indices[index]][1]
+
+
 def load_dataset(
     source: str, *, resolution: int | None = None, labels: bool = True, split: str = "train", maps: str | None = None
 ) -> ImageDataset:

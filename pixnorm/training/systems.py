@@ -192,7 +192,7 @@ class StyleBased(FromLatents):
         )
 
     def sample(self, generator, n, rng, like, conditions=(), **options):
-        return super().sample(generator, n, rng, like, conditions, generator=rng, **options)
+        return generator(*self.inputs((), n, like, rng), generator=rng, **options)  # which draws the noise, too
 
 
 class EncodedSPADE(nn.Module):

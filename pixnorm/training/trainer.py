@@ -16,7 +16,7 @@ from pixnorm.training import checkpoint
 from pixnorm.training.averaging import averaged, update_average
 from pixnorm.training.batches import Batches, loaded
 from pixnorm.training.cli import UsageError, extra
-from pixnorm.training.data import ImageDataset, scale_images
+from pixnorm.training.data import ImageDataset, LabelMaps, scale_images
 from pixnorm.training.logs import SCORES, Log
 from pixnorm.training.perceptual import VGGLoss
 from pixnorm.training.processes import Processes
@@ -319,17 +319,10 @@ class Trainer:
         finally:
             generator.train(training)
 
-    def _maps(self, n: int) -> list[Tensor]:
-        """The first label maps of the data, for SPADE."""
-        if not self.data.label_channels:
-            return []
-        return [self.data[i % len(self.data)][1] for i in range(n)]
-
     def _samples(self, n: int = 64) -> Tensor:
         """A grid of images, of the same latent vectors each time; in conditional models a column has one class."""
-        maps = self._maps(n)
-        if maps:
-            conditions = (torch.stack(maps),)
+        if self.data.label_channels:
+            conditions = (torch.stack([self.data[i % len(self.data)][1] for i in range(n)]),)
         elif self.system.num_classes:
             conditions = (torch.arange(n) % min(self.system.num_classes, 8),)
         else:
@@ -354,12 +347,13 @@ class Trainer:
             )
             # Not the first: those of a folder would be of its first class.
             order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
-            chosen = order[:total].tolist()[of.rank :: of.world]
-            real = real_statistics(self.data.image_batches(chosen), network, processes=of)
+            chosen = order[:total].tolist()
+            mine = chosen[of.rank :: of.world]
+            real = real_statistics(self.data.image_batches(mine), network, processes=of)
+        maps = LabelMaps(self.data, chosen) if self.data.label_channels else None
 
         def scores() -> dict[str, float]:
             with self.sampler() as sampler:
-                maps = self._maps(total) or None
                 batches = sampler.batches(total, 125, settings.seed + 1, maps=maps, rank=of.rank, world=of.world)
                 return score(batches, real, network, processes=of)
 
