@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from pixnorm.training.trainer import Trainer
 
 pytestmark = pytest.mark.cpu
 
+README = Path(__file__).parents[1] / "README.md"
 ALONE = Processes(0, 1, torch.device("cpu"))
 TINY = Recipe("", channels_g=8, channels_d=8, latent_dim=4, d_steps=1, batch_d=4, batch_g=4, steps=4, decay_steps=4)
 STYLE = replace(TINY, loss="logistic", r1=1.0, norm="", ema=0.9)
@@ -317,6 +320,23 @@ def test_learning_rates_fall_as_in_the_papers():
     assert [replace(cifar, steps=400).rate_factor(t) for t in (0, 100, 400)] == [1, 0.75, 0]  # not 400/50000 at first
     assert (cifar.batch_d, cifar.batch_g, cifar.d_steps) == (64, 128, 5)
     assert (lsun.lr_d, lsun.batch_g, lsun.d_steps) == (4e-4, 32, 1)
+
+
+def test_the_table_in_the_readme_is_that_of_the_recipes():
+    rows = [
+        line.split("|")[1:-1]
+        for line in README.read_text().splitlines()
+        if re.match(r"\| `[a-z0-9]+-[a-z0-9-]+`", line)
+    ]
+    listed = {}
+    for names, _, _, rates, d_steps, batches, steps, _ in rows:
+        count, unit = steps.split()
+        values = [float(rate) for rate in rates.split(",")], int(d_steps), [int(n) for n in batches.split(",")]
+        listed |= dict.fromkeys(re.findall(r"`(.+?)`", names), (*values, int(count) * {"k": 1000, "M": 10**6}[unit]))
+    for name, recipe in RECIPES.items():
+        values = [recipe.lr_g, recipe.lr_d], recipe.d_steps, [recipe.batch_d, recipe.batch_g]
+        assert listed.pop(name) == (*values, recipe.steps // 1000 * 1000), name
+    assert not listed
 
 
 def test_the_rates_reach_the_optimisers(digits, tmp_path):
