@@ -28,7 +28,7 @@ from pixnorm.training.metrics import (
 )
 from pixnorm.training.processes import Processes
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 
 def moments_of(features: Tensor, *sizes: int) -> Moments:

@@ -20,7 +20,7 @@ from pixnorm.training.recipes import Recipe
 from pixnorm.training.settings import Settings
 from pixnorm.training.trainer import Trainer
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 TINY = Recipe("", channels_g=8, channels_d=8, latent_dim=4, d_steps=1, batch_d=4, batch_g=4, steps=1, decay_steps=1)
 SCORES = ("precision", "recall", "density", "coverage")

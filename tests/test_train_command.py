@@ -17,7 +17,7 @@ from pixnorm import sample, train
 from pixnorm.training import checkpoint
 
 np = pytest.importorskip("numpy")
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 TINY = [
     *("--channels-g", "8", "--channels-d", "8", "--latent-dim", "4", "--d-steps", "1", "--batch-d", "4"),

@@ -25,7 +25,7 @@ from pixnorm.training.settings import Settings
 from pixnorm.training.systems import build_system
 from pixnorm.training.trainer import Trainer
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 README = Path(__file__).parents[1] / "README.md"
 ALONE = Processes(0, 1, torch.device("cpu"))

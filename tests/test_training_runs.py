@@ -23,7 +23,7 @@ from pixnorm.training.settings import Settings
 from pixnorm.training.systems import build_system
 from pixnorm.training.trainer import Trainer
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_thread")]
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TINY = Recipe("", channels_g=8, channels_d=8, latent_dim=4, d_steps=1, batch_d=4, batch_g=4, steps=4, decay_steps=0)
