@@ -248,7 +248,7 @@ def draw(found: Demonstration, folder: Path) -> None:
         figure.suptitle(f"Fréchet distance over training on {found.data}; bands: all seeds", x=0.01, ha="left")
         figure.savefig(folder / "training.png", dpi=110)
         plt.close(figure)
-        figure, axes = plt.subplots(1, len(found.images), figsize=(13, 2.6), layout="constrained")
+        figure, axes = plt.subplots(1, len(found.images), figsize=(13, 2.35), layout="constrained")
         for (kind, images), axis in zip(found.images.items(), axes, strict=True):
             axis.imshow(grid(images, 4).permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[], title=kind)
@@ -262,7 +262,7 @@ def _curves(found: Demonstration, title: str, kinds: Sequence[str], axis: Axes) 
         steps, low, means, high = found.band((kind, "fused"))
         axis.plot(steps, means, color=COLOURS[kind], label=kind)
         axis.fill_between(steps, low, high, color=COLOURS[kind], alpha=0.2, linewidth=0)
-    axis.set(title=title, xlabel="steps", yscale="log")
+    axis.set(title=title, xlabel="steps")
     axis.legend()
 
 
@@ -272,5 +272,5 @@ def _over_time(found: Demonstration, kind: str, axis: Axes) -> None:
         at = [step * found.step_time((kind, form)) for step in steps]
         axis.plot(at, means, color=colour, label=f"{kind}, {form}")
         axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.set(title=f"{kind}: fused and eager", xlabel="seconds of training", yscale="log")
+    axis.set(title=f"{kind}: fused and eager", xlabel="seconds of training")
     axis.legend()
