@@ -24,6 +24,13 @@ functions = pytest.mark.parametrize("function", DEFINITIONS, ids=lambda f: f.__n
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
+@pytest.fixture(autouse=True)
+def paying(request, monkeypatch):
+    """Also with the few channels of these tests."""
+    if "plainly" not in request.node.name:
+        monkeypatch.setattr(resampled_conv, "pays", lambda x, weight: True)
+
+
 def leaves(size=(3, 3), image=(7, 6), dtype=torch.float64, layout=DENSE_LAYOUTS[0]):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, *image, dtype=dtype), torch.randn(4, 3, *size, dtype=dtype)
@@ -134,6 +141,20 @@ def test_operations(function):
     with FlopCounterMode(display=False) as counter:
         function(x, weight, bias, padding=1)
     assert counter.get_total_flops() * 36 == counts["reference"] * 16
+
+
+@functions
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("taken, made", [(64, 64), (16, 16), (128, 8)])
+def test_few_channels_are_convolved_plainly(function, layout, taken, made):
+    x, weight = LAYOUTS[layout](torch.randn(1, taken, 8, 8, device="cpu")), torch.randn(made, taken, 3, 3, device="cpu")
+    counts = {}
+    for impl in ("auto", "native", "reference"):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight, padding=1, impl=impl)
+        counts[impl] = counter.get_total_flops()
+    assert counts["native"] * 36 == counts["reference"] * 9
+    assert counts["auto"] == counts["native" if min(taken, made) == 64 else "reference"]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
