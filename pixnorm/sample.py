@@ -67,10 +67,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     kinds = {"", ".npz", *extra("PIL.Image").registered_extensions()}
     if options.out.suffix.lower() not in kinds and not options.out.is_dir():
         raise UsageError(f"--out {options.out} is no kind of image; .png, .npz, or a folder, without a suffix")
-    try:
-        device = processes.start(options.device).device
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    device = processes.start(options.device).device
     sampler = load_sampler(
         options.checkpoint, device=device, use_ema=options.average, impl=options.impl, psi=options.psi
     )

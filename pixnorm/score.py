@@ -99,10 +99,7 @@ def _main(arguments: Sequence[str]) -> None:
         return
     options = tyro.cli(Options, prog="pixnorm-score", args=arguments)
     _check(options)
-    try:
-        joined = processes.start(options.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    joined = processes.start(options.device)
     try:
         scores = score_images(options, joined)
         if joined.first:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pixnorm.training import processes
-from pixnorm.training.cli import UsageError, extra, run
+from pixnorm.training.cli import extra, run
 from pixnorm.training.data import load_dataset
 from pixnorm.training.recipes import RECIPES, Recipe
 from pixnorm.training.settings import Settings
@@ -63,10 +63,7 @@ def train(recipe: Recipe, data: str, settings: Settings, *, maps: Path | None = 
         UsageError: the arguments do not go together, the data cannot be read, or a loss became NaN.
     """
     images = load_dataset(data, resolution=recipe.resolution, maps=None if maps is None else str(maps))
-    try:
-        of = processes.start(device)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    of = processes.start(device)
     try:
         trainer = Trainer(recipe, images, settings, of)
         trainer.train()

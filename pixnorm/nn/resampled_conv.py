@@ -42,7 +42,7 @@ class UpsampleConv2d(_ResampledConv2d):
 
     Args:
         in_channels, out_channels, kernel_size, padding, bias, device, dtype: as in ``nn.Conv2d``.
-        impl: ``"reference"`` upsamples, then convolves.
+        impl: ``"reference"`` upsamples, then convolves, as does ``"auto"`` on a CPU with few channels.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H', W'), the convolution's for 2H x 2W.
@@ -60,7 +60,7 @@ class ConvAvgPool2d(_ResampledConv2d):
 
     Args:
         in_channels, out_channels, kernel_size, padding, bias, device, dtype: as in ``nn.Conv2d``.
-        impl: ``"reference"`` convolves, then pools.
+        impl: ``"reference"`` convolves, then pools, as does ``"auto"`` on a CPU with few channels.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H' // 2, W' // 2), where H' x W' is the convolution's.

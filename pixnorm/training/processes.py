@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pixnorm.training.cli import UsageError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -46,7 +48,7 @@ def start(device: str = "auto") -> Processes:
         device: "auto" (the GPU of the process's local rank, else the CPU), or the name of one.
 
     Raises:
-        ValueError: there is no such device.
+        UsageError: there is no such device.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if device == "auto":
@@ -59,7 +61,7 @@ def start(device: str = "auto") -> Processes:
             torch.cuda.set_device(found)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     rank = dist.get_rank() if world > 1 else 0
